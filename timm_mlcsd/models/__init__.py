@@ -1,0 +1,20 @@
+"""Every network: the protocol, the exits of a timm backbone, the registered names."""
+
+from . import registry as registry  # registers mlcsd_* with timm
+from .backbone import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, MultiExitBackbone, create_multi_exit
+from .heads import EXIT_HEADS, EXIT_POOLS, ExitHead
+from .meta import call_on_meta
+from .multi_exit import MultiExitModel, MultiExitOutput
+
+__all__ = [
+    'DEFAULT_EXIT_HEAD',
+    'DEFAULT_EXIT_POOL',
+    'EXIT_HEADS',
+    'EXIT_POOLS',
+    'ExitHead',
+    'MultiExitBackbone',
+    'MultiExitModel',
+    'MultiExitOutput',
+    'call_on_meta',
+    'create_multi_exit',
+]

@@ -1,0 +1,255 @@
+"""Any timm backbone that runs as a chain of modules -> a multi-exit network."""
+
+import logging
+import math
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import checkpoint_seq, group_parameters
+
+from .chain import Leaf, trace_chain
+from .heads import ExitHead
+from .multi_exit import MultiExitModel
+from .placement import place_exits
+from .small_input import remove_first_downsamplings
+
+__all__ = ['DEFAULT_EXIT_HEAD', 'DEFAULT_EXIT_POOL', 'MultiExitBackbone', 'create_multi_exit']
+
+_logger = logging.getLogger(__name__)
+
+DEFAULT_EXIT_HEAD = 'slic_dw'
+DEFAULT_EXIT_POOL = 'max'
+
+
+def create_multi_exit(
+        backbone: Union[str, nn.Module],
+        exits: Union[int, Sequence[str]] = 8,
+        exit_head: str = DEFAULT_EXIT_HEAD,
+        exit_pool: str = DEFAULT_EXIT_POOL,
+        small_input: bool = False,
+        pretrained_backbone: Union[bool, str] = False,
+        **kwargs: Any,
+) -> 'MultiExitBackbone':
+    """Turn a timm model into a multi-exit network.
+
+    Args:
+        backbone: A timm model name, or a model that timm made (it is wrapped, not copied).
+        exits: Number of exits, or the names of the modules to tap for all exits but the last.
+        exit_head: Reduction layers of the exits: ``slic`` (the paper's), ``slic_dw``, ``conv1x1``, ``bottleneck``.
+        exit_pool: Global pool of the exits, ``max`` (the paper's) or ``avg``; the last exit keeps the backbone's own.
+        small_input: Take the first two downsamplings out, for images of 32 to 64 pixels.
+        pretrained_backbone: True or a tag of `backbone` to start from timm's weights.
+        **kwargs: What ``timm.create_model`` takes for `backbone`: ``num_classes``, ``in_chans``, ``drop_rate``, ...
+
+    Returns:
+        A `MultiExitBackbone` with the backbone, its weights included, below ``backbone.``.
+
+    Raises:
+        ValueError: The arguments ask for what the backbone does not have, or it is no plain chain of modules.
+
+    Examples:
+        ```python
+        model = timm_mlcsd.create_multi_exit('resnet50', exits=4, pretrained_backbone=True, num_classes=10)
+        logits, features = model(images)  # in training mode
+        ```
+    """
+    if isinstance(backbone, str):
+        name = f'{backbone}.{pretrained_backbone}' if isinstance(pretrained_backbone, str) else backbone
+        backbone = timm.create_model(name, pretrained=bool(pretrained_backbone), **kwargs)
+    elif kwargs or pretrained_backbone:
+        given = sorted(kwargs) + ['pretrained_backbone'] * bool(pretrained_backbone)
+        raise ValueError(f'{given} cannot be applied to a backbone that is already made; pass its name instead.')
+    if small_input and pretrained_backbone:
+        _logger.warning(
+            'small_input=True with pretrained weights: a large stem conv is new and untrained, and the rest was '
+            'trained at a quarter of the resolution that it now works at.')
+    return MultiExitBackbone(backbone, exits, exit_head, exit_pool, small_input)
+
+
+class MultiExitBackbone(MultiExitModel):
+    """A timm model whose chain of modules is cut into stages, with a head at every cut.
+
+    In evaluation mode it is the timm model: same output, bit for bit, same methods.
+
+    Args:
+        backbone: A timm model that runs as a chain of modules with NCHW maps.
+        exits: Number of exits, or names of the modules to tap for all exits but the last.
+        exit_head: Reduction layers of the exits.
+        exit_pool: Global pool of the exits.
+        small_input: Take the first two downsamplings out.
+    """
+
+    def __init__(
+            self,
+            backbone: nn.Module,
+            exits: Union[int, Sequence[str]] = 8,
+            exit_head: str = DEFAULT_EXIT_HEAD,
+            exit_pool: str = DEFAULT_EXIT_POOL,
+            small_input: bool = False,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.grad_checkpointing = False
+        weight = next(backbone.parameters())
+        probe_size = (backbone.in_chans, *backbone.default_cfg['input_size'][1:])
+        leaves = _trace(backbone, probe_size)
+        if small_input:
+            remove_first_downsamplings(backbone, leaves, probe_size[-1])
+            leaves = _trace(backbone, probe_size)
+
+        taps = place_exits(leaves, [info['module'] for info in backbone.feature_info], exits)
+        last = leaves[taps[-1]]
+        starts = [0] + [tap + 1 for tap in taps[:-1]]
+        self._stages = [[leaf.name for leaf in leaves[i:tap + 1]] for i, tap in zip(starts, taps)]
+        self._blocks = {leaf.name for leaf in leaves if leaf.is_block}
+        self._tail = [leaf.name for leaf in leaves[taps[-1] + 1:]]
+        self.exit_names = [leaves[tap].name for tap in taps]
+        self.num_exits = len(taps)
+        self.feature_dim = last.shape[1]
+        self.reduction = probe_size[-1] // last.shape[-1]
+        self.heads = nn.ModuleList([
+            ExitHead(
+                _widths_below(leaves[tap], leaves[:taps[-1] + 1]),
+                self.feature_dim,
+                backbone.num_classes,
+                exit_head,
+                exit_pool,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+            for tap in taps[:-1]
+        ])
+
+    def run_stage(self, k: int, state: torch.Tensor) -> torch.Tensor:
+        for name in self._stages[k]:
+            module = self.backbone.get_submodule(name)
+            # blocks only, as timm does: a stem's in-place activations must not run twice on one input
+            if self.grad_checkpointing and self.training and name in self._blocks:
+                state = checkpoint_seq([module], state)
+            else:
+                state = module(state)
+        return state
+
+    def run_head(self, k: int, state: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        if k < self.num_exits - 1:
+            return self.heads[k](state)
+        x = state
+        for name in self._tail:
+            x = self.backbone.get_submodule(name)(x)
+        return self.backbone.forward_head(x), state
+
+    def check_input_size(self, height: int, width: int) -> None:
+        """Raise a ValueError for images too small to be reduced as often as the backbone does."""
+        if min(height, width) < self.reduction:
+            small = '' if self.reduction < 32 else ', or small_input=True (a quarter of the reduction)'
+            raise ValueError(
+                f'image size {height}x{width} is too small: the network reduces {self.reduction} times; '
+                f'use at least {self.reduction}x{self.reduction}{small}.')
+
+    # timm's model contract: the backbone's own, as if it had no exits
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    @property
+    def in_chans(self) -> int:
+        return self.backbone.in_chans
+
+    @property
+    def num_features(self) -> int:
+        return self.backbone.num_features
+
+    @property
+    def head_hidden_size(self) -> int:
+        return self.backbone.head_hidden_size
+
+    @property
+    def feature_info(self) -> Any:
+        return self.backbone.feature_info
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The backbone's unpooled features [B, C, H, W]."""
+        return self.backbone.forward_features(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """The backbone's own end: features to logits [B, C], or to pooled features with `pre_logits`."""
+        return self.backbone.forward_head(x, pre_logits=pre_logits)
+
+    def forward_intermediates(self, x: torch.Tensor, **kwargs: Any) -> Any:
+        """The backbone's ``forward_intermediates``."""
+        return self.backbone.forward_intermediates(x, **kwargs)
+
+    def get_classifier(self) -> nn.Module:
+        """The last exit's classifier, which is the backbone's."""
+        return self.backbone.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """New classifiers for all exits; `global_pool` changes the backbone's pool only."""
+        self.backbone.reset_classifier(num_classes, global_pool)
+        weight = next(self.backbone.parameters())
+        for head in self.heads:
+            head.reset_classifier(num_classes, device=weight.device, dtype=weight.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping what is inside them."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the parameters that want no weight decay."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else ()
+        return {f'backbone.{name}' for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """Layer group of every parameter; a head belongs to the group of its tap."""
+        layers: Dict[str, int] = group_parameters(self.backbone, self.backbone.group_matcher(coarse), reverse=True)
+        groups = {f'backbone.{name}': layer for name, layer in layers.items()}
+        for head, tap in zip(self.heads, self.exit_names):
+            below = [layer for name, layer in layers.items() if name.startswith(f'{tap}.')]
+            prefix = f'heads.{self.exit_names.index(tap)}.'
+            groups.update({prefix + name: max(below) for name, _ in head.named_parameters()})
+        return groups.__getitem__
+
+    def load_backbone(self, state_dict: Dict[str, torch.Tensor]) -> None:
+        """Load the weights of a plain backbone, its classifier included.
+
+        Args:
+            state_dict: Weights named as in the backbone, or below ``backbone.`` as in a multi-exit checkpoint.
+
+        Raises:
+            ValueError: They are the weights of another network.
+        """
+        prefix = 'backbone.'
+        if any(name.startswith(prefix) for name in state_dict):
+            state_dict = {n[len(prefix):]: t for n, t in state_dict.items() if n.startswith(prefix)}
+        try:
+            self.backbone.load_state_dict(state_dict)
+        except RuntimeError as e:
+            raise ValueError(f'these are weights of another network than the backbone: {_first_lines(e)}') from None
+
+
+def _first_lines(error: Exception, length: int = 300) -> str:
+    text = ' '.join(str(error).split())
+    return text if len(text) <= length else f'{text[:length]} ...'
+
+
+def _trace(backbone: nn.Module, probe_size: Sequence[int]) -> List[Leaf]:
+    leaves = trace_chain(backbone, probe_size)
+    if leaves is None or not hasattr(backbone, 'feature_info') or any(len(leaf.shape) != 4 for leaf in leaves):
+        raise ValueError(
+            f'{type(backbone).__name__} does not run as a plain chain of modules with NCHW maps, so it cannot be cut '
+            f'into stages yet; ResNets, MobileNetV2 and their relatives can.')
+    return leaves
+
+
+def _widths_below(tap: Leaf, leaves: Sequence[Leaf]) -> List[int]:
+    """The tap's width, then the backbone's width at every halving of the resolution from there to its end."""
+    end = leaves[-1].shape
+    halvings = round(math.log2(tap.shape[-1] / end[-1]))
+    widths = [tap.shape[1]]
+    for n in range(halvings - 1, -1, -1):
+        at_level = [leaf.shape[1] for leaf in leaves if round(math.log2(leaf.shape[-1] / end[-1])) == n]
+        widths.append(at_level[-1] if at_level else widths[-1])
+    return widths

@@ -1,0 +1,114 @@
+"""Exit heads: from a map somewhere in the backbone to logits, by way of a feature all exits have in common.
+
+Every head ends alike: a feature [B, D, H, W] with the D, H, W of the backbone's last map, a global pool, a linear
+layer. They differ in how they get there. ``widths`` are the widths that the backbone itself has from the tap's
+resolution down to its last: a tap with n = log2(size here / size at the end) has n + 1 of them.
+"""
+
+from typing import Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from timm.layers import SelectAdaptivePool2d
+
+__all__ = ['EXIT_HEADS', 'EXIT_POOLS', 'ExitHead']
+
+EXIT_POOLS = ('max', 'avg')
+
+
+def _conv_norm_act(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, **dd) -> Tuple[nn.Module, ...]:
+    return (
+        nn.Conv2d(in_chs, out_chs, kernel_size, stride=stride, padding=kernel_size // 2, bias=False, **dd),
+        nn.BatchNorm2d(out_chs, **dd),
+        nn.ReLU(),
+    )
+
+
+def _slic(widths: Sequence[int], **dd) -> nn.Sequential:
+    """The paper's SLIC (section "Multi-exit network architectures"): n times 3x3 stride-2 conv, then 1x1 conv."""
+    layers = []
+    for width, next_width in zip(widths, widths[1:]):
+        layers += _conv_norm_act(width, width, 3, stride=2, **dd)
+        layers += _conv_norm_act(width, next_width, 1, **dd)
+    return nn.Sequential(*layers)
+
+
+def _slic_dw(widths: Sequence[int], **dd) -> nn.Sequential:
+    """SLIC with a depthwise 3x3, as in the code that the paper's authors released."""
+    layers = []
+    for width, next_width in zip(widths, widths[1:]):
+        layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, groups=width, bias=False, **dd))
+        layers += _conv_norm_act(width, next_width, 1, **dd)
+    return nn.Sequential(*layers)
+
+
+def _conv1x1(widths: Sequence[int], **dd) -> nn.Sequential:
+    """Direct prediction, the paper's baseline: shrink by averaging, then one 1x1 conv to the last width."""
+    factor = 2 ** (len(widths) - 1)
+    if factor == 1:
+        return nn.Sequential()
+    shrink = nn.AvgPool2d(factor, stride=factor, ceil_mode=True, count_include_pad=False)
+    return nn.Sequential(shrink, *_conv_norm_act(widths[0], widths[-1], 1, **dd))
+
+
+def _bottleneck(widths: Sequence[int], **dd) -> nn.Sequential:
+    """The heavier rival of the paper's Table 7: n times 1x1, 3x3 stride-2, 1x1 conv (the paper gives no widths)."""
+    layers = []
+    for width, next_width in zip(widths, widths[1:]):
+        layers += _conv_norm_act(width, width, 1, **dd)
+        layers += _conv_norm_act(width, width, 3, stride=2, **dd)
+        layers += _conv_norm_act(width, next_width, 1, **dd)
+    return nn.Sequential(*layers)
+
+
+EXIT_HEADS = {'slic': _slic, 'slic_dw': _slic_dw, 'conv1x1': _conv1x1, 'bottleneck': _bottleneck}
+
+
+class ExitHead(nn.Module):
+    """Reduction layers, pool and linear layer of one exit.
+
+    Args:
+        widths: The n + 1 widths from the tap to the common feature.
+        feature_dim: Width D of the common feature; a 1x1 conv adapts where ``widths`` ends elsewhere.
+        num_classes: C, 0 for pooled features.
+        kind: Reduction layers, one of `EXIT_HEADS`.
+        pool: Global pool, one of `EXIT_POOLS`.
+        device: Where the weights are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+            self,
+            widths: Sequence[int],
+            feature_dim: int,
+            num_classes: int,
+            kind: str,
+            pool: str,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if kind not in EXIT_HEADS:
+            raise ValueError(f'exit_head={kind!r} is unknown; choose one of {", ".join(EXIT_HEADS)}.')
+        if pool not in EXIT_POOLS:
+            raise ValueError(f'exit_pool={pool!r} is unknown; choose one of {", ".join(EXIT_POOLS)}.')
+        self.feature_dim = feature_dim
+        self.reduce = EXIT_HEADS[kind](widths, **dd)
+        if widths[-1] != feature_dim:
+            self.reduce.extend(_conv_norm_act(widths[-1], feature_dim, 1, **dd))
+        self.pool = SelectAdaptivePool2d(pool_type=pool, flatten=True)
+        for module in self.reduce.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+        self.reset_classifier(num_classes, **dd)
+
+    def reset_classifier(self, num_classes: int, device=None, dtype=None) -> None:
+        """Make a new linear layer for `num_classes`, none for 0."""
+        self.fc = (
+            nn.Linear(self.feature_dim, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity())
+
+    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Map a tap's output [B, C_tap, H_tap, W_tap] to logits [B, C] and feature [B, D, H, W]."""
+        feature = self.reduce(x)
+        return self.fc(self.pool(feature)), feature
