@@ -1,0 +1,12 @@
+"""Multi-exit networks from timm backbones, trained by multi-level collaborative self-distillation.
+
+Importing this package registers its models with timm: ``timm.create_model('mlcsd_resnet18')``.
+"""
+
+from .losses import MLCSDLoss
+from .models import MultiExitModel, MultiExitOutput, create_multi_exit
+from .task import MLCSDTask
+
+__version__ = '0.1.0'
+
+__all__ = ['MLCSDLoss', 'MLCSDTask', 'MultiExitModel', 'MultiExitOutput', 'create_multi_exit']

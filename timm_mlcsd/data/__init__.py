@@ -1,0 +1,7 @@
+"""What timm's data package lacks."""
+
+from .digits import DigitsDataset
+from .pad_crop import PadCrop
+from .subset import TransformSubset, hold_out
+
+__all__ = ['DigitsDataset', 'PadCrop', 'TransformSubset', 'hold_out']

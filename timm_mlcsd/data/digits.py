@@ -1,0 +1,49 @@
+"""The 1,797 handwritten digits that ship inside scikit-learn: real images with no download."""
+
+from typing import Callable, Optional, Tuple
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+__all__ = ['DigitsDataset']
+
+# fixed shares of a fixed shuffle, so that every user's test images are the same
+_SPLITS = {'train': (0, 1197), 'validation': (1197, 1437), 'test': (1437, 1797)}
+
+
+class DigitsDataset(Dataset):
+    """Optical recognition of handwritten digits (Alpaydin and Kaynak, UCI, 1998) as 32x32 RGB images.
+
+    Args:
+        split: ``train`` (1,197 images), ``validation`` (240) or ``test`` (360).
+        transform: Applied to the PIL image.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: There is no such split.
+    """
+
+    def __init__(self, split: str = 'train', transform: Optional[Callable] = None):
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise ImportError(
+                'the digits data set ships inside scikit-learn: pip install "timm_mlcsd[digits]".') from None
+        if split not in _SPLITS:
+            raise ValueError(f'digits has no split {split!r}; choose one of {", ".join(_SPLITS)}.')
+        digits = load_digits()
+        order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+        self.indices = order[slice(*_SPLITS[split])].tolist()
+        self.images = (digits.images * (255 / 16)).round().astype('uint8')
+        self.targets = digits.target
+        self.classes = [str(name) for name in digits.target_names]
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> Tuple[object, int]:
+        i = self.indices[index]
+        image = Image.fromarray(self.images[i]).convert('RGB').resize((32, 32), Image.Resampling.BICUBIC)
+        return self.transform(image) if self.transform else image, int(self.targets[i])
+
+    def __len__(self) -> int:
+        return len(self.indices)

@@ -1,0 +1,45 @@
+"""A part of a data set, with a transform of its own."""
+
+from typing import Any, Callable, Optional, Sequence, Tuple
+
+import torch
+from torch.utils.data import Dataset
+
+__all__ = ['TransformSubset', 'hold_out']
+
+
+class TransformSubset(Dataset):
+    """The samples at `indices`, with a transform that leaves the full data set's alone.
+
+    Args:
+        dataset: Gives (image, target) without a transform of its own.
+        indices: Which samples.
+    """
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]):
+        self.dataset = dataset
+        self.indices = indices
+        self.transform: Optional[Callable] = None
+
+    def __getitem__(self, index: int) -> Tuple[Any, Any]:
+        image, target = self.dataset[self.indices[index]]
+        return self.transform(image) if self.transform else image, target
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def hold_out(num_samples: int, fraction: float, seed: int) -> Tuple[Sequence[int], Sequence[int]]:
+    """Split range(num_samples) at random.
+
+    Args:
+        num_samples: How many there are.
+        fraction: Share that is held out, at least one sample and never all.
+        seed: Of this split alone, so that runs with other seeds share it.
+
+    Returns:
+        Indices that stay and indices that are held out, both sorted.
+    """
+    held = min(max(round(num_samples * fraction), 1), num_samples - 1)
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
+    return order[held:].sort().values.tolist(), order[:held].sort().values.tolist()

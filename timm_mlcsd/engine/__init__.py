@@ -1,0 +1,1 @@
+"""The loops behind train.py and validate.py."""

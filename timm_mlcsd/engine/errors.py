@@ -1,0 +1,21 @@
+"""Mistakes of a script's user: one line and exit code 2, no traceback."""
+
+import sys
+from typing import Callable
+
+__all__ = ['UserError', 'run_script']
+
+
+class UserError(Exception):
+    """What the user asked for cannot be done; the message says what was wrong and what would work."""
+
+
+def run_script(prog: str, main: Callable[[], None]) -> None:
+    """Run `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as e:
+        print(f'{prog}: error: {" ".join(str(e).split())}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

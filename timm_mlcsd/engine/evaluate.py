@@ -1,0 +1,81 @@
+"""What every exit of a network gets right."""
+
+from contextlib import nullcontext
+from typing import Any, ContextManager, Iterable, List, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..models import MultiExitModel
+
+__all__ = ['ExitMetrics', 'Evaluation', 'evaluate']
+
+
+class ExitMetrics(NamedTuple):
+    """One exit on one data set.
+
+    Attributes:
+        top1: Accuracy in %.
+        top5: Share of samples with the label among the five surest classes, in %.
+        loss: Mean cross-entropy.
+        rescued: Share of samples that are right here and wrong at the last exit, in % (paper, Table 1).
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    rescued: float
+
+
+class Evaluation(NamedTuple):
+    """All exits on one data set."""
+
+    exits: List[ExitMetrics]
+    num_samples: int
+
+    @property
+    def mean_top1(self) -> float:
+        """Mean accuracy over the exits in %: what chooses the best epoch."""
+        return sum(e.top1 for e in self.exits) / len(self.exits)
+
+
+@torch.no_grad()
+def evaluate(
+        model: MultiExitModel,
+        loader: Iterable[Any],
+        device: torch.device,
+        autocast: ContextManager = nullcontext(),
+        channels_last: bool = False,
+) -> Evaluation:
+    """Run all exits over a loader, in evaluation mode.
+
+    Args:
+        model: The network; its mode is restored.
+        loader: Batches of (images, class indices).
+        device: Where the network is.
+        autocast: Context for the forward pass.
+        channels_last: Use that memory layout for the images.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(4, model.num_exits, dtype=torch.float64, device=device)
+    num_samples = 0
+    for images, target in loader:
+        images, target = images.to(device), target.to(device)
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast:
+            logits = torch.stack(model.forward_exits(images).logits).float()
+        ranked = logits.topk(min(5, logits.shape[-1])).indices == target[:, None]
+        right = ranked[..., 0]
+        losses = [F.cross_entropy(z, target, reduction='sum') for z in logits]
+        totals += torch.stack([
+            right.sum(dim=1),
+            ranked.any(dim=-1).sum(dim=1),
+            torch.stack(losses),
+            (right & ~right[-1]).sum(dim=1),
+        ]).double()
+        num_samples += len(target)
+    model.train(was_training)
+    scale = torch.tensor([100., 100., 1., 100.], dtype=torch.float64, device=device)[:, None] / max(num_samples, 1)
+    return Evaluation([ExitMetrics(*column) for column in (totals * scale).T.tolist()], num_samples)

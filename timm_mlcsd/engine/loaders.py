@@ -1,0 +1,173 @@
+"""From flags to data sets and loaders, all through timm."""
+
+import argparse
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from timm.data import FastCollateMixup, create_dataset, create_loader
+from torch.utils.data import Dataset, IterableDataset
+
+from ..data import DigitsDataset, PadCrop, TransformSubset, hold_out
+from .errors import UserError
+
+__all__ = ['class_names', 'eval_loader', 'load_dataset', 'mixup_active', 'train_and_val_datasets', 'train_loader']
+
+
+def load_dataset(args: argparse.Namespace, split: str, is_training: bool = False) -> Dataset:
+    """Load one split of what ``--dataset`` and ``--data-dir`` name.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    if args.dataset == 'digits':
+        try:
+            return DigitsDataset(split)
+        except (ImportError, ValueError) as e:
+            raise UserError(str(e)) from None
+    if not args.dataset and not args.data_dir:
+        raise UserError('no data: give a path (./train.py DIR) or --dataset NAME (--dataset digits needs no path).')
+    prefix, _, name = args.dataset.partition('/')
+    path = args.data_dir if not args.dataset or prefix.lower() == 'torch' else name
+    looks_local = path == args.data_dir or path.startswith(('/', './', '../', '~'))
+    if path and looks_local and not args.dataset_download and not Path(path).expanduser().exists():
+        raise UserError(f'no data at {path!r}: there is no such file or folder.')
+    try:
+        return create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            is_training=is_training,
+            class_map=args.class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            seed=getattr(args, 'seed', 42),
+            input_img_mode=args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB'),
+            input_key=args.input_key,
+            target_key=args.target_key,
+            trust_remote_code=args.dataset_trust_remote_code,
+        )
+    except ModuleNotFoundError as e:
+        extra = ': pip install "timm_mlcsd[hfds]"' if e.name == 'datasets' else ''
+        raise UserError(f'--dataset {args.dataset} needs the package {e.name}{extra}.') from None
+    except (OSError, ValueError, KeyError, AssertionError, RuntimeError, TypeError) as e:
+        reason = str(e) or type(e).__name__
+        raise UserError(
+            f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read: {reason}') from None
+
+
+def class_names(dataset: Dataset) -> Optional[List[str]]:
+    """The names of the classes in the order of their indices, None where the data set doesn't tell."""
+    reader = getattr(dataset, 'reader', dataset)
+    mapping = getattr(reader, 'class_to_idx', None)
+    if mapping:
+        return [str(name) for name in sorted(mapping, key=mapping.get)]
+    names = getattr(reader, 'classes', None)
+    return [str(name) for name in names] if names is not None else None
+
+
+def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, Dict[str, Any]]:
+    """The data to train on, the data that chooses the best epoch, and a record of which was which.
+
+    Without ``--val-split`` the second is held out of the train split by a seed of its own; the record then holds the
+    indices, so that nobody ever calibrates on images that were trained on.
+    """
+    train = load_dataset(args, args.train_split, is_training=True)
+    record = dict(train_split=args.train_split, val_split=args.val_split)
+    if args.val_split:
+        return train, load_dataset(args, args.val_split), record
+    if isinstance(train, IterableDataset):
+        raise UserError(f'--dataset {args.dataset!r} is a stream, nothing can be held out of it: name a --val-split.')
+    if not 0. < args.val_fraction < 1.:
+        raise UserError(
+            f'--val-fraction {args.val_fraction} must lie between 0 and 1: the held-out part chooses the best epoch. '
+            f'To train on the whole split, name a --val-split.')
+    kept, held = hold_out(len(train), args.val_fraction, args.val_seed)
+    record.update(val_fraction=args.val_fraction, val_seed=args.val_seed, val_indices=torch.tensor(held))
+    return TransformSubset(train, kept), TransformSubset(train, held), record
+
+
+def mixup_active(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def train_loader(
+        args: argparse.Namespace,
+        dataset: Dataset,
+        data_config: Dict[str, Any],
+        num_classes: int,
+        device: torch.device,
+) -> Any:
+    """Batches to train on: augmented, normalised, on the device."""
+    mixup = None
+    if mixup_active(args):
+        mixup = FastCollateMixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
+    pad_crop = args.train_crop_mode == 'pad4'
+    loader = create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        train_crop_mode=None if pad_crop else args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        collate_fn=mixup,
+        pin_memory=args.pin_mem,
+        device=device,
+        # fresh workers take their seeds from the epoch's, so that a resumed epoch sees the same images
+        persistent_workers=False,
+    )
+    if pad_crop and not args.no_aug:
+        # the first of timm's training transforms is its crop
+        dataset.transform.transforms[0] = PadCrop(data_config['input_size'][1:])
+    if len(loader) == 0:
+        raise UserError(f'--batch-size {args.batch_size} is larger than the training set ({len(dataset)} images).')
+    return loader
+
+
+def eval_loader(
+        args: argparse.Namespace,
+        dataset: Dataset,
+        data_config: Dict[str, Any],
+        device: torch.device,
+        batch_size: Optional[int] = None,
+) -> Any:
+    """Batches to evaluate on: resized and centre-cropped, normalised, on the device."""
+    return create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        batch_size=batch_size or args.batch_size,
+        interpolation=data_config['interpolation'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        device=device,
+        persistent_workers=False,
+    )

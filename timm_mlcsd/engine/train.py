@@ -1,0 +1,304 @@
+"""The training loop behind train.py."""
+
+import argparse
+import logging
+import math
+import sys
+from collections import OrderedDict
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ContextManager, Dict, Optional, Sequence
+
+import timm
+import torch
+import yaml
+from timm.data import resolve_data_config
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import NativeScaler, dispatch_clip_grad, random_seed, setup_default_logging, trim_summary, update_summary
+from torch import nn
+from tqdm import tqdm
+
+from ..task import MLCSDTask
+from .build import (
+    autocast_of,
+    build_criterion,
+    build_model,
+    load_initial_checkpoint,
+    model_args_of,
+    resolve_device,
+)
+from .checkpoint import CheckpointSaver, load_checkpoint
+from .errors import UserError, run_script
+from .evaluate import Evaluation, evaluate
+from .flags import parse_args, train_parser
+from .loaders import class_names, eval_loader, train_and_val_datasets, train_loader
+
+__all__ = ['main', 'train']
+
+_logger = logging.getLogger('train')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Entry point of train.py and mlcsd-train."""
+    run_script('train.py', lambda: train(parse_args(train_parser(), argv)))
+
+
+def train(args: argparse.Namespace) -> Path:
+    """Train a multi-exit network as the flags say.
+
+    Returns:
+        The folder with checkpoints, ``summary.csv`` and the resolved arguments, ``args.yaml``.
+
+    Raises:
+        UserError: The flags, the data or a checkpoint don't fit.
+    """
+    setup_default_logging()
+    device = resolve_device(args)
+    random_seed(args.seed)
+    resumed = load_checkpoint(args.resume) if args.resume else None
+
+    train_data, val_data, split_record = train_and_val_datasets(args)
+    names = class_names(getattr(train_data, 'dataset', train_data))
+    num_classes = args.num_classes or (len(names) if names else None)
+    if num_classes is None:
+        raise UserError('the data does not tell how many classes it has: give --num-classes N.')
+    if names and num_classes < len(names):
+        raise UserError(f'--num-classes {num_classes} is too small: the data has {len(names)} classes.')
+
+    model_args = model_args_of(args, num_classes)
+    model = build_model(
+        args.model, pretrained=args.pretrained, pretrained_backbone=args.pretrained_backbone, **model_args)
+    data_config = resolve_data_config(vars(args), model=model)
+    try:
+        model.check_input_size(*data_config['input_size'][1:])
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    if args.initial_checkpoint:
+        load_initial_checkpoint(model, args.initial_checkpoint)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    model.to(device=device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+    task = MLCSDTask(model, build_criterion(args, model), device=device, verbose=False)
+    optimizer = _create_optimizer(args, task)
+    autocast = autocast_of(args, device)
+    scaler = NativeScaler(device=device.type) if args.amp and args.amp_dtype == 'float16' else None
+    if args.model_ema:
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+
+    identity = dict(arch=args.model, model_args=model_args, **split_record)
+    start_epoch, best_metric = 0, float('-inf')
+    if resumed:
+        _check_same_run(resumed, identity)
+        start_epoch, best_metric = _resume(resumed, task, optimizer, scaler, args)
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+
+    batches = train_loader(args, train_data, data_config, num_classes, device)
+    val_batches = eval_loader(args, val_data, data_config, device, args.validation_batch_size)
+    updates_per_epoch = math.ceil(len(batches) / args.grad_accum_steps)
+    scheduler, num_epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(args, decreasing_metric=False), updates_per_epoch=updates_per_epoch)
+    if start_epoch:
+        scheduler.step_update(start_epoch * updates_per_epoch)
+        scheduler.step(start_epoch)
+
+    out_dir = _output_folder(args)
+    (out_dir / 'args.yaml').write_text(yaml.safe_dump(vars(args), sort_keys=False))
+    saver = CheckpointSaver(out_dir, keep=args.checkpoint_hist, best_metric=best_metric)
+    summary = out_dir / 'summary.csv'
+    trim_summary(str(summary), start_epoch)
+    board = _tensorboard(out_dir)
+    _logger.info(
+        f'{args.model}: {model.num_exits} exits, {num_classes} classes, {len(train_data)} images to train on, '
+        f'{len(val_data)} to choose the best epoch, output in {out_dir}')
+
+    for epoch in range(start_epoch, num_epochs):
+        # each epoch has a seed of its own, so that a resumed run sees what an uninterrupted one would have seen
+        random_seed((args.seed + 1_000_003 * epoch) % 2 ** 32)
+        if args.mixup_off_epoch and epoch >= args.mixup_off_epoch and batches.mixup_enabled:
+            batches.mixup_enabled = False
+        warmup = args.distill_warmup_epochs
+        task.criterion.set_distill_scale(min(1., epoch / warmup) if warmup else 1.)
+        train_metrics = _train_epoch(
+            epoch, task, batches, optimizer, scheduler, scaler, autocast, args, epoch * updates_per_epoch)
+        result = evaluate(
+            task.get_eval_model(ema=args.model_ema), val_batches, device, autocast, args.channels_last)
+        lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
+        scheduler.step(epoch + 1, result.mean_top1)
+
+        eval_metrics = _summary_of(result)
+        update_summary(
+            epoch, train_metrics, eval_metrics, filename=str(summary), lr=lr, write_header=not summary.exists())
+        if board:
+            for name, value in dict(train_metrics, lr=lr, **{f'val_{k}': v for k, v in eval_metrics.items()}).items():
+                board.add_scalar(name, value, epoch)
+        is_best = saver.save(
+            dict(
+                identity,
+                epoch=epoch,
+                metric=result.mean_top1,
+                best_metric=max(saver.best_metric, result.mean_top1),
+                args=vars(args),
+                data_config=data_config,
+                class_names=names,
+                optimizer=optimizer.state_dict(),
+                scheduler=scheduler.state_dict(),
+                **({NativeScaler.state_dict_key: scaler.state_dict()} if scaler else {}),
+                **task.get_checkpoint_state(),
+                **(task.get_checkpoint_state(ema=True) if args.model_ema else {}),
+            ),
+            epoch,
+            result.mean_top1,
+        )
+        accuracies = ' '.join(f'Ex{k} {e.top1:.1f}' for k, e in enumerate(result.exits, 1))
+        _logger.info(
+            f'epoch {epoch}: loss {train_metrics["loss"]:.3f}, validation mean top-1 {result.mean_top1:.2f}'
+            f'{" (best)" if is_best else ""}: {accuracies}')
+    if board:
+        board.close()
+    _logger.info(f'Best validation mean top-1 {saver.best_metric:.2f}, in {out_dir / "model_best.pth.tar"}')
+    return out_dir
+
+
+def _create_optimizer(args: argparse.Namespace, task: MLCSDTask) -> torch.optim.Optimizer:
+    try:
+        return create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args))
+    except (ValueError, TypeError, AssertionError) as e:
+        raise UserError(f'--opt {args.opt} cannot be made: {e}') from None
+
+
+def _train_epoch(
+        epoch: int,
+        task: MLCSDTask,
+        batches: Any,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        scaler: Optional[NativeScaler],
+        autocast: ContextManager,
+        args: argparse.Namespace,
+        num_updates: int,
+) -> Dict[str, float]:
+    """One pass over the training data; returns the mean loss and its parts."""
+    task.train()
+    accumulate = args.grad_accum_steps
+    short_group = len(batches) % accumulate
+    totals: Dict[str, torch.Tensor] = {}
+    right = torch.zeros((), device=task.device)
+    seen = 0
+    optimizer.zero_grad()
+    bar = tqdm(batches, desc=f'epoch {epoch}', disable=None, leave=False)
+    for i, (images, target) in enumerate(bar):
+        is_last = i + 1 == len(batches)
+        # the last group of an epoch may hold fewer batches
+        group_size = short_group if short_group and i >= len(batches) - short_group else accumulate
+        need_update = (i + 1) % accumulate == 0 or is_last
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast:
+            result = task(images, target)
+        loss = result['loss'] / group_size
+        if scaler:
+            scaler(
+                loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
+                parameters=task.get_clip_parameters(), need_update=need_update)
+        else:
+            loss.backward()
+            if need_update:
+                if args.clip_grad is not None:
+                    dispatch_clip_grad(task.get_clip_parameters(), args.clip_grad, mode=args.clip_mode)
+                optimizer.step()
+        if need_update:
+            optimizer.zero_grad()
+            num_updates += 1
+            task.update_ema(step=num_updates)
+            scheduler.step_update(num_updates=num_updates)
+
+        labels = target if target.ndim == 1 else target.argmax(dim=1)
+        right = right + (torch.stack(result['exit_logits']).detach().argmax(dim=-1) == labels).sum(dim=1)
+        seen += len(target)
+        for name, value in result.items():
+            if isinstance(value, torch.Tensor) and value.ndim == 0:
+                totals[name] = totals.get(name, 0.) + value.detach()
+        if is_last or (i + 1) % args.log_interval == 0:
+            mean_loss = (totals['loss'] / (i + 1)).item()
+            if not math.isfinite(mean_loss):
+                raise UserError(
+                    f'the loss is {mean_loss} at epoch {epoch}, batch {i}: try a smaller --lr, --clip-grad, or '
+                    f'--distill-warmup-epochs; the checkpoints of finished epochs are kept.')
+            accuracy = ' '.join(f'{a:.1f}' for a in (100 * right / seen).tolist())
+            bar.set_postfix_str(f'loss {mean_loss:.3f}, top-1 per exit {accuracy}')
+    return OrderedDict((name, (total / len(batches)).item()) for name, total in totals.items())
+
+
+def _summary_of(result: Evaluation) -> Dict[str, float]:
+    columns = OrderedDict(mean_top1=result.mean_top1)
+    for k, metrics in enumerate(result.exits, 1):
+        columns.update({f'Ex{k}_top1': metrics.top1, f'Ex{k}_loss': metrics.loss})
+    return columns
+
+
+def _check_same_run(checkpoint: Dict[str, Any], identity: Dict[str, Any]) -> None:
+    """Refuse to resume what another model, or another choice of held-out images, has begun."""
+    for key, value in identity.items():
+        before = checkpoint.get(key)
+        if isinstance(value, torch.Tensor):
+            same = isinstance(before, torch.Tensor) and torch.equal(before, value)
+            before, value = 'other images', 'these'
+        else:
+            same = before == value
+        if not same:
+            raise UserError(f'--resume: the checkpoint is of another run: its {key} is {before}, not {value}.')
+
+
+def _resume(
+        checkpoint: Dict[str, Any],
+        task: MLCSDTask,
+        optimizer: torch.optim.Optimizer,
+        scaler: Optional[NativeScaler],
+        args: argparse.Namespace,
+) -> Sequence[Any]:
+    """Put the state of a checkpoint back; returns the epoch to start with and the best metric so far."""
+    try:
+        task.load_checkpoint_state(checkpoint['state_dict'], checkpoint.get('task_state'))
+        if args.model_ema:
+            if 'state_dict_ema' in checkpoint:
+                task.load_checkpoint_state(checkpoint['state_dict_ema'], checkpoint.get('task_state_ema'), ema=True)
+            else:
+                task.get_trainable_module(ema=True).set(task.get_trainable_module())
+        if not args.no_resume_opt:
+            optimizer.load_state_dict(checkpoint['optimizer'])
+            if scaler and NativeScaler.state_dict_key in checkpoint:
+                scaler.load_state_dict(checkpoint[NativeScaler.state_dict_key])
+    except (RuntimeError, ValueError, KeyError) as e:
+        raise UserError(f'--resume {args.resume!r} does not fit these flags: {" ".join(str(e).split())[:300]}') from None
+    _logger.info(f'Resuming after epoch {checkpoint["epoch"]}')
+    return checkpoint['epoch'] + 1, checkpoint['best_metric']
+
+
+def _output_folder(args: argparse.Namespace) -> Path:
+    """A resumed run goes on where its checkpoint lies; any other gets a folder of its own."""
+    if args.resume and not args.experiment:
+        path = Path(args.resume)
+        return path if path.is_dir() else path.parent
+    folder = Path(args.output) / (args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace("/", "_")}')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'--output {args.output!r} cannot be written: {e.strerror}.') from None
+    return folder
+
+
+def _tensorboard(folder: Path) -> Optional[Any]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -1,0 +1,245 @@
+"""Multi-level collaborative self-distillation as a loss: every exit learns from a teacher mixed from all exits.
+
+With logits z_k, features f_k, labels y, K exits, temperature T and weights w_i of the exits:
+
+    W_i   = softmax_k CWEM_i(maxpool(f_i))          who teaches exit i
+    t_i   = sum_k W_i[k] z_k                        teacher logits, paper eq. 3 (MCLSM)
+    g_i   = sum_k W_i[k] f_k                        teacher feature, eq. 5 (MCFSM)
+    L_CLS = sum_i w_i CE(z_i, y)                    eq. 2
+    L_KD  = sum_i w_i T^2 KL(softmax(t_i / T) || softmax(z_i / T)), batch mean      eq. 4
+    L_HT  = sum_i w_i MSE(f_i, g_i)                 eq. 6
+    L     = gamma L_CLS + alpha L_KD + beta L_HT    eq. 7
+
+t_i and g_i are constants for L_KD and L_HT: students never pull their teacher.
+"""
+
+from typing import Dict, Optional, Sequence, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.loss import JsdCrossEntropy
+
+from .teachers import LastExit
+
+__all__ = ['CWEM', 'CWEM_SUPERVISIONS', 'DISTILLS', 'MLCSDLoss']
+
+DISTILLS = ('none', 'one-for-all', 'all-for-all')
+CWEM_SUPERVISIONS = ('ce', 'kd', 'none')
+
+
+class CWEM(nn.Module):
+    """Classifier weight encoding module (paper, section of that name): 1x1 conv, BatchNorm and softmax per exit.
+
+    The K convolutions are one grouped convolution and the K norms one norm. A training batch of one image has no
+    statistics of its own and is normalised with the running ones.
+
+    Args:
+        num_exits: K.
+        feature_dim: D.
+    """
+
+    def __init__(self, num_exits: int, feature_dim: int):
+        super().__init__()
+        self.num_exits = num_exits
+        self.conv = nn.Conv1d(num_exits * feature_dim, num_exits ** 2, 1, groups=num_exits, bias=False)
+        self.norm = nn.BatchNorm1d(num_exits ** 2)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Map max-pooled features [B, K, D] to mixing weights [B, K, K] whose rows sum to 1."""
+        x = self.conv(pooled.flatten(1).unsqueeze(-1)).squeeze(-1)
+        if self.training and x.shape[0] == 1:
+            norm = self.norm
+            x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        else:
+            x = self.norm(x)
+        return x.view(-1, self.num_exits, self.num_exits).softmax(dim=-1)
+
+
+class MLCSDLoss(nn.Module):
+    """The paper's total loss, every term of it switchable.
+
+    ``distill='none'`` is a multi-exit network trained with cross-entropy alone (MENM), ``'one-for-all'`` learns from
+    the last exit (with ``beta=0`` from its logits only), ``'all-for-all'`` is MLCSD. Everything is computed in at
+    least float32, under autocast too.
+
+    The loss owns the CWEM, which needs training: give the optimizer the parameters of both, or use `MLCSDTask`. The
+    paper does not say what trains it, hence `cwem_supervision`:
+
+    * ``ce``: cross-entropy of the mixed teacher logits, weight 1, summed over the exits; reaches the CWEM alone.
+    * ``kd``: L_KD itself, through t_i. It can win by choosing i as its own teacher.
+    * ``none``: nothing; the CWEM keeps its random initial weights (what the authors' released code amounts to).
+
+    Args:
+        num_exits: K.
+        feature_dim: D of the features, or one per exit; where they differ, training-only 1x1 convs project all to the
+            last one's.
+        alpha: Weight of L_KD (paper's best: 5).
+        beta: Weight of L_HT (paper's best: 10).
+        gamma: Weight of L_CLS (paper's best: 1).
+        temperature: T (paper's best: 4).
+        cls_loss: Criterion (logits [B, C], target) -> scalar, any timm classification loss; default cross-entropy.
+        exit_weights: w_i, K numbers; default all 1, as in the paper.
+        distill: Who teaches: ``none``, ``one-for-all``, ``all-for-all``.
+        cwem_supervision: What trains the CWEM.
+
+    Examples:
+        ```python
+        criterion = MLCSDLoss(model.num_exits, model.feature_dim)
+        optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.05, momentum=0.9)
+        for images, target in loader:
+            loss = criterion(model.train()(images), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        ```
+    """
+
+    def __init__(
+            self,
+            num_exits: int,
+            feature_dim: Union[int, Sequence[int]],
+            *,
+            alpha: float = 5.,
+            beta: float = 10.,
+            gamma: float = 1.,
+            temperature: float = 4.,
+            cls_loss: Optional[nn.Module] = None,
+            exit_weights: Optional[Sequence[float]] = None,
+            distill: str = 'all-for-all',
+            cwem_supervision: str = 'ce',
+    ):
+        super().__init__()
+        if distill not in DISTILLS:
+            raise ValueError(f'distill={distill!r} is unknown; choose one of {", ".join(DISTILLS)}.')
+        if cwem_supervision not in CWEM_SUPERVISIONS:
+            raise ValueError(
+                f'cwem_supervision={cwem_supervision!r} is unknown; choose one of {", ".join(CWEM_SUPERVISIONS)}.')
+        for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
+            if value < 0:
+                raise ValueError(f'{name}={value} must not be negative; 0 switches the term off.')
+        if temperature <= 0:
+            raise ValueError(f'temperature={temperature} must be positive.')
+        if isinstance(cls_loss, JsdCrossEntropy):
+            raise ValueError(
+                'cls_loss=JsdCrossEntropy compares augmented copies of each image across the batch, while the '
+                'teachers and their targets are per image; use a loss without augmentation splits.')
+        if exit_weights is None:
+            exit_weights = [1.] * num_exits
+        if len(exit_weights) != num_exits:
+            raise ValueError(f'exit_weights has {len(exit_weights)} numbers for {num_exits} exits.')
+        dims = [feature_dim] * num_exits if isinstance(feature_dim, int) else list(feature_dim)
+        if len(dims) != num_exits:
+            raise ValueError(f'feature_dim has {len(dims)} numbers for {num_exits} exits.')
+
+        self.num_exits = num_exits
+        self.alpha = alpha
+        self.beta = beta
+        self.gamma = gamma
+        self.temperature = temperature
+        self.cls_loss = cls_loss if cls_loss is not None else nn.CrossEntropyLoss()
+        self.distill = distill
+        self.cwem_supervision = cwem_supervision
+        self.register_buffer('exit_weights', torch.tensor(exit_weights, dtype=torch.float32), persistent=False)
+        # a tensor, not a number: a ramp must not recompile a compiled loss
+        self.register_buffer('distill_scale', torch.ones(()), persistent=False)
+
+        self.mixer: Optional[nn.Module] = None
+        self.projections = nn.ModuleList()
+        # one exit has nobody to learn from
+        if distill != 'none' and (alpha or beta) and num_exits > 1:
+            if distill == 'one-for-all':
+                self.mixer = LastExit()
+            else:
+                self.mixer = CWEM(num_exits, dims[-1])
+                self.mixer.conv.requires_grad_(cwem_supervision != 'none')
+                self.mixer.norm.requires_grad_(cwem_supervision != 'none')
+            if len(set(dims)) > 1:
+                self.projections.extend(
+                    nn.Identity() if dim == dims[-1] else nn.Conv2d(dim, dims[-1], 1, bias=False) for dim in dims)
+
+    def set_distill_scale(self, scale: float) -> None:
+        """Scale alpha and beta, from 0 to 1, as a warm-up does."""
+        self.distill_scale.fill_(scale)
+
+    def forward(
+            self,
+            output: Sequence[Sequence[torch.Tensor]],
+            target: torch.Tensor,
+            return_components: bool = False,
+    ) -> Union[torch.Tensor, Dict[str, torch.Tensor]]:
+        """Compute the loss.
+
+        Args:
+            output: `MultiExitOutput`: K logits [B, C] and K features [B, D, H, W].
+            target: Class indices [B], or whatever `cls_loss` takes: soft targets [B, C], say.
+            return_components: Return a dict instead.
+
+        Returns:
+            The loss, a scalar; or a dict with ``loss`` and its parts before weighting: ``cls`` (L_CLS), and where
+            there is a teacher ``kd`` (L_KD), ``ht`` (L_HT), ``cwem`` (what trains the CWEM beside them).
+
+        Raises:
+            ValueError: `output` has another number of exits than the loss was made for.
+        """
+        logits, features = output
+        if len(logits) != self.num_exits:
+            raise ValueError(
+                f'output has {len(logits)} exits, the loss was made for num_exits={self.num_exits}; in eval mode a '
+                f'model gives one tensor, use model.train() or model.forward_exits(images).')
+        with torch.autocast(logits[0].device.type, enabled=False):
+            logits = [_at_least_float32(z) for z in logits]
+            parts = {'cls': sum(w * self.cls_loss(z, target) for w, z in zip(self.exit_weights, logits))}
+            loss = self.gamma * parts['cls']
+            if self.mixer is not None:
+                parts.update(self._distill(torch.stack(logits, dim=1), features, target))
+                distill_loss = sum(w * parts[n] for n, w in (('kd', self.alpha), ('ht', self.beta)) if n in parts)
+                loss = loss + self.distill_scale * distill_loss + parts.get('cwem', 0.)
+        return dict(loss=loss, **parts) if return_components else loss
+
+    def mixing_weights(self, output: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+        """The weights W [B, K, K] with which the teachers are mixed: row i is exit i's teacher (paper, Table 15)."""
+        if self.mixer is None:
+            raise ValueError(f'distill={self.distill!r} has no teacher, so there are no mixing weights.')
+        with torch.autocast(output[1][0].device.type, enabled=False):
+            return self.mixer(self._align(output[1]).amax(dim=(-2, -1)).detach())
+
+    def _align(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Stack the features to [B, K, D, H, W], all at the last one's size."""
+        features = [_at_least_float32(f) for f in features]
+        if self.projections:
+            features = [project(f) for project, f in zip(self.projections, features)]
+        size = features[-1].shape[-2:]
+        return torch.stack([f if f.shape[-2:] == size else F.adaptive_avg_pool2d(f, size) for f in features], dim=1)
+
+    def _distill(
+            self,
+            logits: torch.Tensor,
+            features: Sequence[torch.Tensor],
+            target: torch.Tensor,
+    ) -> Dict[str, torch.Tensor]:
+        parts = {}
+        features = self._align(features)
+        weights = self.mixer(features.amax(dim=(-2, -1)).detach())
+        teacher = weights @ logits.detach()
+        if isinstance(self.mixer, CWEM) and self.cwem_supervision == 'ce':
+            parts['cwem'] = sum(self.cls_loss(t, target) for t in teacher.unbind(dim=1))
+        if self.alpha:
+            teacher = teacher if self.cwem_supervision == 'kd' else teacher.detach()
+            parts['kd'] = self._kd(logits, teacher)
+        if self.beta:
+            features = features.flatten(2)
+            teacher_features = weights.detach() @ features.detach()
+            parts['ht'] = self.exit_weights @ (features - teacher_features).square().mean(dim=(0, 2))
+        return parts
+
+    def _kd(self, logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """L_KD of student and teacher logits [B, K, C]."""
+        log_p = F.log_softmax(logits / self.temperature, dim=-1)
+        log_t = F.log_softmax(teacher / self.temperature, dim=-1)
+        divergence = F.kl_div(log_p, log_t, reduction='none', log_target=True).sum(dim=-1)
+        return self.temperature ** 2 * (self.exit_weights @ divergence.mean(dim=0))
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,0 +1,123 @@
+"""Multi-exit training as a timm task: model and loss, trained, wrapped and saved together."""
+
+from typing import Any, Dict, Optional
+
+import torch
+import torch.nn as nn
+from timm.models import group_parameters
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+
+from .losses import MLCSDLoss
+from .models import MultiExitModel
+
+__all__ = ['MLCSDTask']
+
+
+class MultiExitTrainableModule(nn.Module):
+    """Model and loss in one module, so that DDP, EMA, clipping and the optimizer see the parameters of both."""
+
+    def __init__(self, model: nn.Module, criterion: MLCSDLoss):
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+
+    def no_weight_decay(self):
+        return {f'model.{name}' for name in self.model.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False):
+        layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+        last = max(layers.values())
+        # what only the loss owns trains like the last layers
+        return lambda name: layers[name[len('model.'):]] if name.startswith('model.') else last
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
+        output = self.model(input)
+        parts = self.criterion(output, target, return_components=True)
+        return dict(parts, output=output.logits[-1], exit_logits=output.logits)
+
+
+class MLCSDTask(TrainingTask):
+    """Train a multi-exit network with `MLCSDLoss`.
+
+    Parameters that only training needs (the CWEM) stay in the criterion and out of the evaluated model; checkpoints
+    keep them as task state.
+
+    Args:
+        model: A `MultiExitModel`.
+        criterion: Its loss.
+        device: Device for task tensors and buffers.
+        dtype: Type for task tensors and buffers.
+        verbose: Log what the task does.
+
+    Examples:
+        ```python
+        model = timm.create_model('mlcsd_resnet18', num_classes=100)
+        task = MLCSDTask(model, MLCSDLoss(model.num_exits, model.feature_dim))
+        optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.05)
+        result = task(images, target)
+        result['loss'].backward()
+        ```
+    """
+
+    def __init__(
+            self,
+            model: MultiExitModel,
+            criterion: MLCSDLoss,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+    ):
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        self.trainable_module = MultiExitTrainableModule(model, criterion).to(device=self.device)
+
+    @property
+    def criterion(self) -> MLCSDLoss:
+        return unwrap_model(self.trainable_module).criterion
+
+    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'MLCSDTask':
+        """Wrap model and criterion together in DistributedDataParallel."""
+        from torch.nn.parallel import DistributedDataParallel
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
+        """Compile the forward pass with its loss, and the model for evaluation."""
+        model = self.trainable_module.model
+        self.eval_model = torch.compile(model, backend=backend, mode=mode, **compile_kwargs)
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        return self.eval_model
+
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        resolved = super().get_eval_model(module=module, ema=ema)
+        trainable = unwrap_model(resolved) if resolved is not None else None
+        return trainable.model if isinstance(trainable, MultiExitTrainableModule) else resolved
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        state = unwrap_model(module).criterion.state_dict() if module is not None else None
+        return {'criterion': state} if state else {}
+
+    def load_task_state(
+            self,
+            state: Optional[Dict[str, Any]],
+            strict: bool = True,
+            module: Optional[nn.Module] = None,
+            ema: bool = False,
+    ) -> None:
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        if module is None:
+            raise RuntimeError('Cannot load EMA task state before setup_ema().')
+        unwrap_model(module).criterion.load_state_dict((state or {}).get('criterion', {}), strict=strict)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
+        """Compute outputs and loss.
+
+        Args:
+            input: Images [B, C, H, W].
+            target: Class indices [B] or soft targets [B, C].
+
+        Returns:
+            ``loss``, its parts (see `MLCSDLoss`), ``output`` (the last exit's logits) and ``exit_logits`` (K of them).
+        """
+        return self.trainable_module(input, target)
