@@ -3,7 +3,7 @@
 from . import registry as registry  # registers mlcsd_* with timm
 from .backbone import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, MultiExitBackbone, create_multi_exit
 from .heads import EXIT_HEADS, EXIT_POOLS, ExitHead
-from .meta import call_on_meta
+from .meta import OnMeta
 from .multi_exit import MultiExitModel, MultiExitOutput
 
 __all__ = [
@@ -15,6 +15,6 @@ __all__ = [
     'MultiExitBackbone',
     'MultiExitModel',
     'MultiExitOutput',
-    'call_on_meta',
+    'OnMeta',
     'create_multi_exit',
 ]

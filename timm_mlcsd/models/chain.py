@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .meta import call_on_meta
+from .meta import OnMeta
 
 __all__ = ['Leaf', 'trace_chain']
 
@@ -88,7 +88,7 @@ def trace_chain(backbone: nn.Module, input_size: Sequence[int]) -> Optional[List
     image = torch.empty(1, *input_size, device='meta')
     try:
         with counter:
-            root.output = call_on_meta(backbone, 'forward_features', image)
+            root.output = OnMeta(backbone)('forward_features', image)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,12 +1,12 @@
 """Run part of a network on shapes alone: no memory for weights, no arithmetic."""
 
-from typing import Any
+from typing import Any, Dict
 
 import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_map
 
-__all__ = ['call_on_meta']
+__all__ = ['OnMeta']
 
 
 class _Call(nn.Module):
@@ -21,22 +21,36 @@ class _Call(nn.Module):
         return getattr(self.module, self.method)(*args)
 
 
-def call_on_meta(module: nn.Module, method: str, *args: Any) -> Any:
-    """Call ``module.method(*args)`` in evaluation mode with every weight and tensor argument on the meta device.
+class OnMeta:
+    """A module whose methods run in evaluation mode with all weights and tensor arguments on the meta device.
 
     The module itself, its device, its mode and its buffers stay as they are; its hooks fire.
 
-    Returns:
-        What the method returns, tensors on the meta device.
+    Args:
+        module: The module.
+
+    Attributes:
+        tensors: The meta tensors that stand for its parameters and buffers, by name.
+
+    Examples:
+        ```python
+        logits = OnMeta(model)('forward_features', torch.empty(1, 3, 224, 224))
+        ```
     """
-    call = _Call(module, method)
-    modes = [(m, m.training) for m in module.modules()]
-    tensors = {name: t.detach().to('meta') for name, t in (*call.named_parameters(), *call.named_buffers())}
-    args = tree_map(lambda a: a.to('meta') if isinstance(a, torch.Tensor) else a, args)
-    module.eval()
-    try:
-        with torch.no_grad():
-            return torch.func.functional_call(call, tensors, args)
-    finally:
-        for m, training in modes:
-            m.training = training
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        named = (*module.named_parameters(), *module.named_buffers())
+        self.tensors: Dict[str, torch.Tensor] = {name: t.detach().to('meta') for name, t in named}
+
+    def __call__(self, method: str, *args: Any) -> Any:
+        args = tree_map(lambda a: a.to('meta') if isinstance(a, torch.Tensor) else a, args)
+        modes = [(m, m.training) for m in self.module.modules()]
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                tensors = {f'module.{name}': t for name, t in self.tensors.items()}
+                return torch.func.functional_call(_Call(self.module, method), tensors, args)
+        finally:
+            for m, training in modes:
+                m.training = training
