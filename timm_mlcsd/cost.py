@@ -88,23 +88,25 @@ def exit_costs(model: MultiExitModel, input_size: Sequence[int]) -> List[ExitCos
             logits, _ = on_meta('run_head', k, state)
             stage_macs, head_macs = between - before, counter.get_total_flops() // 2 - between
             total += stage_macs + head_macs
-            costs.append(ExitCost(
-                macs=total,
-                params=sum(n for i, n in params.items() if i in path.read),
-                stage_macs=stage_macs,
-                head_macs=head_macs,
-                depth=path.depths.get(logits, 0),
-            ))
+            costs.append(
+                ExitCost(
+                    macs=total,
+                    params=sum(n for i, n in params.items() if i in path.read),
+                    stage_macs=stage_macs,
+                    head_macs=head_macs,
+                    depth=path.depths.get(logits, 0),
+                )
+            )
     return costs
 
 
 @torch.inference_mode()
 def exit_times(
-        model: MultiExitModel,
-        input_size: Sequence[int],
-        batch_size: int = 1,
-        repeats: int = 10,
-        device: Optional[torch.device] = None,
+    model: MultiExitModel,
+    input_size: Sequence[int],
+    batch_size: int = 1,
+    repeats: int = 10,
+    device: Optional[torch.device] = None,
 ) -> List[float]:
     """Measure how long a batch takes until each exit has answered, all exits before it evaluated too.
 
@@ -135,4 +137,5 @@ def exit_times(
 
 if __name__ == '__main__':
     from .engine.plan import main
+
     main()

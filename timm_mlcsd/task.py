@@ -29,7 +29,7 @@ class MultiExitTrainableModule(nn.Module):
         layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
         last = max(layers.values())
         # what only the loss owns trains like the last layers
-        return lambda name: layers[name[len('model.'):]] if name.startswith('model.') else last
+        return lambda name: layers[name[len('model.') :]] if name.startswith('model.') else last
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
         output = self.model(input)
@@ -61,12 +61,12 @@ class MLCSDTask(TrainingTask):
     """
 
     def __init__(
-            self,
-            model: MultiExitModel,
-            criterion: MLCSDLoss,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
-            verbose: bool = True,
+        self,
+        model: MultiExitModel,
+        criterion: MLCSDLoss,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        verbose: bool = True,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         self.trainable_module = MultiExitTrainableModule(model, criterion).to(device=self.device)
@@ -78,6 +78,7 @@ class MLCSDTask(TrainingTask):
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'MLCSDTask':
         """Wrap model and criterion together in DistributedDataParallel."""
         from torch.nn.parallel import DistributedDataParallel
+
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
@@ -99,11 +100,11 @@ class MLCSDTask(TrainingTask):
         return {'criterion': state} if state else {}
 
     def load_task_state(
-            self,
-            state: Optional[Dict[str, Any]],
-            strict: bool = True,
-            module: Optional[nn.Module] = None,
-            ema: bool = False,
+        self,
+        state: Optional[Dict[str, Any]],
+        strict: bool = True,
+        module: Optional[nn.Module] = None,
+        ema: bool = False,
     ) -> None:
         module = module if module is not None else self.get_trainable_module(ema=ema)
         if module is None:

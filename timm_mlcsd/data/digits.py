@@ -29,7 +29,8 @@ class DigitsDataset(Dataset):
             from sklearn.datasets import load_digits
         except ImportError:
             raise ImportError(
-                'the digits data set ships inside scikit-learn: pip install "timm_mlcsd[digits]".') from None
+                'the digits data set ships inside scikit-learn: pip install "timm_mlcsd[digits]".'
+            ) from None
         if split not in _SPLITS:
             raise ValueError(f'digits has no split {split!r}; choose one of {", ".join(_SPLITS)}.')
         digits = load_digits()

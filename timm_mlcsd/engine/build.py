@@ -2,21 +2,26 @@
 
 import argparse
 import contextlib
-import difflib
 import logging
 from typing import Any, ContextManager, Dict
 
-import timm
 import torch
 from timm.loss import create_classification_loss
 from timm.models import load_state_dict
 
+from ..errors import UserError, shortened
 from ..losses import MLCSDLoss
-from ..models import MultiExitModel
-from .errors import UserError
+from ..models import MultiExitModel, create_named
 from .loaders import mixup_active
 
-__all__ = ['autocast_of', 'build_criterion', 'build_model', 'load_initial_checkpoint', 'model_args_of', 'resolve_device']
+__all__ = [
+    'autocast_of',
+    'build_criterion',
+    'build_model',
+    'load_initial_checkpoint',
+    'model_args_of',
+    'resolve_device',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -27,7 +32,7 @@ def resolve_device(args: argparse.Namespace) -> torch.device:
         device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f'--device {args.device} cannot be used: {str(e).splitlines()[0]}') from None
+        raise UserError(f'--device {args.device} cannot be used: {shortened(e)}') from None
     return device
 
 
@@ -57,22 +62,11 @@ def model_args_of(args: argparse.Namespace, num_classes: int) -> Dict[str, Any]:
 
 
 def build_model(name: str, **model_args: Any) -> MultiExitModel:
-    """``timm.create_model`` for multi-exit names, with a `UserError` for whatever it can't build."""
-    known = timm.list_models('mlcsd_*')
-    arch = name.split('.')[0]
-    if ':' not in name and arch not in known:
-        if timm.is_model(arch) and f'mlcsd_{arch}' in known:
-            raise UserError(f'--model {name} has no exits; use mlcsd_{arch} (with --exits 1 for the plain backbone).')
-        near = difflib.get_close_matches(arch, known, n=3, cutoff=0.4)
-        hint = f'near names: {", ".join(near)}' if near else f'known: {", ".join(known)}'
-        raise UserError(f'--model {name!r} is unknown; {hint}.')
+    """`create_named`, its errors the user's."""
     try:
-        model = timm.create_model(name, **model_args)
-    except (ValueError, TypeError, RuntimeError, AssertionError, OSError) as e:
-        raise UserError(f'--model {name} cannot be built: {e}') from None
-    if not isinstance(model, MultiExitModel):
-        raise UserError(f'--model {name} is no multi-exit network.')
-    return model
+        return create_named(name, **model_args)
+    except ValueError as e:
+        raise UserError(f'--model: {e}') from None
 
 
 def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:
@@ -82,14 +76,14 @@ def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:
     except FileNotFoundError:
         raise UserError(f'--initial-checkpoint {path!r}: there is no such file.') from None
     except Exception as e:  # timm reads many formats, each with errors of its own
-        raise UserError(f'--initial-checkpoint {path!r} cannot be read: {str(e).splitlines()[0]}') from None
+        raise UserError(f'--initial-checkpoint {path!r} cannot be read: {shortened(e)}') from None
     try:
         if any(name.startswith('heads.') for name in state_dict):
             model.load_state_dict(state_dict)
         else:
             model.load_backbone(state_dict)
     except (RuntimeError, ValueError) as e:
-        raise UserError(f'--initial-checkpoint {path!r} does not fit the model: {" ".join(str(e).split())[:300]}') from None
+        raise UserError(f'--initial-checkpoint {path!r} does not fit the model: {shortened(e)}') from None
     _logger.info(f'Starting from {path}')
 
 
@@ -98,7 +92,8 @@ def build_criterion(args: argparse.Namespace, model: MultiExitModel) -> MLCSDLos
     if args.jsd_loss or args.aug_splits:
         raise UserError(
             '--jsd-loss/--aug-splits compare augmented copies of each image across the batch, while the teachers of '
-            'self-distillation and their targets are per image; leave them out.')
+            'self-distillation and their targets are per image; leave them out.'
+        )
     if args.distill_warmup_epochs < 0:
         raise UserError(f'--distill-warmup-epochs {args.distill_warmup_epochs} must not be negative.')
     try:

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Union
 
 import torch
 
-from .errors import UserError
+from ..errors import UserError, shortened
 
 __all__ = ['CheckpointSaver', 'load_checkpoint']
 
@@ -63,7 +63,7 @@ class CheckpointSaver:
             self._also_as(path, BEST)
         self._also_as(path, LAST)
         _sync_folder(self.folder)
-        for old in self._numbered()[:-self.keep]:
+        for old in self._numbered()[: -self.keep]:
             old.unlink()
         return is_best
 
@@ -118,7 +118,7 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as e:
-        raise UserError(f'{str(path)!r} cannot be read as a checkpoint: {str(e).splitlines()[0] if str(e) else e!r}')
+        raise UserError(f'{str(path)!r} cannot be read as a checkpoint: {shortened(e)}') from None
     missing = [key for key in ('arch', 'model_args', 'state_dict') if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f'{str(path)!r} is no checkpoint that train.py wrote: it has no {", ".join(missing)}.')

@@ -1,7 +1,7 @@
 """What every exit of a network gets right."""
 
 from contextlib import nullcontext
-from typing import Any, ContextManager, Iterable, List, NamedTuple
+from typing import Any, ContextManager, Iterable, List, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +41,11 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-        model: MultiExitModel,
-        loader: Iterable[Any],
-        device: torch.device,
-        autocast: ContextManager = nullcontext(),
-        channels_last: bool = False,
+    model: MultiExitModel,
+    loader: Iterable[Any],
+    device: torch.device,
+    autocast: Optional[ContextManager] = None,
+    channels_last: bool = False,
 ) -> Evaluation:
     """Run all exits over a loader, in evaluation mode.
 
@@ -64,18 +64,20 @@ def evaluate(
         images, target = images.to(device), target.to(device)
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with autocast:
+        with autocast or nullcontext():
             logits = torch.stack(model.forward_exits(images).logits).float()
         ranked = logits.topk(min(5, logits.shape[-1])).indices == target[:, None]
         right = ranked[..., 0]
         losses = [F.cross_entropy(z, target, reduction='sum') for z in logits]
-        totals += torch.stack([
-            right.sum(dim=1),
-            ranked.any(dim=-1).sum(dim=1),
-            torch.stack(losses),
-            (right & ~right[-1]).sum(dim=1),
-        ]).double()
+        totals += torch.stack(
+            [
+                right.sum(dim=1),
+                ranked.any(dim=-1).sum(dim=1),
+                torch.stack(losses),
+                (right & ~right[-1]).sum(dim=1),
+            ]
+        ).double()
         num_samples += len(target)
     model.train(was_training)
-    scale = torch.tensor([100., 100., 1., 100.], dtype=torch.float64, device=device)[:, None] / max(num_samples, 1)
+    scale = torch.tensor([100.0, 100.0, 1.0, 100.0], dtype=torch.float64, device=device)[:, None] / max(num_samples, 1)
     return Evaluation([ExitMetrics(*column) for column in (totals * scale).T.tolist()], num_samples)

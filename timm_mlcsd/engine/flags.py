@@ -2,14 +2,15 @@
 
 import argparse
 import difflib
+import os
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import yaml
 from timm.utils import ParseKwargs
 
+from ..errors import UserError
 from ..losses import CWEM_SUPERVISIONS, DISTILLS
 from ..models import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS
-from .errors import UserError
 
 __all__ = ['parse_args', 'train_parser', 'validate_parser']
 
@@ -24,8 +25,12 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument('data', nargs='?', metavar='DIR', help='path to the data (as --data-dir)')
     group.add_argument('--data-dir', metavar='DIR', help='path to the data')
     group.add_argument(
-        '--dataset', '-d', default='', metavar='NAME',
-        help="type of data as in timm ('' for image folders, hfds/PATH, tfds/NAME, wds/NAME, torch/NAME), or digits")
+        '--dataset',
+        '-d',
+        default='',
+        metavar='NAME',
+        help="type of data as in timm ('' for image folders, hfds/PATH, tfds/NAME, wds/NAME, torch/NAME), or digits",
+    )
     group.add_argument('--dataset-download', action='store_true', help='let torch/, tfds/ and hfids/ data download')
     group.add_argument('--dataset-trust-remote-code', action='store_true', help='let a Hub data set run its code')
     group.add_argument('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
@@ -40,7 +45,9 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument('--std', type=float, nargs='+', default=None, help='channel standard deviations')
     group.add_argument('--interpolation', default='', help='resize interpolation (default: model)')
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N')
-    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='loader processes (default: 4)')
+    group.add_argument(
+        '-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N', help='loader processes'
+    )
     group.add_argument('--pin-mem', action='store_true', help='pin CPU memory for the transfer to a GPU')
     return group
 
@@ -52,41 +59,59 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'))
     group.add_argument('--channels-last', action='store_true', help='use that memory layout')
     group.add_argument(
-        '--torchcompile', nargs='?', default=None, const='inductor', metavar='BACKEND', help='use torch.compile')
+        '--torchcompile', nargs='?', default=None, const='inductor', metavar='BACKEND', help='use torch.compile'
+    )
     group.add_argument('--torchcompile-mode', default=None)
 
 
 def train_parser() -> argparse.ArgumentParser:
     """The flags of train.py."""
     parser = argparse.ArgumentParser(
-        prog='train.py', description='Train a multi-exit network', allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        prog='train.py',
+        description='Train a multi-exit network',
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file with flags; the command line wins')
 
     group = _add_data_flags(parser)
     group.add_argument('--train-split', default='train', metavar='NAME', help='split to train on')
     group.add_argument(
-        '--val-split', default=None, metavar='NAME',
-        help='split that chooses the best epoch (default: held out of the train split, see --val-fraction)')
+        '--val-split',
+        default=None,
+        metavar='NAME',
+        help='split that chooses the best epoch (default: held out of the train split, see --val-fraction)',
+    )
     group.add_argument(
-        '--val-fraction', type=float, default=0.1, metavar='F', help='share of the train split that is held out')
+        '--val-fraction', type=float, default=0.1, metavar='F', help='share of the train split that is held out'
+    )
     group.add_argument('--val-seed', type=int, default=0, metavar='N', help='seed of that choice')
     group.add_argument('-vb', '--validation-batch-size', type=int, default=None, metavar='N')
 
     group = parser.add_argument_group('Model')
     group.add_argument('--model', default='mlcsd_resnet18', metavar='NAME', help='a multi-exit model')
     group.add_argument(
-        '--exits', type=_exits, default=8, metavar='N',
-        help='number of exits, or comma-separated modules to tap; 1 is the plain backbone')
+        '--exits',
+        type=_exits,
+        default=8,
+        metavar='N',
+        help='number of exits, or comma-separated modules to tap; 1 is the plain backbone',
+    )
     group.add_argument('--exit-head', default=DEFAULT_EXIT_HEAD, choices=tuple(EXIT_HEADS))
     group.add_argument('--exit-pool', default=DEFAULT_EXIT_POOL, choices=EXIT_POOLS)
     group.add_argument('--small-input', action='store_true', help='take the first two downsamplings out')
     group.add_argument(
-        '--pretrained-backbone', nargs='?', default=False, const=True, metavar='TAG',
-        help="start from timm's weights for the backbone")
+        '--pretrained-backbone',
+        nargs='?',
+        default=False,
+        const=True,
+        metavar='TAG',
+        help="start from timm's weights for the backbone",
+    )
     group.add_argument('--pretrained', action='store_true', help='start from multi-exit weights (hf-hub: models)')
     group.add_argument(
-        '--initial-checkpoint', default='', metavar='PATH', help='start from this: a plain backbone or a multi-exit one')
+        '--initial-checkpoint', default='', metavar='PATH', help='weights to start from, of all or of the backbone'
+    )
     group.add_argument('--num-classes', type=int, default=None, metavar='N', help='(default: of the data)')
     group.add_argument('--gp', default=None, metavar='POOL', help="the backbone's global pool")
     group.add_argument('--grad-checkpointing', action='store_true', help='recompute blocks in the backward pass')
@@ -97,12 +122,13 @@ def train_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('Distillation')
     group.add_argument('--distill', default='all-for-all', choices=DISTILLS)
-    group.add_argument('--alpha', type=float, default=5., help='weight of the logit distillation L_KD')
-    group.add_argument('--beta', type=float, default=10., help='weight of the feature distillation L_HT')
-    group.add_argument('--gamma', type=float, default=1., help='weight of the classification loss L_CLS')
-    group.add_argument('--temperature', type=float, default=4.)
+    group.add_argument('--alpha', type=float, default=5.0, help='weight of the logit distillation L_KD')
+    group.add_argument('--beta', type=float, default=10.0, help='weight of the feature distillation L_HT')
+    group.add_argument('--gamma', type=float, default=1.0, help='weight of the classification loss L_CLS')
+    group.add_argument('--temperature', type=float, default=4.0)
     group.add_argument(
-        '--distill-warmup-epochs', type=int, default=0, metavar='N', help='epochs over which alpha and beta grow from 0')
+        '--distill-warmup-epochs', type=int, default=0, metavar='N', help='epochs in which alpha and beta grow from 0'
+    )
     group.add_argument('--exit-weights', type=float, nargs='+', default=None, metavar='W', help='one per exit')
     group.add_argument('--cwem-supervision', default='ce', choices=CWEM_SUPERVISIONS, help='what trains the CWEM')
 
@@ -131,7 +157,7 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--lr-cycle-limit', type=int, default=1)
     group.add_argument('--lr-k-decay', type=float, default=1.0)
     group.add_argument('--warmup-lr', type=float, default=1e-5)
-    group.add_argument('--min-lr', type=float, default=0.)
+    group.add_argument('--min-lr', type=float, default=0.0)
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270])
     group.add_argument('--decay-epochs', type=float, default=90)
     group.add_argument('--decay-rate', '--dr', type=float, default=0.1)
@@ -143,23 +169,26 @@ def train_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('Augmentation')
     group.add_argument('--no-aug', action='store_true')
     group.add_argument(
-        '--train-crop-mode', default=None, choices=('rrc', 'rkrc', 'rkrr', 'pad4'),
-        help="timm's crops, or pad4: 4 pixels at every side, then a random crop, as is usual for CIFAR")
+        '--train-crop-mode',
+        default=None,
+        choices=('rrc', 'rkrc', 'rkrr', 'pad4'),
+        help="timm's crops, or pad4: 4 pixels at every side, then a random crop, as is usual for CIFAR",
+    )
     group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0])
-    group.add_argument('--ratio', type=float, nargs=2, default=[3. / 4., 4. / 3.])
+    group.add_argument('--ratio', type=float, nargs=2, default=[3.0 / 4.0, 4.0 / 3.0])
     group.add_argument('--hflip', type=float, default=0.5)
-    group.add_argument('--vflip', type=float, default=0.)
+    group.add_argument('--vflip', type=float, default=0.0)
     group.add_argument('--color-jitter', type=float, default=0.4)
     group.add_argument('--color-jitter-prob', type=float, default=None)
-    group.add_argument('--grayscale-prob', type=float, default=0.)
-    group.add_argument('--gaussian-blur-prob', type=float, default=0.)
+    group.add_argument('--grayscale-prob', type=float, default=0.0)
+    group.add_argument('--gaussian-blur-prob', type=float, default=0.0)
     group.add_argument('--aa', default=None, metavar='NAME', help='AutoAugment policy')
-    group.add_argument('--reprob', type=float, default=0., help='random erasing probability')
+    group.add_argument('--reprob', type=float, default=0.0, help='random erasing probability')
     group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'))
     group.add_argument('--recount', type=int, default=1)
     group.add_argument('--train-interpolation', default='random')
-    group.add_argument('--mixup', type=float, default=0.)
-    group.add_argument('--cutmix', type=float, default=0.)
+    group.add_argument('--mixup', type=float, default=0.0)
+    group.add_argument('--cutmix', type=float, default=0.0)
     group.add_argument('--cutmix-minmax', type=float, nargs=2, default=None)
     group.add_argument('--mixup-prob', type=float, default=1.0)
     group.add_argument('--mixup-switch-prob', type=float, default=0.5)
@@ -183,7 +212,7 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--seed', type=int, default=42)
     group.add_argument('--output', default='./output/train', metavar='DIR')
     group.add_argument('--experiment', default='', metavar='NAME', help='sub-folder (default: time and model)')
-    group.add_argument('--resume', default='', metavar='PATH', help='go on from a checkpoint, or from the last of a run')
+    group.add_argument('--resume', default='', metavar='PATH', help='go on from a checkpoint, or from a run')
     group.add_argument('--no-resume-opt', action='store_true', help='resume weights only')
     group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='numbered checkpoints to keep')
     group.add_argument('--log-interval', type=int, default=50, metavar='N', help='batches between updates of the bar')
@@ -193,13 +222,17 @@ def train_parser() -> argparse.ArgumentParser:
 def validate_parser() -> argparse.ArgumentParser:
     """The flags of validate.py."""
     parser = argparse.ArgumentParser(
-        prog='validate.py', description='What every exit of a network costs and gets right', allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        prog='validate.py',
+        description='What every exit of a network costs and gets right',
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file with flags; the command line wins')
     group = _add_data_flags(parser)
     group.add_argument('--split', default='validation', metavar='NAME', help='split to evaluate on')
     group.add_argument(
-        '--held-out', action='store_true', help='evaluate on what training held out of its train split instead')
+        '--held-out', action='store_true', help='evaluate on what training held out of its train split instead'
+    )
     group = parser.add_argument_group('Model')
     group.add_argument('--checkpoint', default='', metavar='PATH', help='a checkpoint of train.py')
     group.add_argument('--model', default='', metavar='NAME', help='or a model: hf-hub:REPO or local-dir:PATH')
@@ -232,8 +265,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
 
 def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
     """Spell a YAML config as command line arguments, so that types and choices are checked like any flag's."""
-    flags: Dict[str, Tuple[str, argparse.Action]] = {
-        a.dest: (a.option_strings[-1], a) for a in parser._actions if a.option_strings and a.dest not in ('help', 'config')}
+    actions = [a for a in parser._actions if a.option_strings and a.dest not in ('help', 'config')]
+    flags: Dict[str, Tuple[str, argparse.Action]] = {a.dest: (a.option_strings[-1], a) for a in actions}
     try:
         with open(path) as f:
             config = yaml.safe_load(f) or {}
@@ -250,7 +283,8 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
             near = difflib.get_close_matches(dest, flags, n=3)
             raise UserError(
                 f'--config {path!r}: no flag has the name {key!r}'
-                + (f'; near names: {", ".join(near)}.' if near else '; --help lists them.'))
+                + (f'; near names: {", ".join(near)}.' if near else '; --help lists them.')
+            )
         argv += _spell(*flags[dest], value, path)
     return argv
 

@@ -9,7 +9,7 @@ from timm.data import FastCollateMixup, create_dataset, create_loader
 from torch.utils.data import Dataset, IterableDataset
 
 from ..data import DigitsDataset, PadCrop, TransformSubset, hold_out
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ['class_names', 'eval_loader', 'load_dataset', 'mixup_active', 'train_and_val_datasets', 'train_loader']
 
@@ -53,7 +53,8 @@ def load_dataset(args: argparse.Namespace, split: str, is_training: bool = False
     except (OSError, ValueError, KeyError, AssertionError, RuntimeError, TypeError) as e:
         reason = str(e) or type(e).__name__
         raise UserError(
-            f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read: {reason}') from None
+            f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read: {reason}'
+        ) from None
 
 
 def class_names(dataset: Dataset) -> Optional[List[str]]:
@@ -78,10 +79,11 @@ def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, 
         return train, load_dataset(args, args.val_split), record
     if isinstance(train, IterableDataset):
         raise UserError(f'--dataset {args.dataset!r} is a stream, nothing can be held out of it: name a --val-split.')
-    if not 0. < args.val_fraction < 1.:
+    if not 0.0 < args.val_fraction < 1.0:
         raise UserError(
             f'--val-fraction {args.val_fraction} must lie between 0 and 1: the held-out part chooses the best epoch. '
-            f'To train on the whole split, name a --val-split.')
+            f'To train on the whole split, name a --val-split.'
+        )
     kept, held = hold_out(len(train), args.val_fraction, args.val_seed)
     record.update(val_fraction=args.val_fraction, val_seed=args.val_seed, val_indices=torch.tensor(held))
     return TransformSubset(train, kept), TransformSubset(train, held), record
@@ -92,11 +94,11 @@ def mixup_active(args: argparse.Namespace) -> bool:
 
 
 def train_loader(
-        args: argparse.Namespace,
-        dataset: Dataset,
-        data_config: Dict[str, Any],
-        num_classes: int,
-        device: torch.device,
+    args: argparse.Namespace,
+    dataset: Dataset,
+    data_config: Dict[str, Any],
+    num_classes: int,
+    device: torch.device,
 ) -> Any:
     """Batches to train on: augmented, normalised, on the device."""
     mixup = None
@@ -150,11 +152,11 @@ def train_loader(
 
 
 def eval_loader(
-        args: argparse.Namespace,
-        dataset: Dataset,
-        data_config: Dict[str, Any],
-        device: torch.device,
-        batch_size: Optional[int] = None,
+    args: argparse.Namespace,
+    dataset: Dataset,
+    data_config: Dict[str, Any],
+    device: torch.device,
+    batch_size: Optional[int] = None,
 ) -> Any:
     """Batches to evaluate on: resized and centre-cropped, normalised, on the device."""
     return create_loader(

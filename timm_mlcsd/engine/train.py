@@ -9,16 +9,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, ContextManager, Dict, Optional, Sequence
 
-import timm
 import torch
 import yaml
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import NativeScaler, dispatch_clip_grad, random_seed, setup_default_logging, trim_summary, update_summary
-from torch import nn
+from timm.utils import (
+    NativeScaler,
+    dispatch_clip_grad,
+    random_seed,
+    setup_default_logging,
+    trim_summary,
+    update_summary,
+)
 from tqdm import tqdm
 
+from ..errors import UserError, run_script, shortened
 from ..task import MLCSDTask
 from .build import (
     autocast_of,
@@ -29,7 +35,6 @@ from .build import (
     resolve_device,
 )
 from .checkpoint import CheckpointSaver, load_checkpoint
-from .errors import UserError, run_script
 from .evaluate import Evaluation, evaluate
 from .flags import parse_args, train_parser
 from .loaders import class_names, eval_loader, train_and_val_datasets, train_loader
@@ -68,7 +73,8 @@ def train(args: argparse.Namespace) -> Path:
 
     model_args = model_args_of(args, num_classes)
     model = build_model(
-        args.model, pretrained=args.pretrained, pretrained_backbone=args.pretrained_backbone, **model_args)
+        args.model, pretrained=args.pretrained, pretrained_backbone=args.pretrained_backbone, **model_args
+    )
     data_config = resolve_data_config(vars(args), model=model)
     try:
         model.check_input_size(*data_config['input_size'][1:])
@@ -101,7 +107,8 @@ def train(args: argparse.Namespace) -> Path:
     val_batches = eval_loader(args, val_data, data_config, device, args.validation_batch_size)
     updates_per_epoch = math.ceil(len(batches) / args.grad_accum_steps)
     scheduler, num_epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(args, decreasing_metric=False), updates_per_epoch=updates_per_epoch)
+        optimizer, **scheduler_kwargs(args, decreasing_metric=False), updates_per_epoch=updates_per_epoch
+    )
     if start_epoch:
         scheduler.step_update(start_epoch * updates_per_epoch)
         scheduler.step(start_epoch)
@@ -114,25 +121,27 @@ def train(args: argparse.Namespace) -> Path:
     board = _tensorboard(out_dir)
     _logger.info(
         f'{args.model}: {model.num_exits} exits, {num_classes} classes, {len(train_data)} images to train on, '
-        f'{len(val_data)} to choose the best epoch, output in {out_dir}')
+        f'{len(val_data)} to choose the best epoch, output in {out_dir}'
+    )
 
     for epoch in range(start_epoch, num_epochs):
         # each epoch has a seed of its own, so that a resumed run sees what an uninterrupted one would have seen
-        random_seed((args.seed + 1_000_003 * epoch) % 2 ** 32)
+        random_seed((args.seed + 1_000_003 * epoch) % 2**32)
         if args.mixup_off_epoch and epoch >= args.mixup_off_epoch and batches.mixup_enabled:
             batches.mixup_enabled = False
         warmup = args.distill_warmup_epochs
-        task.criterion.set_distill_scale(min(1., epoch / warmup) if warmup else 1.)
+        task.criterion.set_distill_scale(min(1.0, epoch / warmup) if warmup else 1.0)
         train_metrics = _train_epoch(
-            epoch, task, batches, optimizer, scheduler, scaler, autocast, args, epoch * updates_per_epoch)
-        result = evaluate(
-            task.get_eval_model(ema=args.model_ema), val_batches, device, autocast, args.channels_last)
+            epoch, task, batches, optimizer, scheduler, scaler, autocast, args, epoch * updates_per_epoch
+        )
+        result = evaluate(task.get_eval_model(ema=args.model_ema), val_batches, device, autocast, args.channels_last)
         lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
         scheduler.step(epoch + 1, result.mean_top1)
 
         eval_metrics = _summary_of(result)
         update_summary(
-            epoch, train_metrics, eval_metrics, filename=str(summary), lr=lr, write_header=not summary.exists())
+            epoch, train_metrics, eval_metrics, filename=str(summary), lr=lr, write_header=not summary.exists()
+        )
         if board:
             for name, value in dict(train_metrics, lr=lr, **{f'val_{k}': v for k, v in eval_metrics.items()}).items():
                 board.add_scalar(name, value, epoch)
@@ -157,7 +166,8 @@ def train(args: argparse.Namespace) -> Path:
         accuracies = ' '.join(f'Ex{k} {e.top1:.1f}' for k, e in enumerate(result.exits, 1))
         _logger.info(
             f'epoch {epoch}: loss {train_metrics["loss"]:.3f}, validation mean top-1 {result.mean_top1:.2f}'
-            f'{" (best)" if is_best else ""}: {accuracies}')
+            f'{" (best)" if is_best else ""}: {accuracies}'
+        )
     if board:
         board.close()
     _logger.info(f'Best validation mean top-1 {saver.best_metric:.2f}, in {out_dir / "model_best.pth.tar"}')
@@ -172,15 +182,15 @@ def _create_optimizer(args: argparse.Namespace, task: MLCSDTask) -> torch.optim.
 
 
 def _train_epoch(
-        epoch: int,
-        task: MLCSDTask,
-        batches: Any,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        scaler: Optional[NativeScaler],
-        autocast: ContextManager,
-        args: argparse.Namespace,
-        num_updates: int,
+    epoch: int,
+    task: MLCSDTask,
+    batches: Any,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    scaler: Optional[NativeScaler],
+    autocast: ContextManager,
+    args: argparse.Namespace,
+    num_updates: int,
 ) -> Dict[str, float]:
     """One pass over the training data; returns the mean loss and its parts."""
     task.train()
@@ -203,8 +213,13 @@ def _train_epoch(
         loss = result['loss'] / group_size
         if scaler:
             scaler(
-                loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
-                parameters=task.get_clip_parameters(), need_update=need_update)
+                loss,
+                optimizer,
+                clip_grad=args.clip_grad,
+                clip_mode=args.clip_mode,
+                parameters=task.get_clip_parameters(),
+                need_update=need_update,
+            )
         else:
             loss.backward()
             if need_update:
@@ -222,13 +237,14 @@ def _train_epoch(
         seen += len(target)
         for name, value in result.items():
             if isinstance(value, torch.Tensor) and value.ndim == 0:
-                totals[name] = totals.get(name, 0.) + value.detach()
+                totals[name] = totals.get(name, 0.0) + value.detach()
         if is_last or (i + 1) % args.log_interval == 0:
             mean_loss = (totals['loss'] / (i + 1)).item()
             if not math.isfinite(mean_loss):
                 raise UserError(
                     f'the loss is {mean_loss} at epoch {epoch}, batch {i}: try a smaller --lr, --clip-grad, or '
-                    f'--distill-warmup-epochs; the checkpoints of finished epochs are kept.')
+                    f'--distill-warmup-epochs; the checkpoints of finished epochs are kept.'
+                )
             accuracy = ' '.join(f'{a:.1f}' for a in (100 * right / seen).tolist())
             bar.set_postfix_str(f'loss {mean_loss:.3f}, top-1 per exit {accuracy}')
     return OrderedDict((name, (total / len(batches)).item()) for name, total in totals.items())
@@ -255,11 +271,11 @@ def _check_same_run(checkpoint: Dict[str, Any], identity: Dict[str, Any]) -> Non
 
 
 def _resume(
-        checkpoint: Dict[str, Any],
-        task: MLCSDTask,
-        optimizer: torch.optim.Optimizer,
-        scaler: Optional[NativeScaler],
-        args: argparse.Namespace,
+    checkpoint: Dict[str, Any],
+    task: MLCSDTask,
+    optimizer: torch.optim.Optimizer,
+    scaler: Optional[NativeScaler],
+    args: argparse.Namespace,
 ) -> Sequence[Any]:
     """Put the state of a checkpoint back; returns the epoch to start with and the best metric so far."""
     try:
@@ -274,7 +290,7 @@ def _resume(
             if scaler and NativeScaler.state_dict_key in checkpoint:
                 scaler.load_state_dict(checkpoint[NativeScaler.state_dict_key])
     except (RuntimeError, ValueError, KeyError) as e:
-        raise UserError(f'--resume {args.resume!r} does not fit these flags: {" ".join(str(e).split())[:300]}') from None
+        raise UserError(f'--resume {args.resume!r} does not fit these flags: {shortened(e)}') from None
     _logger.info(f'Resuming after epoch {checkpoint["epoch"]}')
     return checkpoint['epoch'] + 1, checkpoint['best_metric']
 

@@ -42,8 +42,8 @@ class CWEM(nn.Module):
     def __init__(self, num_exits: int, feature_dim: int):
         super().__init__()
         self.num_exits = num_exits
-        self.conv = nn.Conv1d(num_exits * feature_dim, num_exits ** 2, 1, groups=num_exits, bias=False)
-        self.norm = nn.BatchNorm1d(num_exits ** 2)
+        self.conv = nn.Conv1d(num_exits * feature_dim, num_exits**2, 1, groups=num_exits, bias=False)
+        self.norm = nn.BatchNorm1d(num_exits**2)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """Map max-pooled features [B, K, D] to mixing weights [B, K, K] whose rows sum to 1."""
@@ -96,25 +96,26 @@ class MLCSDLoss(nn.Module):
     """
 
     def __init__(
-            self,
-            num_exits: int,
-            feature_dim: Union[int, Sequence[int]],
-            *,
-            alpha: float = 5.,
-            beta: float = 10.,
-            gamma: float = 1.,
-            temperature: float = 4.,
-            cls_loss: Optional[nn.Module] = None,
-            exit_weights: Optional[Sequence[float]] = None,
-            distill: str = 'all-for-all',
-            cwem_supervision: str = 'ce',
+        self,
+        num_exits: int,
+        feature_dim: Union[int, Sequence[int]],
+        *,
+        alpha: float = 5.0,
+        beta: float = 10.0,
+        gamma: float = 1.0,
+        temperature: float = 4.0,
+        cls_loss: Optional[nn.Module] = None,
+        exit_weights: Optional[Sequence[float]] = None,
+        distill: str = 'all-for-all',
+        cwem_supervision: str = 'ce',
     ):
         super().__init__()
         if distill not in DISTILLS:
             raise ValueError(f'distill={distill!r} is unknown; choose one of {", ".join(DISTILLS)}.')
         if cwem_supervision not in CWEM_SUPERVISIONS:
             raise ValueError(
-                f'cwem_supervision={cwem_supervision!r} is unknown; choose one of {", ".join(CWEM_SUPERVISIONS)}.')
+                f'cwem_supervision={cwem_supervision!r} is unknown; choose one of {", ".join(CWEM_SUPERVISIONS)}.'
+            )
         for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
             if value < 0:
                 raise ValueError(f'{name}={value} must not be negative; 0 switches the term off.')
@@ -123,9 +124,10 @@ class MLCSDLoss(nn.Module):
         if isinstance(cls_loss, JsdCrossEntropy):
             raise ValueError(
                 'cls_loss=JsdCrossEntropy compares augmented copies of each image across the batch, while the '
-                'teachers and their targets are per image; use a loss without augmentation splits.')
+                'teachers and their targets are per image; use a loss without augmentation splits.'
+            )
         if exit_weights is None:
-            exit_weights = [1.] * num_exits
+            exit_weights = [1.0] * num_exits
         if len(exit_weights) != num_exits:
             raise ValueError(f'exit_weights has {len(exit_weights)} numbers for {num_exits} exits.')
         dims = [feature_dim] * num_exits if isinstance(feature_dim, int) else list(feature_dim)
@@ -156,17 +158,18 @@ class MLCSDLoss(nn.Module):
                 self.mixer.norm.requires_grad_(cwem_supervision != 'none')
             if len(set(dims)) > 1:
                 self.projections.extend(
-                    nn.Identity() if dim == dims[-1] else nn.Conv2d(dim, dims[-1], 1, bias=False) for dim in dims)
+                    nn.Identity() if dim == dims[-1] else nn.Conv2d(dim, dims[-1], 1, bias=False) for dim in dims
+                )
 
     def set_distill_scale(self, scale: float) -> None:
         """Scale alpha and beta, from 0 to 1, as a warm-up does."""
         self.distill_scale.fill_(scale)
 
     def forward(
-            self,
-            output: Sequence[Sequence[torch.Tensor]],
-            target: torch.Tensor,
-            return_components: bool = False,
+        self,
+        output: Sequence[Sequence[torch.Tensor]],
+        target: torch.Tensor,
+        return_components: bool = False,
     ) -> Union[torch.Tensor, Dict[str, torch.Tensor]]:
         """Compute the loss.
 
@@ -186,7 +189,8 @@ class MLCSDLoss(nn.Module):
         if len(logits) != self.num_exits:
             raise ValueError(
                 f'output has {len(logits)} exits, the loss was made for num_exits={self.num_exits}; in eval mode a '
-                f'model gives one tensor, use model.train() or model.forward_exits(images).')
+                f'model gives one tensor, use model.train() or model.forward_exits(images).'
+            )
         with torch.autocast(logits[0].device.type, enabled=False):
             logits = [_at_least_float32(z) for z in logits]
             parts = {'cls': sum(w * self.cls_loss(z, target) for w, z in zip(self.exit_weights, logits))}
@@ -194,7 +198,7 @@ class MLCSDLoss(nn.Module):
             if self.mixer is not None:
                 parts.update(self._distill(torch.stack(logits, dim=1), features, target))
                 distill_loss = sum(w * parts[n] for n, w in (('kd', self.alpha), ('ht', self.beta)) if n in parts)
-                loss = loss + self.distill_scale * distill_loss + parts.get('cwem', 0.)
+                loss = loss + self.distill_scale * distill_loss + parts.get('cwem', 0.0)
         return dict(loss=loss, **parts) if return_components else loss
 
     def mixing_weights(self, output: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
@@ -213,10 +217,10 @@ class MLCSDLoss(nn.Module):
         return torch.stack([f if f.shape[-2:] == size else F.adaptive_avg_pool2d(f, size) for f in features], dim=1)
 
     def _distill(
-            self,
-            logits: torch.Tensor,
-            features: Sequence[torch.Tensor],
-            target: torch.Tensor,
+        self,
+        logits: torch.Tensor,
+        features: Sequence[torch.Tensor],
+        target: torch.Tensor,
     ) -> Dict[str, torch.Tensor]:
         parts = {}
         features = self._align(features)
@@ -238,7 +242,7 @@ class MLCSDLoss(nn.Module):
         log_p = F.log_softmax(logits / self.temperature, dim=-1)
         log_t = F.log_softmax(teacher / self.temperature, dim=-1)
         divergence = F.kl_div(log_p, log_t, reduction='none', log_target=True).sum(dim=-1)
-        return self.temperature ** 2 * (self.exit_weights @ divergence.mean(dim=0))
+        return self.temperature**2 * (self.exit_weights @ divergence.mean(dim=0))
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -16,5 +16,5 @@ class LastExit(nn.Module):
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         batch_size, num_exits, _ = pooled.shape
         weights = pooled.new_zeros(batch_size, num_exits, num_exits)
-        weights[..., -1] = 1.
+        weights[..., -1] = 1.0
         return weights

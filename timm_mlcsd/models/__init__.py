@@ -1,10 +1,10 @@
 """Every network: the protocol, the exits of a timm backbone, the registered names."""
 
-from . import registry as registry  # registers mlcsd_* with timm
 from .backbone import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, MultiExitBackbone, create_multi_exit
 from .heads import EXIT_HEADS, EXIT_POOLS, ExitHead
 from .meta import OnMeta
 from .multi_exit import MultiExitModel, MultiExitOutput
+from .registry import create_named  # registers mlcsd_* with timm
 
 __all__ = [
     'DEFAULT_EXIT_HEAD',
@@ -17,4 +17,5 @@ __all__ = [
     'MultiExitOutput',
     'OnMeta',
     'create_multi_exit',
+    'create_named',
 ]

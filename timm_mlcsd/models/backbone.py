@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from timm.models import checkpoint_seq, group_parameters
 
+from ..errors import shortened
 from .chain import Leaf, trace_chain
 from .heads import ExitHead
 from .multi_exit import MultiExitModel
@@ -24,13 +25,13 @@ DEFAULT_EXIT_POOL = 'max'
 
 
 def create_multi_exit(
-        backbone: Union[str, nn.Module],
-        exits: Union[int, Sequence[str]] = 8,
-        exit_head: str = DEFAULT_EXIT_HEAD,
-        exit_pool: str = DEFAULT_EXIT_POOL,
-        small_input: bool = False,
-        pretrained_backbone: Union[bool, str] = False,
-        **kwargs: Any,
+    backbone: Union[str, nn.Module],
+    exits: Union[int, Sequence[str]] = 8,
+    exit_head: str = DEFAULT_EXIT_HEAD,
+    exit_pool: str = DEFAULT_EXIT_POOL,
+    small_input: bool = False,
+    pretrained_backbone: Union[bool, str] = False,
+    **kwargs: Any,
 ) -> 'MultiExitBackbone':
     """Turn a timm model into a multi-exit network.
 
@@ -64,7 +65,8 @@ def create_multi_exit(
     if small_input and pretrained_backbone:
         _logger.warning(
             'small_input=True with pretrained weights: a large stem conv is new and untrained, and the rest was '
-            'trained at a quarter of the resolution that it now works at.')
+            'trained at a quarter of the resolution that it now works at.'
+        )
     return MultiExitBackbone(backbone, exits, exit_head, exit_pool, small_input)
 
 
@@ -82,12 +84,12 @@ class MultiExitBackbone(MultiExitModel):
     """
 
     def __init__(
-            self,
-            backbone: nn.Module,
-            exits: Union[int, Sequence[str]] = 8,
-            exit_head: str = DEFAULT_EXIT_HEAD,
-            exit_pool: str = DEFAULT_EXIT_POOL,
-            small_input: bool = False,
+        self,
+        backbone: nn.Module,
+        exits: Union[int, Sequence[str]] = 8,
+        exit_head: str = DEFAULT_EXIT_HEAD,
+        exit_pool: str = DEFAULT_EXIT_POOL,
+        small_input: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
@@ -102,25 +104,27 @@ class MultiExitBackbone(MultiExitModel):
         taps = place_exits(leaves, [info['module'] for info in backbone.feature_info], exits)
         last = leaves[taps[-1]]
         starts = [0] + [tap + 1 for tap in taps[:-1]]
-        self._stages = [[leaf.name for leaf in leaves[i:tap + 1]] for i, tap in zip(starts, taps)]
+        self._stages = [[leaf.name for leaf in leaves[i : tap + 1]] for i, tap in zip(starts, taps)]
         self._blocks = {leaf.name for leaf in leaves if leaf.is_block}
-        self._tail = [leaf.name for leaf in leaves[taps[-1] + 1:]]
+        self._tail = [leaf.name for leaf in leaves[taps[-1] + 1 :]]
         self.exit_names = [leaves[tap].name for tap in taps]
         self.num_exits = len(taps)
         self.feature_dim = last.shape[1]
         self.reduction = probe_size[-1] // last.shape[-1]
-        self.heads = nn.ModuleList([
-            ExitHead(
-                _widths_below(leaves[tap], leaves[:taps[-1] + 1]),
-                self.feature_dim,
-                backbone.num_classes,
-                exit_head,
-                exit_pool,
-                device=weight.device,
-                dtype=weight.dtype,
-            )
-            for tap in taps[:-1]
-        ])
+        self.heads = nn.ModuleList(
+            [
+                ExitHead(
+                    _widths_below(leaves[tap], leaves[: taps[-1] + 1]),
+                    self.feature_dim,
+                    backbone.num_classes,
+                    exit_head,
+                    exit_pool,
+                    device=weight.device,
+                    dtype=weight.dtype,
+                )
+                for tap in taps[:-1]
+            ]
+        )
 
     def run_stage(self, k: int, state: torch.Tensor) -> torch.Tensor:
         for name in self._stages[k]:
@@ -146,7 +150,8 @@ class MultiExitBackbone(MultiExitModel):
             small = '' if self.reduction < 32 else ', or small_input=True (a quarter of the reduction)'
             raise ValueError(
                 f'image size {height}x{width} is too small: the network reduces {self.reduction} times; '
-                f'use at least {self.reduction}x{self.reduction}{small}.')
+                f'use at least {self.reduction}x{self.reduction}{small}.'
+            )
 
     # timm's model contract: the backbone's own, as if it had no exits
 
@@ -223,16 +228,11 @@ class MultiExitBackbone(MultiExitModel):
         """
         prefix = 'backbone.'
         if any(name.startswith(prefix) for name in state_dict):
-            state_dict = {n[len(prefix):]: t for n, t in state_dict.items() if n.startswith(prefix)}
+            state_dict = {n[len(prefix) :]: t for n, t in state_dict.items() if n.startswith(prefix)}
         try:
             self.backbone.load_state_dict(state_dict)
         except RuntimeError as e:
-            raise ValueError(f'these are weights of another network than the backbone: {_first_lines(e)}') from None
-
-
-def _first_lines(error: Exception, length: int = 300) -> str:
-    text = ' '.join(str(error).split())
-    return text if len(text) <= length else f'{text[:length]} ...'
+            raise ValueError(f'these are weights of another network than the backbone: {shortened(e)}') from None
 
 
 def _trace(backbone: nn.Module, probe_size: Sequence[int]) -> List[Leaf]:
@@ -240,7 +240,8 @@ def _trace(backbone: nn.Module, probe_size: Sequence[int]) -> List[Leaf]:
     if leaves is None or not hasattr(backbone, 'feature_info') or any(len(leaf.shape) != 4 for leaf in leaves):
         raise ValueError(
             f'{type(backbone).__name__} does not run as a plain chain of modules with NCHW maps, so it cannot be cut '
-            f'into stages yet; ResNets, MobileNetV2 and their relatives can.')
+            f'into stages yet; ResNets, MobileNetV2 and their relatives can.'
+        )
     return leaves
 
 

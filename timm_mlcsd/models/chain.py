@@ -40,7 +40,7 @@ class _CallRecord:
     def __init__(self, name: str, module: nn.Module):
         self.name = name
         self.module = module
-        self.children: List['_CallRecord'] = []
+        self.children: List[_CallRecord] = []
         self.input: Optional[torch.Tensor] = None
         self.output: Optional[torch.Tensor] = None
         self.input_version = self.input_version_after = self.output_version = 0
@@ -61,8 +61,10 @@ def trace_chain(backbone: nn.Module, input_size: Sequence[int]) -> Optional[List
     stack = [root]
     names = {module: name for name, module in backbone.named_modules()}
     in_list = {
-        child for module in backbone.modules()
-        if isinstance(module, (nn.Sequential, nn.ModuleList)) for child in module.children()
+        child
+        for module in backbone.modules()
+        if isinstance(module, (nn.Sequential, nn.ModuleList))
+        for child in module.children()
     }
     counter = FlopCounterMode(display=False)
 

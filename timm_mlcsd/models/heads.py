@@ -78,14 +78,14 @@ class ExitHead(nn.Module):
     """
 
     def __init__(
-            self,
-            widths: Sequence[int],
-            feature_dim: int,
-            num_classes: int,
-            kind: str,
-            pool: str,
-            device=None,
-            dtype=None,
+        self,
+        widths: Sequence[int],
+        feature_dim: int,
+        num_classes: int,
+        kind: str,
+        pool: str,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -105,8 +105,7 @@ class ExitHead(nn.Module):
 
     def reset_classifier(self, num_classes: int, device=None, dtype=None) -> None:
         """Make a new linear layer for `num_classes`, none for 0."""
-        self.fc = (
-            nn.Linear(self.feature_dim, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity())
+        self.fc = nn.Linear(self.feature_dim, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Map a tap's output [B, C_tap, H_tap, W_tap] to logits [B, C] and feature [B, D, H, W]."""

@@ -8,9 +8,9 @@ __all__ = ['place_exits']
 
 
 def place_exits(
-        leaves: Sequence[Leaf],
-        group_ends: Sequence[str],
-        exits: Union[int, Sequence[str]],
+    leaves: Sequence[Leaf],
+    group_ends: Sequence[str],
+    exits: Union[int, Sequence[str]],
 ) -> List[int]:
     """Choose the taps.
 
@@ -39,7 +39,8 @@ def place_exits(
     if not 1 <= exits <= len(blocks) + 1:
         raise ValueError(
             f'exits={exits} is impossible: this backbone has {len(blocks) + 1} blocks that an exit can follow; '
-            f'choose 1 to {len(blocks) + 1}, or name the taps.')
+            f'choose 1 to {len(blocks) + 1}, or name the taps.'
+        )
     by_group = _by_group(blocks + [last], ends, exits)
     return by_group or _by_macs(leaves, blocks, last, exits)
 
@@ -84,12 +85,13 @@ def _by_name(leaves: Sequence[Leaf], names: Sequence[str], last: int) -> List[in
     for name in names:
         index = _end_of(leaves, name)
         if index is None or index > last:
-            known = ', '.join(leaf.name for leaf in leaves[:last + 1])
+            known = ', '.join(leaf.name for leaf in leaves[: last + 1])
             raise ValueError(f'exits names {name!r}, which is no place to leave this backbone. Choose among: {known}.')
         if index < last and leaves[index + 1].writes_input:
             raise ValueError(
                 f'exits names {name!r}, but the next module ({leaves[index + 1].name}) overwrites that map in place; '
-                f'tap {leaves[index + 1].name!r} instead.')
+                f'tap {leaves[index + 1].name!r} instead.'
+            )
         taps.append(index)
     if taps != sorted(set(taps)):
         raise ValueError(f'exits={list(names)} must be different places in the order in which the backbone runs them.')

@@ -1,21 +1,50 @@
 """``mlcsd_<arch>``: multi-exit networks by name, for ``timm.create_model``."""
 
 import dataclasses
+import difflib
 from functools import partial
 from typing import Any, Callable
 
 import timm
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 
 from .backbone import MultiExitBackbone, create_multi_exit
+from .multi_exit import MultiExitModel
 
-__all__ = []  # timm's register_model adds the names
+__all__ = ['create_named']  # timm's register_model adds the models
 
 PREFIX = 'mlcsd_'
 _ARCHS = ('mobilenetv2_100', 'resnet18', 'resnet34', 'resnet50', 'resnet101')
 
 
-def _multi_exit_cfg(arch: str) -> dataclasses.dataclass:
+def create_named(name: str, **kwargs: Any) -> MultiExitModel:
+    """``timm.create_model`` for multi-exit networks, with helpful errors.
+
+    Args:
+        name: ``mlcsd_<arch>``, ``hf-hub:REPO`` or ``local-dir:PATH``.
+        **kwargs: What ``timm.create_model`` takes.
+
+    Raises:
+        ValueError: There is no such network (the message has near names), or it cannot be made like that.
+    """
+    known = timm.list_models(PREFIX + '*')
+    arch = name.split('.')[0]
+    if ':' not in name and arch not in known:
+        if PREFIX + arch in known:
+            raise ValueError(f'{name!r} has no exits; use {PREFIX}{arch} (exits=1 is the plain backbone).')
+        near = difflib.get_close_matches(arch, known, n=3, cutoff=0.4)
+        hint = f'near names: {", ".join(near)}' if near else f'known: {", ".join(known)}'
+        raise ValueError(f'unknown model {name!r}; {hint}.')
+    try:
+        model = timm.create_model(name, **kwargs)
+    except (TypeError, RuntimeError, AssertionError, OSError) as e:
+        raise ValueError(f'{name} cannot be made: {e}') from e
+    if not isinstance(model, MultiExitModel):
+        raise ValueError(f'{name} is no multi-exit network.')
+    return model
+
+
+def _multi_exit_cfg(arch: str) -> PretrainedCfg:
     """The backbone's cfg without its weights; what the cfg names now lies below ``backbone.``."""
     cfg = get_pretrained_cfg(arch)
     return dataclasses.replace(
@@ -40,7 +69,8 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
             raise ValueError(
                 f'pretrained=True: there are no multi-exit weights for {PREFIX}{arch}. For timm\'s weights in the '
                 f'backbone pass pretrained_backbone=True (or a tag, such as '
-                f'{get_pretrained_cfg(arch).tag!r}); for your own pass checkpoint_path=...')
+                f'{get_pretrained_cfg(arch).tag!r}); for your own pass checkpoint_path=...'
+            )
         # weights that come from the Hub or a folder already hold the backbone's
         if pretrained:
             kwargs.pop('pretrained_backbone', None)

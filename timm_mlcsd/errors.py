@@ -3,11 +3,17 @@
 import sys
 from typing import Callable
 
-__all__ = ['UserError', 'run_script']
+__all__ = ['UserError', 'run_script', 'shortened']
 
 
 class UserError(Exception):
     """What the user asked for cannot be done; the message says what was wrong and what would work."""
+
+
+def shortened(error: Exception, length: int = 300) -> str:
+    """The message of a long error as the start of one line."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else f'{text[:length]} ...'
 
 
 def run_script(prog: str, main: Callable[[], None]) -> None:

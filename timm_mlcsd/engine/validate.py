@@ -1,0 +1,169 @@
+"""What every exit of a trained network costs and gets right: the loop behind validate.py."""
+
+import argparse
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from timm.data import resolve_data_config
+from timm.utils import setup_default_logging
+
+from ..cost import ExitCost, exit_costs
+from ..data import TransformSubset
+from ..errors import UserError, run_script, shortened
+from ..models import MultiExitModel
+from ..report import format_table, plot_accuracy_against_cost
+from .build import autocast_of, build_model, resolve_device
+from .checkpoint import load_checkpoint
+from .evaluate import Evaluation, evaluate
+from .flags import parse_args, validate_parser
+from .loaders import class_names, eval_loader, load_dataset
+
+__all__ = ['main', 'validate']
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Entry point of validate.py and mlcsd-validate."""
+    run_script('validate.py', lambda: validate(parse_args(validate_parser(), argv)))
+
+
+def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
+    """Evaluate all exits as the flags say; print the table, write what was asked for.
+
+    Returns:
+        One dict per exit, in the order of the table.
+
+    Raises:
+        UserError: The flags, the data or the checkpoint don't fit.
+    """
+    setup_default_logging()
+    _check_outputs(args)
+    device = resolve_device(args)
+    checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
+    model = _load_model(args, checkpoint)
+    _data_flags_from(args, checkpoint)
+    data_config = resolve_data_config(vars(args), pretrained_cfg=checkpoint.get('data_config', {}), model=model)
+    try:
+        costs = exit_costs(model, data_config['input_size'])
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+    dataset, split = _load_split(args, checkpoint)
+    names = class_names(getattr(dataset, 'dataset', dataset))
+    if names and len(names) > model.num_classes:
+        raise UserError(f'the data has {len(names)} classes, the model {model.num_classes}: they do not fit.')
+    model.to(device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.torchcompile:
+        model.forward_exits = torch.compile(model.forward_exits, backend=args.torchcompile, mode=args.torchcompile_mode)
+    loader = eval_loader(args, dataset, data_config, device)
+    result = evaluate(model, loader, device, autocast_of(args, device), args.channels_last)
+
+    rows = _rows(model, result, costs)
+    source = args.checkpoint or args.model
+    print(f'{source}: {result.num_samples} images of {split}, input {"x".join(map(str, data_config["input_size"]))}')
+    print(_table(rows, result))
+    if args.results_file:
+        _write_results(Path(args.results_file), rows, result, source, split)
+    if args.plot:
+        points = [(row['macs'] / 1e6, row['top1']) for row in rows]
+        plot_accuracy_against_cost(args.plot, {source: points}, title=f'{source} on {split}')
+    return rows
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Find out before the work whether its results can be written."""
+    if args.results_file and Path(args.results_file).suffix not in ('.csv', '.json'):
+        raise UserError(f'--results-file {args.results_file!r} must end in .csv or .json.')
+    if args.plot and Path(args.plot).suffix != '.png':
+        raise UserError(f'--plot {args.plot!r} must end in .png.')
+    if args.plot and importlib.util.find_spec('matplotlib') is None:
+        raise UserError('--plot needs matplotlib: pip install "timm_mlcsd[plot]".')
+    for path in filter(None, (args.results_file, args.plot)):
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f'{path!r} cannot be written: {e.strerror}.') from None
+
+
+def _load_model(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> MultiExitModel:
+    if bool(args.checkpoint) == bool(args.model):
+        raise UserError('give either --checkpoint PATH (of train.py) or --model hf-hub:REPO|local-dir:PATH.')
+    if args.model:
+        return build_model(args.model, pretrained=True)
+    key = 'state_dict_ema' if args.use_ema else 'state_dict'
+    if key not in checkpoint:
+        raise UserError(f'--use-ema: {args.checkpoint!r} was trained without --model-ema and has no averaged weights.')
+    model = build_model(checkpoint['arch'], **checkpoint['model_args'])
+    try:
+        model.load_state_dict(checkpoint[key])
+    except RuntimeError as e:
+        raise UserError(f'{args.checkpoint!r} does not fit {checkpoint["arch"]}: {shortened(e)}') from None
+    return model
+
+
+def _data_flags_from(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> None:
+    """Where no data is named, take what the network was trained on."""
+    trained = checkpoint.get('args', {})
+    if not args.dataset and not args.data_dir:
+        args.dataset, args.data_dir = trained.get('dataset', ''), trained.get('data_dir')
+        args.class_map = args.class_map or trained.get('class_map', '')
+    for key in ('input_key', 'target_key', 'input_img_mode', 'in_chans'):
+        if getattr(args, key) is None:
+            setattr(args, key, trained.get(key))
+
+
+def _load_split(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Any, str]:
+    if not args.held_out:
+        return load_dataset(args, args.split), args.split
+    if 'val_indices' not in checkpoint:
+        raise UserError('--held-out needs a checkpoint whose training held images out of its train split.')
+    split = checkpoint['train_split']
+    dataset = load_dataset(args, split)
+    indices = checkpoint['val_indices'].tolist()
+    if max(indices) >= len(dataset):
+        raise UserError(f'--held-out: split {split!r} has {len(dataset)} images, fewer than in training.')
+    return TransformSubset(dataset, indices), f'the held-out part of {split}'
+
+
+def _rows(model: MultiExitModel, result: Evaluation, costs: Sequence[ExitCost]) -> List[Dict[str, Any]]:
+    return [
+        dict(exit=f'Ex{k}', tap=tap, **metrics._asdict(), macs=cost.macs, params=cost.params, depth=cost.depth)
+        for k, (tap, metrics, cost) in enumerate(zip(model.exit_names, result.exits, costs), 1)
+    ]
+
+
+def _table(rows: Sequence[Dict[str, Any]], result: Evaluation) -> str:
+    headers = ('Exit', 'Tap', 'Top-1 %', 'Top-5 %', 'Loss', 'MMACs', 'Params M', 'Right here, wrong at the last %')
+    lines = [
+        (r['exit'], r['tap'], r['top1'], r['top5'], r['loss'], r['macs'] / 1e6, r['params'] / 1e6, r['rescued'])
+        for r in rows
+    ]
+    return format_table(headers, [*lines, ('Mean', None, result.mean_top1, *[None] * 5)])
+
+
+def _write_results(
+    path: Path,
+    rows: Sequence[Dict[str, Any]],
+    result: Evaluation,
+    source: str,
+    split: str,
+) -> None:
+    about = dict(source=source, split=split, num_samples=result.num_samples, mean_top1=result.mean_top1)
+    with open(path, 'w', newline='') as f:
+        if path.suffix == '.json':
+            json.dump(dict(about, exits=rows), f, indent=2)
+            f.write('\n')
+        else:
+            writer = csv.DictWriter(f, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

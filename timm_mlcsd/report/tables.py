@@ -1,0 +1,28 @@
+"""Tables for the terminal."""
+
+from typing import Any, Sequence
+
+__all__ = ['format_table']
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Align columns: text to the left, everything else to the right; floats with two digits.
+
+    Args:
+        headers: One per column.
+        rows: Values; None leaves a cell empty.
+    """
+    cells = [[_text(v) for v in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
+    left = [all(isinstance(row[i], (str, type(None))) for row in rows) for i in range(len(headers))]
+    lines = [
+        '  '.join(c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(line, widths, left)).rstrip()
+        for line in [list(headers), ['-' * w for w in widths], *cells]
+    ]
+    return '\n'.join(lines)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ''
+    return f'{value:.2f}' if isinstance(value, float) else str(value)
