@@ -6,19 +6,26 @@ A multiply-add (MAC) is one multiplication with its addition in a convolution or
 and pools are not counted, as is usual. Counting needs no weights: it runs on the meta device.
 """
 
+import argparse
 import statistics
 import time
-from typing import List, NamedTuple, Optional, Sequence
+from typing import Callable, List, NamedTuple, Optional, Sequence
 
 import torch
+from timm.utils import ParseKwargs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .models import MultiExitModel, OnMeta
+from .errors import UserError, run_script
+from .models import DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS, MultiExitModel, OnMeta, create_named, exits_argument
+from .report import format_table
 
-__all__ = ['ExitCost', 'exit_costs', 'exit_times']
+__all__ = ['ExitCost', 'exit_costs', 'exit_times', 'plan']
+
+# an exit that costs more than this share of the whole backbone saves little
+TOO_DEAR = 0.5
 
 _WEIGHTED_LAYERS = {torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.linear}
 
@@ -135,7 +142,78 @@ def exit_times(
     return [statistics.median(times) for times in zip(*runs[2:])]
 
 
-if __name__ == '__main__':
-    from .engine.plan import main
+def plan(args: argparse.Namespace) -> str:
+    """Compare all exit heads on one network before anyone trains it; returns the report."""
+    input_size = tuple(args.input_size)
+    model_args = dict(
+        num_classes=args.num_classes, in_chans=input_size[0], small_input=args.small_input, **args.model_kwargs
+    )
+    plain = create_named(args.model, exits=1, **model_args)
+    base = exit_costs(plain, input_size)[0]
+    base_time = exit_times(plain, input_size, args.batch_size, args.repeats)[0]
+    costs, times = {}, {}
+    for head in EXIT_HEADS:
+        model = create_named(args.model, exits=args.exits, exit_head=head, exit_pool=args.exit_pool, **model_args)
+        costs[head] = exit_costs(model, input_size)
+        times[head] = exit_times(model, input_size, args.batch_size, args.repeats)
 
+    def table(title: str, cell: Callable[[str, int], str]) -> str:
+        rows = [
+            (f'Ex{k + 1}', name, *(cell(head, k) for head in EXIT_HEADS)) for k, name in enumerate(model.exit_names)
+        ]
+        return f'{title}\n{format_table(("Exit", "Tap", *EXIT_HEADS), rows)}\n'
+
+    size = 'x'.join(str(n) for n in input_size)
+    parts = [
+        f'{args.model} at {size}: plain backbone {base.macs / 1e6:.1f} MMACs, {base.params / 1e6:.2f} M parameters, '
+        f'depth {base.depth}, {base_time:.1f} ms\n',
+        table(
+            'MMACs to answer (share of the plain backbone)',
+            lambda h, k: f'{costs[h][k].macs / 1e6:.1f} ({costs[h][k].macs / base.macs:.2f})',
+        ),
+        table('Parameters, M', lambda h, k: f'{costs[h][k].params / 1e6:.2f}'),
+        table('Depth', lambda h, k: str(costs[h][k].depth)),
+        table(
+            f'ms to answer (share), batch of {args.batch_size}, CPU with {torch.get_num_threads()} threads, untrained, '
+            f'median of {args.repeats}',
+            lambda h, k: f'{times[h][k]:.1f} ({times[h][k] / base_time:.2f})',
+        ),
+    ]
+    for head in EXIT_HEADS:
+        share, time_share = costs[head][0].macs / base.macs, times[head][0] / base_time
+        if model.num_exits > 1 and max(share, time_share) > TOO_DEAR:
+            parts.append(
+                f'warning: {head}: the first exit costs {share:.0%} of the plain backbone\'s MACs and {time_share:.0%} of '
+                f'its time; leaving there saves little. Take a lighter head, or put the first exit earlier.'
+            )
+    return '\n'.join(parts).rstrip()
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Entry point of ``python -m timm_mlcsd.cost``."""
+    parser = argparse.ArgumentParser(
+        prog='timm_mlcsd.cost',
+        description='What the exits of a network will cost, head by head',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument('model', help='a multi-exit model, such as mlcsd_resnet50')
+    parser.add_argument('--exits', type=exits_argument, default=8, help='number, or comma-separated modules to tap')
+    parser.add_argument('--exit-pool', default=DEFAULT_EXIT_POOL, choices=EXIT_POOLS)
+    parser.add_argument('--input-size', type=int, nargs=3, default=[3, 224, 224], metavar='N')
+    parser.add_argument('--small-input', action='store_true', help='take the first two downsamplings out')
+    parser.add_argument('--num-classes', type=int, default=1000, metavar='N')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    parser.add_argument('-b', '--batch-size', type=int, default=1, metavar='N', help='images per timed batch')
+    parser.add_argument('--repeats', type=int, default=10, metavar='N', help='timed runs')
+
+    def run():
+        try:
+            print(plan(parser.parse_args(argv)))
+        except ValueError as e:
+            raise UserError(str(e)) from None
+
+    run_script('timm_mlcsd.cost', run)
+
+
+if __name__ == '__main__':
     main()

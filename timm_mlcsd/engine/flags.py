@@ -3,21 +3,16 @@
 import argparse
 import difflib
 import os
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 from timm.utils import ParseKwargs
 
 from ..errors import UserError
 from ..losses import CWEM_SUPERVISIONS, DISTILLS
-from ..models import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS
+from ..models import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS, exits_argument
 
 __all__ = ['parse_args', 'train_parser', 'validate_parser']
-
-
-def _exits(text: str) -> Union[int, List[str]]:
-    """A number of exits, or the names of the tapped modules."""
-    return int(text) if text.lstrip('-').isdigit() else text.split(',')
 
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -92,7 +87,7 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--model', default='mlcsd_resnet18', metavar='NAME', help='a multi-exit model')
     group.add_argument(
         '--exits',
-        type=_exits,
+        type=exits_argument,
         default=8,
         metavar='N',
         help='number of exits, or comma-separated modules to tap; 1 is the plain backbone',

@@ -1,0 +1,49 @@
+"""Names, and networks that come back from a folder."""
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+from timm_mlcsd.models import create_named
+
+
+def test_names_are_registered():
+    known = timm.list_models('mlcsd_*')
+    assert {'mlcsd_resnet18', 'mlcsd_resnet34', 'mlcsd_resnet50', 'mlcsd_resnet101', 'mlcsd_mobilenetv2_100'} <= set(
+        known
+    )
+    assert timm.create_model('mlcsd_resnet34', pretrained=False).num_exits == 8
+
+
+def test_pretrained_multi_exit_weights_do_not_exist():
+    with pytest.raises(ValueError, match=r'no multi-exit weights for mlcsd_resnet50.*pretrained_backbone=True'):
+        timm.create_model('mlcsd_resnet50', pretrained=True)
+
+
+@pytest.mark.parametrize(
+    'name, message',
+    [
+        ('mlcsd_resnet51', "unknown model 'mlcsd_resnet51'; near names: .*mlcsd_resnet50"),
+        ('resnet50', "'resnet50' has no exits; use mlcsd_resnet50"),
+        ('nonsense', 'known: mlcsd_mobilenetv2_100'),
+        ('local-dir:/nowhere', 'cannot be made'),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        create_named(name)
+
+
+def test_unknown_argument():
+    with pytest.raises(ValueError, match=r'mlcsd_resnet18 cannot be made: .*colour'):
+        create_named('mlcsd_resnet18', colour='red')
+
+
+def test_folder_rebuilds_the_same_network(tmp_path):
+    model_args = dict(exits=4, exit_head='slic', small_input=True, channels=(8, 16, 24, 32))
+    model = timm.create_model('mlcsd_resnet18', num_classes=7, **model_args).eval()
+    save_for_hf(model, tmp_path, model_args=model_args, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert all(torch.equal(a, b) for a, b in zip(model.forward_exits(x).logits, again.forward_exits(x).logits))
