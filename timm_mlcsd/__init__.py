@@ -7,6 +7,6 @@ from .losses import MLCSDLoss
 from .models import MultiExitModel, MultiExitOutput, create_multi_exit
 from .task import MLCSDTask
 
-__version__ = '0.1.0'
+from .version import __version__
 
 __all__ = ['MLCSDLoss', 'MLCSDTask', 'MultiExitModel', 'MultiExitOutput', 'create_multi_exit']

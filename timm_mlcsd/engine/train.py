@@ -34,7 +34,7 @@ from .build import (
     model_args_of,
     resolve_device,
 )
-from .checkpoint import CheckpointSaver, load_checkpoint
+from .checkpoint import LAST, CheckpointSaver, load_checkpoint
 from .evaluate import Evaluation, evaluate
 from .flags import parse_args, train_parser
 from .loaders import class_names, eval_loader, train_and_val_datasets, train_loader
@@ -110,6 +110,8 @@ def train(args: argparse.Namespace) -> Path:
         optimizer, **scheduler_kwargs(args, decreasing_metric=False), updates_per_epoch=updates_per_epoch
     )
     if start_epoch:
+        if args.sched == 'plateau' and 'scheduler' in resumed:
+            scheduler.load_state_dict(resumed['scheduler'])
         scheduler.step_update(start_epoch * updates_per_epoch)
         scheduler.step(start_epoch)
 
@@ -155,7 +157,7 @@ def train(args: argparse.Namespace) -> Path:
                 data_config=data_config,
                 class_names=names,
                 optimizer=optimizer.state_dict(),
-                scheduler=scheduler.state_dict(),
+                **({'scheduler': scheduler.state_dict()} if args.sched == 'plateau' else {}),
                 **({NativeScaler.state_dict_key: scaler.state_dict()} if scaler else {}),
                 **task.get_checkpoint_state(),
                 **(task.get_checkpoint_state(ema=True) if args.model_ema else {}),
@@ -265,9 +267,16 @@ def _check_same_run(checkpoint: Dict[str, Any], identity: Dict[str, Any]) -> Non
             same = isinstance(before, torch.Tensor) and torch.equal(before, value)
             before, value = 'other images', 'these'
         else:
-            same = before == value
+            same = _as_lists(before) == _as_lists(value)
         if not same:
             raise UserError(f'--resume: the checkpoint is of another run: its {key} is {before}, not {value}.')
+
+
+def _as_lists(value: Any) -> Any:
+    """The same value with lists for tuples: a YAML file has only the one, the command line may have either."""
+    if isinstance(value, dict):
+        return {k: _as_lists(v) for k, v in value.items()}
+    return [_as_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _resume(
@@ -301,6 +310,8 @@ def _output_folder(args: argparse.Namespace) -> Path:
         path = Path(args.resume)
         return path if path.is_dir() else path.parent
     folder = Path(args.output) / (args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace("/", "_")}')
+    if (folder / LAST).exists():
+        raise UserError(f'{str(folder)!r} holds a run already: go on with --resume, or name another --experiment.')
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -1,0 +1,29 @@
+# `make quickstart` and `make test` do everything on a fresh machine with Python 3.10+ and pip, set-up included.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := output/quickstart
+
+.PHONY: quickstart test format
+
+.venv/installed: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+quickstart: .venv/installed
+	rm -rf $(RUN)
+	$(BIN)/python train.py --config configs/quickstart.yaml
+	$(BIN)/python validate.py --checkpoint $(RUN)/model_best.pth.tar --split test \
+		--plot $(RUN)/exits.png --results-file $(RUN)/exits.json
+	@echo 'The plot is $(RUN)/exits.png, the same numbers are in $(RUN)/exits.json.'
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
