@@ -42,9 +42,8 @@ def test_plain_backbones(name, gmacs, depth):
 @pytest.mark.parametrize('head, share', [('slic', 1.83), ('slic_dw', 1.15)])
 def test_heads_on_resnet50(head, share):
     plain = costs('mlcsd_resnet50', 224, exits=1)[0]
-    assert costs('mlcsd_resnet50', 224, exits=4, exit_head=head)[-1].macs / plain.macs == pytest.approx(
-        share, abs=0.005
-    )
+    multi = costs('mlcsd_resnet50', 224, exits=4, exit_head=head)[-1]
+    assert multi.macs / plain.macs == pytest.approx(share, abs=0.005)
 
 
 def test_costs_add_up():
@@ -95,7 +94,6 @@ def test_plan_compares_all_heads_and_warns(capsys):
     ):
         assert words in printed
     assert 'warning: bottleneck: the first exit costs 7' in printed
-    assert 'conv1x1: the first exit costs' not in printed or '20%' in printed
 
 
 def test_plan_names_mistakes(capsys):

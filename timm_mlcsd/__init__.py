@@ -6,7 +6,6 @@ Importing this package registers its models with timm: ``timm.create_model('mlcs
 from .losses import MLCSDLoss
 from .models import MultiExitModel, MultiExitOutput, create_multi_exit
 from .task import MLCSDTask
-
 from .version import __version__
 
-__all__ = ['MLCSDLoss', 'MLCSDTask', 'MultiExitModel', 'MultiExitOutput', 'create_multi_exit']
+__all__ = ['MLCSDLoss', 'MLCSDTask', 'MultiExitModel', 'MultiExitOutput', '__version__', 'create_multi_exit']

@@ -121,7 +121,7 @@ def exit_times(
         model: A resumable multi-exit network; it is moved to `device` and put in evaluation mode.
         input_size: (C, H, W) of one image.
         batch_size: Images in the batch.
-        repeats: Timed runs, after two that don't count.
+        repeats: Timed runs, after one that doesn't count.
         device: Default: where the model is.
 
     Returns:
@@ -132,14 +132,14 @@ def exit_times(
     images = torch.randn(batch_size, *input_size, device=device)
     synchronize = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     runs = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + 1):
         synchronize()
         start, times = time.perf_counter(), []
         for _ in model.iter_exits(images):
             synchronize()
             times.append(1000 * (time.perf_counter() - start))
         runs.append(times)
-    return [statistics.median(times) for times in zip(*runs[2:])]
+    return [statistics.median(times) for times in zip(*runs[1:])]
 
 
 def plan(args: argparse.Namespace) -> str:
@@ -148,14 +148,20 @@ def plan(args: argparse.Namespace) -> str:
     model_args = dict(
         num_classes=args.num_classes, in_chans=input_size[0], small_input=args.small_input, **args.model_kwargs
     )
-    plain = create_named(args.model, exits=1, **model_args)
-    base = exit_costs(plain, input_size)[0]
-    base_time = exit_times(plain, input_size, args.batch_size, args.repeats)[0]
-    costs, times = {}, {}
+    models = {None: create_named(args.model, exits=1, **model_args)}
     for head in EXIT_HEADS:
-        model = create_named(args.model, exits=args.exits, exit_head=head, exit_pool=args.exit_pool, **model_args)
-        costs[head] = exit_costs(model, input_size)
-        times[head] = exit_times(model, input_size, args.batch_size, args.repeats)
+        models[head] = create_named(
+            args.model, exits=args.exits, exit_head=head, exit_pool=args.exit_pool, **model_args
+        )
+    model = models[head]
+    costs = {head: exit_costs(m, input_size) for head, m in models.items()}
+    # in turn, so that a machine whose speed drifts is fair to all
+    rounds = [
+        {head: exit_times(m, input_size, args.batch_size, repeats=1) for head, m in models.items()}
+        for _ in range(args.repeats)
+    ]
+    times = {head: [statistics.median(t) for t in zip(*(r[head] for r in rounds))] for head in models}
+    base, base_time = costs[None][0], times[None][0]
 
     def table(title: str, cell: Callable[[str, int], str]) -> str:
         rows = [
@@ -183,8 +189,8 @@ def plan(args: argparse.Namespace) -> str:
         share, time_share = costs[head][0].macs / base.macs, times[head][0] / base_time
         if model.num_exits > 1 and max(share, time_share) > TOO_DEAR:
             parts.append(
-                f'warning: {head}: the first exit costs {share:.0%} of the plain backbone\'s MACs and {time_share:.0%} of '
-                f'its time; leaving there saves little. Take a lighter head, or put the first exit earlier.'
+                f'warning: {head}: the first exit costs {share:.0%} of the MACs and {time_share:.0%} of the time of the '
+                f'plain backbone; leaving there saves little. Take a lighter head, or put the first exit earlier.'
             )
     return '\n'.join(parts).rstrip()
 

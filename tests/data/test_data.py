@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from timm_mlcsd.data import DigitsDataset, PadCrop, TransformSubset, hold_out
@@ -66,4 +65,3 @@ def test_pad_crop_shifts_by_up_to_four_and_pads_with_black():
 
 def test_pad_crop_resizes_other_images():
     assert PadCrop((32, 24))(Image.new('RGB', (50, 40))).size == (24, 32)
-    torch.manual_seed(0)
