@@ -189,7 +189,7 @@ def plan(args: argparse.Namespace) -> str:
         share, time_share = costs[head][0].macs / base.macs, times[head][0] / base_time
         if model.num_exits > 1 and max(share, time_share) > TOO_DEAR:
             parts.append(
-                f'warning: {head}: the first exit costs {share:.0%} of the MACs and {time_share:.0%} of the time of the '
+                f'warning: {head}: the first exit costs {share:.0%} of the MACs, {time_share:.0%} of the time of the '
                 f'plain backbone; leaving there saves little. Take a lighter head, or put the first exit earlier.'
             )
     return '\n'.join(parts).rstrip()

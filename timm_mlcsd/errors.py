@@ -1,7 +1,10 @@
 """Mistakes of a script's user: one line and exit code 2, no traceback."""
 
+import logging
 import sys
 from typing import Callable
+
+from timm.utils import setup_default_logging
 
 __all__ = ['UserError', 'run_script', 'shortened']
 
@@ -17,7 +20,9 @@ def shortened(error: Exception, length: int = 300) -> str:
 
 
 def run_script(prog: str, main: Callable[[], None]) -> None:
-    """Run `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run `main` with logging to the terminal; a `UserError` becomes one line on stderr and exit code 2."""
+    if not logging.getLogger().handlers:
+        setup_default_logging()
     try:
         main()
     except UserError as e:

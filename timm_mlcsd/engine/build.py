@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import os
 from typing import Any, ContextManager, Dict
 
 import torch
@@ -71,10 +72,10 @@ def build_model(name: str, **model_args: Any) -> MultiExitModel:
 
 def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:
     """Start from the weights in `path`: of a multi-exit network like this one, or of its plain backbone."""
+    if not os.path.isfile(path):
+        raise UserError(f'--initial-checkpoint {path!r}: there is no such file.')
     try:
         state_dict = load_state_dict(path)
-    except FileNotFoundError:
-        raise UserError(f'--initial-checkpoint {path!r}: there is no such file.') from None
     except Exception as e:  # timm reads many formats, each with errors of its own
         raise UserError(f'--initial-checkpoint {path!r} cannot be read: {shortened(e)}') from None
     try:

@@ -13,6 +13,8 @@ from ..errors import UserError
 
 __all__ = ['class_names', 'eval_loader', 'load_dataset', 'mixup_active', 'train_and_val_datasets', 'train_loader']
 
+_PREFIXES = ('', 'hfds', 'hfids', 'tfds', 'torch', 'wds')
+
 
 def load_dataset(args: argparse.Namespace, split: str, is_training: bool = False) -> Dataset:
     """Load one split of what ``--dataset`` and ``--data-dir`` name.
@@ -28,7 +30,12 @@ def load_dataset(args: argparse.Namespace, split: str, is_training: bool = False
     if not args.dataset and not args.data_dir:
         raise UserError('no data: give a path (./train.py DIR) or --dataset NAME (--dataset digits needs no path).')
     prefix, _, name = args.dataset.partition('/')
-    path = args.data_dir if not args.dataset or prefix.lower() == 'torch' else name
+    if prefix.lower() not in _PREFIXES:  # timm would take it for a folder of images
+        raise UserError(
+            f'--dataset {args.dataset!r} is unknown: leave it out for a folder of images, or give digits or a name '
+            f'that begins with {", ".join(p + "/" for p in _PREFIXES if p)}.'
+        )
+    path = args.data_dir if prefix.lower() in ('', 'torch') else name
     looks_local = path == args.data_dir or path.startswith(('/', './', '../', '~'))
     if path and looks_local and not args.dataset_download and not Path(path).expanduser().exists():
         raise UserError(f'no data at {path!r}: there is no such file or folder.')

@@ -18,7 +18,6 @@ from timm.utils import (
     NativeScaler,
     dispatch_clip_grad,
     random_seed,
-    setup_default_logging,
     trim_summary,
     update_summary,
 )
@@ -58,7 +57,6 @@ def train(args: argparse.Namespace) -> Path:
     Raises:
         UserError: The flags, the data or a checkpoint don't fit.
     """
-    setup_default_logging()
     device = resolve_device(args)
     random_seed(args.seed)
     resumed = load_checkpoint(args.resume) if args.resume else None

@@ -10,7 +10,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from timm.data import resolve_data_config
-from timm.utils import setup_default_logging
 
 from ..cost import ExitCost, exit_costs
 from ..data import TransformSubset
@@ -40,7 +39,6 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
     Raises:
         UserError: The flags, the data or the checkpoint don't fit.
     """
-    setup_default_logging()
     _check_outputs(args)
     device = resolve_device(args)
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}

@@ -1,0 +1,38 @@
+"""A small folder of images and a network that trains on it in seconds."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SMALL = (
+    '--model mlcsd_resnet18 --model-kwargs channels=(8,8,8,8) --exits 4 --small-input --img-size 16 --crop-pct 1 '
+    '--exit-head slic --epochs 2 --batch-size 8 --workers 0 --lr 0.02 --warmup-epochs 0 --alpha 1 --beta 1 '
+    '--smoothing 0 --train-crop-mode pad4 --color-jitter 0 --device cpu'
+).split()
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    """Three colours to tell apart: train (48 images) and test (12), noisy and 16x16."""
+    root = tmp_path_factory.mktemp('colours')
+    random = np.random.default_rng(0)
+    for split, count in (('train', 16), ('test', 4)):
+        for channel, name in enumerate(('red', 'green', 'blue')):
+            path = root / split / name
+            path.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(path / f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='session')
+def small_flags():
+    return SMALL
+
+
+@pytest.fixture
+def small(folder, tmp_path):
+    """Command line of a small run into tmp_path/run."""
+    return [str(folder), *SMALL, '--output', str(tmp_path), '--experiment', 'run']

@@ -1,0 +1,115 @@
+"""A checkpoint is whole or not there."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from timm_mlcsd.engine.checkpoint import BEST, LAST, CheckpointSaver, load_checkpoint
+from timm_mlcsd.errors import UserError
+
+
+def state(epoch):
+    return dict(arch='a', model_args={}, state_dict={'w': torch.full((3,), float(epoch))}, epoch=epoch)
+
+
+def test_keeps_last_best_and_newest(tmp_path):
+    saver = CheckpointSaver(tmp_path, keep=2)
+    best = [saver.save(state(epoch), epoch, metric) for epoch, metric in enumerate([1.0, 3.0, 3.0, 2.0])]
+    assert best == [True, True, False, False]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        LAST,
+        BEST,
+        'checkpoint-2.pth.tar',
+        'checkpoint-3.pth.tar',
+    }
+    assert load_checkpoint(tmp_path)['epoch'] == 3
+    assert load_checkpoint(tmp_path / BEST)['epoch'] == 1
+    assert saver.best_metric == 3.0
+
+
+def test_a_resumed_saver_remembers_the_best(tmp_path):
+    assert not CheckpointSaver(tmp_path, best_metric=5.0).save(state(7), 7, 4.0)
+    assert not (tmp_path / BEST).exists()
+
+
+def test_works_without_hard_links(tmp_path, monkeypatch):
+    def no_link(*_):
+        raise OSError('not supported')
+
+    monkeypatch.setattr(os, 'link', no_link)
+    CheckpointSaver(tmp_path).save(state(0), 0, 1.0)
+    assert load_checkpoint(tmp_path / BEST)['epoch'] == 0
+
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
+def test_a_failed_save_leaves_the_last_good_one(tmp_path, monkeypatch, error):
+    saver = CheckpointSaver(tmp_path)
+    saver.save(state(0), 0, 1.0)
+    save = torch.save
+
+    def half(obj, f):
+        save(obj, f)
+        f.truncate(f.tell() // 2)
+        raise error
+
+    monkeypatch.setattr(torch, 'save', half)
+    with pytest.raises(type(error)):
+        saver.save(state(1), 1, 2.0)
+    assert load_checkpoint(tmp_path)['epoch'] == 0
+    assert {p.name for p in tmp_path.iterdir()} == {LAST, BEST, 'checkpoint-0.pth.tar'}
+
+
+KILLED = """
+import os, signal, sys, torch
+from timm_mlcsd.engine.checkpoint import CheckpointSaver
+saver = CheckpointSaver(sys.argv[1])
+state = lambda epoch: dict(arch='a', model_args={}, state_dict={'w': torch.zeros(3)}, epoch=epoch)
+saver.save(state(0), 0, 1.)
+where = sys.argv[2]
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if where == 'writing':
+    save = torch.save
+    torch.save = lambda obj, f: (f.write(b'PK half a file'), f.flush(), kill())
+elif where == 'before rename':
+    os.replace = kill
+elif where == 'before links':
+    os.link = kill
+saver.save(state(1), 1, 2.)
+"""
+
+
+@pytest.mark.parametrize('where', ['writing', 'before rename', 'before links'])
+def test_sigkill_while_saving(tmp_path, where):
+    process = subprocess.run([sys.executable, '-c', KILLED, str(tmp_path), where], timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    for name in (LAST, BEST):
+        assert load_checkpoint(tmp_path / name)['epoch'] == 0
+    for path in tmp_path.glob('*.tar'):
+        load_checkpoint(path)
+    CheckpointSaver(tmp_path).save(state(1), 1, 2.0)
+    assert load_checkpoint(tmp_path)['epoch'] == 1
+    assert not list(tmp_path.glob('.*'))
+
+
+def test_hostile_and_foreign_files(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ('touch ' + str(tmp_path / 'hacked'),)
+
+    path = tmp_path / 'x.pth.tar'
+    torch.save(dict(state(0), extra=Evil()), path)
+    with pytest.raises(UserError, match='cannot be read as a checkpoint'):
+        load_checkpoint(path)
+    assert not (tmp_path / 'hacked').exists()
+    path.write_bytes(b'')
+    with pytest.raises(UserError, match='cannot be read as a checkpoint'):
+        load_checkpoint(path)
+    torch.save({'w': torch.zeros(1)}, path)
+    with pytest.raises(UserError, match='it has no arch, model_args, state_dict'):
+        load_checkpoint(path)
+    with pytest.raises(UserError, match='no checkpoint at'):
+        load_checkpoint(tmp_path / 'nowhere')
