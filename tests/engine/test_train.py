@@ -1,5 +1,6 @@
 """train.py and validate.py as a user runs them."""
 
+import contextlib
 import csv
 import json
 import os
@@ -187,15 +188,33 @@ def test_flags_that_change_training(small, tmp_path, flags):
     assert run(validate.main, ['--checkpoint', tmp_path / 'run', '--split', 'test', '--workers', 0]) == 0
 
 
-def test_accumulated_steps_equal_one_large_step(small, tmp_path):
-    # no batch statistics anywhere and no shuffle-dependent augmentation: only the sum over the batch is left
-    fixed = [*small, '--no-aug', '--distill', 'none', '--epochs', 1, '--model-kwargs', 'channels=(8,8,8,8)']
-    for name, flags in dict(one=['-b', 43], four=['-b', 8, '--grad-accum-steps', 6]).items():
-        assert run(train.main, [*fixed, *flags, '--experiment', name]) == 0
-    # 43 images in batches of 8 leave 3 out, so the updates differ; each run made exactly one
-    for name in ('one', 'four'):
-        state = load_checkpoint(tmp_path / name)['optimizer']['state']
-        assert all('momentum_buffer' in s for s in state.values())
+def test_gradient_accumulation_averages_groups_and_the_short_last_one(small):
+    from timm.task import TrainingTask
+
+    from timm_mlcsd.engine.flags import parse_args, train_parser
+
+    class Mean(TrainingTask):
+        """A loss whose gradient is the mean of the batch."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, input, target):
+            return dict(loss=self.weight * input.mean(), exit_logits=(torch.zeros(len(target), 2),))
+
+    class NoSchedule:
+        def step_update(self, num_updates):
+            self.last = num_updates
+
+    args = parse_args(train_parser(), [*map(str, small), '--grad-accum-steps', '2'])
+    values = [1.0, 3.0, 5.0, 9.0, 10.0]
+    batches = [(torch.full((4, 1), v), torch.zeros(4, dtype=torch.long)) for v in values]
+    task, schedule = Mean(), NoSchedule()
+    optimizer = torch.optim.SGD(task.parameters(), lr=1.0)
+    train._train_epoch(0, task, batches, optimizer, schedule, None, contextlib.nullcontext(), args, 10)
+    assert task.weight.item() == -((1 + 3) / 2 + (5 + 9) / 2 + 10)
+    assert schedule.last == 13
 
 
 def test_initial_checkpoint_of_a_plain_backbone(small, tmp_path):

@@ -13,7 +13,7 @@ With logits z_k, features f_k, labels y, K exits, temperature T and weights w_i 
 t_i and g_i are constants for L_KD and L_HT: students never pull their teacher.
 """
 
-from typing import Dict, Optional, Sequence, Union
+from typing import Dict, List, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
@@ -206,15 +206,18 @@ class MLCSDLoss(nn.Module):
         if self.mixer is None:
             raise ValueError(f'distill={self.distill!r} has no teacher, so there are no mixing weights.')
         with torch.autocast(output[1][0].device.type, enabled=False):
-            return self.mixer(self._align(output[1]).amax(dim=(-2, -1)).detach())
+            return self._mix(self._align(output[1]))
 
-    def _align(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Stack the features to [B, K, D, H, W], all at the last one's size."""
+    def _align(self, features: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+        """The features [B, D, H, W] in at least float32, all at the last one's width and size."""
         features = [_at_least_float32(f) for f in features]
         if self.projections:
             features = [project(f) for project, f in zip(self.projections, features)]
         size = features[-1].shape[-2:]
-        return torch.stack([f if f.shape[-2:] == size else F.adaptive_avg_pool2d(f, size) for f in features], dim=1)
+        return [f if f.shape[-2:] == size else F.adaptive_avg_pool2d(f, size) for f in features]
+
+    def _mix(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.mixer(torch.stack([f.detach().amax(dim=(-2, -1)) for f in features], dim=1))
 
     def _distill(
         self,
@@ -224,17 +227,16 @@ class MLCSDLoss(nn.Module):
     ) -> Dict[str, torch.Tensor]:
         parts = {}
         features = self._align(features)
-        weights = self.mixer(features.amax(dim=(-2, -1)).detach())
+        weights = self._mix(features)
         teacher = weights @ logits.detach()
         if isinstance(self.mixer, CWEM) and self.cwem_supervision == 'ce':
             parts['cwem'] = sum(self.cls_loss(t, target) for t in teacher.unbind(dim=1))
         if self.alpha:
-            teacher = teacher if self.cwem_supervision == 'kd' else teacher.detach()
-            parts['kd'] = self._kd(logits, teacher)
+            parts['kd'] = self._kd(logits, teacher if self.cwem_supervision == 'kd' else teacher.detach())
         if self.beta:
-            features = features.flatten(2)
-            teacher_features = weights.detach() @ features.detach()
-            parts['ht'] = self.exit_weights @ (features - teacher_features).square().mean(dim=(0, 2))
+            pool = torch.stack([f.detach() for f in features], dim=1)
+            teachers = (weights.detach() @ pool.flatten(2)).view_as(pool).unbind(dim=1)
+            parts['ht'] = sum(w * F.mse_loss(f, g) for w, f, g in zip(self.exit_weights, features, teachers))
         return parts
 
     def _kd(self, logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""One training step of a multi-exit network against its plain backbone, timed in turn.
+
+A step is forward, loss, backward and optimizer update on a resident batch. Prints the ratio of the medians beside the
+ratio of the multiply-adds, the shares of backbone, heads and loss in the multi-exit step, and the ratio of peak
+memory.
+
+    python benchmarks/train_step.py --model resnet18 --small-input --input-size 3 32 32 --batch-size 64
+    python benchmarks/train_step.py --model resnet50 --input-size 3 224 224 --batch-size 8
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import resource
+import statistics
+import time
+from typing import Callable, Dict, Tuple
+
+import timm
+import torch
+import torch.nn.functional as F
+
+from timm_mlcsd import MLCSDLoss, create_multi_exit
+from timm_mlcsd.cost import exit_costs
+from timm_mlcsd.models import DEFAULT_EXIT_HEAD, EXIT_HEADS
+from timm_mlcsd.report import format_table
+
+
+def make_steps(args: argparse.Namespace) -> Tuple[Dict[str, Callable[[], None]], float]:
+    """The steps to time, by name, and the ratio of multiply-adds."""
+    device = torch.device(args.device)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    images = torch.randn(args.batch_size, *args.input_size, device=device).contiguous(memory_format=layout)
+    target = torch.randint(args.num_classes, (args.batch_size,), device=device)
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext()
+
+    def make(exits):
+        torch.manual_seed(0)
+        kwargs = dict(exits=exits, exit_head=args.exit_head, small_input=args.small_input)
+        model = create_multi_exit(args.model, num_classes=args.num_classes, **kwargs)
+        return model.to(device, memory_format=layout).train()
+
+    def stepper(parameters, loss_of):
+        optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+
+        def step():
+            with autocast():
+                loss = loss_of()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    plain, multi = make(1), make(args.exits)
+    criterion = MLCSDLoss(multi.num_exits, multi.feature_dim).to(device)
+
+    def heads_off():
+        return F.cross_entropy(multi.backbone(images).float(), target)
+
+    def loss_off():
+        return sum(z.float().mean() for z in multi(images).logits)
+
+    steps = {
+        'plain': stepper(plain.parameters(), lambda: F.cross_entropy(plain(images).logits[-1].float(), target)),
+        'multi-exit': stepper([*multi.parameters(), *criterion.parameters()], lambda: criterion(multi(images), target)),
+        'multi-exit, loss off': stepper(multi.parameters(), loss_off),
+        'multi-exit, heads off': stepper(multi.backbone.parameters(), heads_off),
+    }
+    size = tuple(args.input_size)
+    return steps, exit_costs(multi, size)[-1].macs / exit_costs(plain, size)[-1].macs
+
+
+def peak_memory(args: argparse.Namespace, name: str, queue: multiprocessing.Queue) -> None:
+    """Peak bytes of a fresh process that runs three steps, or what they allocate on the GPU."""
+    steps, _ = make_steps(args)
+    for _ in range(3):
+        steps[name]()
+    on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    queue.put(torch.cuda.max_memory_allocated() if args.device == 'cuda' else on_cpu)
+
+
+def in_fresh_process(args: argparse.Namespace, name: str) -> int:
+    context = multiprocessing.get_context('spawn')
+    queue = context.Queue()
+    process = context.Process(target=peak_memory, args=(args, name, queue))
+    process.start()
+    value = queue.get()
+    process.join()
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='resnet18')
+    parser.add_argument('--exits', type=int, default=8)
+    parser.add_argument('--exit-head', default=DEFAULT_EXIT_HEAD, choices=tuple(EXIT_HEADS))
+    parser.add_argument('--small-input', action='store_true')
+    parser.add_argument('--input-size', type=int, nargs=3, default=[3, 32, 32])
+    parser.add_argument('--num-classes', type=int, default=100)
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--repeats', type=int, default=7)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
+    parser.add_argument('--channels-last', action='store_true')
+    args = parser.parse_args()
+
+    # first, because a child's peak starts from the size of its parent
+    memory = {name: in_fresh_process(args, name) for name in ('plain', 'multi-exit')}
+    steps, mac_ratio = make_steps(args)
+    synchronize = torch.cuda.synchronize if args.device == 'cuda' else lambda: None
+    times = {name: [] for name in steps}
+    for repeat in range(args.repeats + 2):
+        for name, step in steps.items():
+            synchronize()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            if repeat >= 2:
+                times[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(t) for name, t in times.items()}
+    whole = median['multi-exit']
+    ratios = [a / b for a, b in zip(times['multi-exit'], times['plain'])]
+
+    where = f'{args.device}, {torch.get_num_threads()} threads' if args.device == 'cpu' else args.device
+    print(
+        f'{args.model}, {args.exits} exits, {args.exit_head}, batch {args.batch_size} of {args.input_size}, {where}, '
+        f'{"bfloat16" if args.amp else "float32"}{", channels last" if args.channels_last else ""}, '
+        f'torch {torch.__version__}, timm {timm.__version__}, median of {args.repeats}'
+    )
+    rows = [(name, 1000 * t, t / median['plain']) for name, t in median.items()]
+    print(format_table(('step', 'ms', 'x plain'), rows))
+    ratio = statistics.median(ratios)
+    print(
+        f'time ratio {ratio:.3f} (pairs {min(ratios):.3f} to {max(ratios):.3f}), MAC ratio {mac_ratio:.3f}, '
+        f'time over MACs {ratio / mac_ratio:.3f}'
+    )
+    backbone, heads = median['multi-exit, heads off'], median['multi-exit, loss off'] - median['multi-exit, heads off']
+    print(
+        f'shares of the multi-exit step: backbone {backbone / whole:.0%}, heads {heads / whole:.0%}, '
+        f'loss {(whole - backbone - heads) / whole:.0%}'
+    )
+    print(
+        f'peak memory of a step: plain {memory["plain"] / 2**20:.0f} MiB, multi-exit '
+        f'{memory["multi-exit"] / 2**20:.0f} MiB, ratio {memory["multi-exit"] / memory["plain"]:.2f}'
+    )
+
+
+if __name__ == '__main__':
+    main()
