@@ -22,7 +22,7 @@ from .evaluate import Evaluation, evaluate
 from .flags import parse_args, validate_parser
 from .loaders import class_names, eval_loader, load_dataset
 
-__all__ = ['main', 'validate']
+__all__ = ['data_flags_from', 'load_split', 'main', 'validate']
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -43,14 +43,14 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
     device = resolve_device(args)
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     model = _load_model(args, checkpoint)
-    _data_flags_from(args, checkpoint)
+    data_flags_from(args, checkpoint)
     data_config = resolve_data_config(vars(args), pretrained_cfg=checkpoint.get('data_config', {}), model=model)
     try:
         costs = exit_costs(model, data_config['input_size'])
     except ValueError as e:
         raise UserError(str(e)) from None
 
-    dataset, split = _load_split(args, checkpoint)
+    dataset, split = load_split(args, checkpoint)
     names = class_names(getattr(dataset, 'dataset', dataset))
     if names and len(names) > model.num_classes:
         raise UserError(f'the data has {len(names)} classes, the model {model.num_classes}: they do not fit.')
@@ -105,8 +105,8 @@ def _load_model(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> MultiEx
     return model
 
 
-def _data_flags_from(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> None:
-    """Where no data is named, take what the network was trained on."""
+def data_flags_from(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> None:
+    """Where the flags name no data, fill in what the checkpoint was trained on."""
     trained = checkpoint.get('args', {})
     if not args.dataset and not args.data_dir:
         args.dataset, args.data_dir = trained.get('dataset', ''), trained.get('data_dir')
@@ -116,7 +116,8 @@ def _data_flags_from(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> No
             setattr(args, key, trained.get(key))
 
 
-def _load_split(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Any, str]:
+def load_split(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Any, str]:
+    """The data to evaluate on, ``--split`` or what training held out, and what to call it."""
     if not args.held_out:
         return load_dataset(args, args.split), args.split
     if 'val_indices' not in checkpoint:
