@@ -217,6 +217,22 @@ def test_gradient_accumulation_averages_groups_and_the_short_last_one(small):
     assert schedule.last == 13
 
 
+@pytest.mark.parametrize(
+    'flags, lr',
+    [
+        ('--lr 0.3 -b 64', 0.3),
+        ('-b 64', 0.025),
+        ('-b 64 --grad-accum-steps 4', 0.1),
+        ('--opt adamw --lr-base 1e-3 -b 64', 5e-4),
+        ('--opt adamw --lr-base 1e-3 -b 64 --lr-base-scale linear', 2.5e-4),
+    ],
+)
+def test_learning_rate_grows_with_the_batch_as_in_timm(flags, lr):
+    from timm_mlcsd.engine.flags import parse_args, train_parser
+
+    assert train._scaled_lr(parse_args(train_parser(), flags.split())) == pytest.approx(lr)
+
+
 def test_initial_checkpoint_of_a_plain_backbone(small, tmp_path):
     plain = timm.create_model('mlcsd_resnet18', num_classes=3, exits=1, small_input=True, channels=(8, 8, 8, 8))
     path = tmp_path / 'plain.pth'

@@ -71,6 +71,9 @@ def train_parser() -> argparse.ArgumentParser:
 
     group = _add_data_flags(parser)
     group.add_argument('--train-split', default='train', metavar='NAME', help='split to train on')
+    group.add_argument('--train-num-samples', type=int, default=None, metavar='N', help='of streamed data')
+    group.add_argument('--val-num-samples', type=int, default=None, metavar='N', help='of streamed data')
+    group.add_argument('--epoch-repeats', type=float, default=0.0, metavar='N', help='passes per epoch, streamed data')
     group.add_argument(
         '--val-split',
         default=None,
@@ -136,6 +139,7 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--clip-grad', type=float, default=None, metavar='NORM')
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
     group.add_argument('--layer-decay', type=float, default=None)
+    group.add_argument('--layer-decay-min-scale', type=float, default=0.0)
     group.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N')
 
@@ -143,7 +147,15 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--epochs', type=int, default=300, metavar='N')
     group.add_argument('--sched', default='cosine', metavar='NAME')
     group.add_argument('--sched-on-updates', action='store_true', help='step on updates instead of epochs')
-    group.add_argument('--lr', type=float, default=0.05)
+    group.add_argument('--lr', type=float, default=None, help='learning rate (default: from --lr-base)')
+    group.add_argument('--lr-base', type=float, default=0.1, help='learning rate of a batch of --lr-base-size')
+    group.add_argument('--lr-base-size', type=int, default=256, metavar='N')
+    group.add_argument(
+        '--lr-base-scale',
+        default='',
+        choices=('', 'linear', 'sqrt'),
+        help='how the rate grows with the batch (default: sqrt for Adam-like optimizers and LAMB, else linear)',
+    )
     group.add_argument('--lr-noise', type=float, nargs='+', default=None)
     group.add_argument('--lr-noise-pct', type=float, default=0.67)
     group.add_argument('--lr-noise-std', type=float, default=1.0)

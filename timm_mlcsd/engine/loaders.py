@@ -16,7 +16,9 @@ __all__ = ['class_names', 'eval_loader', 'load_dataset', 'mixup_active', 'train_
 _PREFIXES = ('', 'hfds', 'hfids', 'tfds', 'torch', 'wds')
 
 
-def load_dataset(args: argparse.Namespace, split: str, is_training: bool = False) -> Dataset:
+def load_dataset(
+    args: argparse.Namespace, split: str, is_training: bool = False, num_samples: Optional[int] = None
+) -> Dataset:
     """Load one split of what ``--dataset`` and ``--data-dir`` name.
 
     Raises:
@@ -48,6 +50,8 @@ def load_dataset(args: argparse.Namespace, split: str, is_training: bool = False
             class_map=args.class_map,
             download=args.dataset_download,
             batch_size=args.batch_size,
+            num_samples=num_samples,
+            repeats=args.epoch_repeats if is_training else 0,
             seed=getattr(args, 'seed', 42),
             input_img_mode=args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB'),
             input_key=args.input_key,
@@ -80,10 +84,10 @@ def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, 
     Without ``--val-split`` the second is held out of the train split by a seed of its own; the record then holds the
     indices, so that nobody ever calibrates on images that were trained on.
     """
-    train = load_dataset(args, args.train_split, is_training=True)
+    train = load_dataset(args, args.train_split, is_training=True, num_samples=args.train_num_samples)
     record = dict(train_split=args.train_split, val_split=args.val_split)
     if args.val_split:
-        return train, load_dataset(args, args.val_split), record
+        return train, load_dataset(args, args.val_split, num_samples=args.val_num_samples), record
     if isinstance(train, IterableDataset):
         raise UserError(f'--dataset {args.dataset!r} is a stream, nothing can be held out of it: name a --val-split.')
     if not 0.0 < args.val_fraction < 1.0:

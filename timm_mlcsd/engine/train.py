@@ -87,6 +87,7 @@ def train(args: argparse.Namespace) -> Path:
         model.to(memory_format=torch.channels_last)
 
     task = MLCSDTask(model, build_criterion(args, model), device=device, verbose=False)
+    args.lr = _scaled_lr(args)
     optimizer = _create_optimizer(args, task)
     autocast = autocast_of(args, device)
     scaler = NativeScaler(device=device.type) if args.amp and args.amp_dtype == 'float16' else None
@@ -172,6 +173,15 @@ def train(args: argparse.Namespace) -> Path:
         board.close()
     _logger.info(f'Best validation mean top-1 {saver.best_metric:.2f}, in {out_dir / "model_best.pth.tar"}')
     return out_dir
+
+
+def _scaled_lr(args: argparse.Namespace) -> float:
+    """timm's rule: --lr where it is given, else --lr-base scaled by the number of images per update."""
+    if args.lr is not None:
+        return args.lr
+    scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
+    ratio = args.batch_size * args.grad_accum_steps / args.lr_base_size
+    return args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
 
 
 def _create_optimizer(args: argparse.Namespace, task: MLCSDTask) -> torch.optim.Optimizer:

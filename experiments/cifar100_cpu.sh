@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# What CIFAR-100 says on two CPU cores: the plain backbone, no distillation, one-for-all and all-for-all, then what
+# trains the CWEM. About six hours one after the other; cifar100_cpu.md holds what came out.
+#
+#   experiments/cifar100_cpu.sh FOLDER_WITH_CIFAR100_PARQUET OUTPUT_FOLDER
+#
+# A finished run is not run again, so a killed script can be started anew. The test split is read once per run, at the end.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=$(realpath "$1")
+out=$2
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+run() {
+    name=$1
+    shift
+    [ -e "$out/$name.json" ] && return
+    rm -rf "${out:?}/$name"
+    python train.py --config configs/cifar100_cpu.yaml --dataset "hfds/$data" --data-dir "$out/cache" \
+        --train-split 'train[:25000]' --output "$out" --experiment "$name" "$@"
+    python validate.py --checkpoint "$out/$name/model_best.pth.tar" --split test --workers 1 --results-file "$out/$name.json"
+    [ -z "${name##afa-*}" ] && python experiments/mixing_weights.py \
+        --checkpoint "$out/$name/model_best.pth.tar" --split test --workers 1 | tee "$out/$name.weights.txt"
+    true
+}
+
+run se --exits 1 --distill none
+run menm --distill none
+run ofa --distill one-for-all --beta 0
+run afa-ce --cwem-supervision ce
+run afa-kd --cwem-supervision kd
+run afa-none --cwem-supervision none
