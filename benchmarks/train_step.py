@@ -15,6 +15,7 @@ import multiprocessing
 import resource
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from typing import Callable, Dict, Tuple
 
 import timm
@@ -74,23 +75,20 @@ def make_steps(args: argparse.Namespace) -> Tuple[Dict[str, Callable[[], None]],
     return steps, exit_costs(multi, size)[-1].macs / exit_costs(plain, size)[-1].macs
 
 
-def peak_memory(args: argparse.Namespace, name: str, queue: multiprocessing.Queue) -> None:
-    """Peak bytes of a fresh process that runs three steps, or what they allocate on the GPU."""
+def peak_memory(args: argparse.Namespace, name: str) -> int:
+    """Bytes that three steps of a fresh process add to its peak, or allocate on the GPU."""
     steps, _ = make_steps(args)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for _ in range(3):
         steps[name]()
-    on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    queue.put(torch.cuda.max_memory_allocated() if args.device == 'cuda' else on_cpu)
+    if args.device == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 def in_fresh_process(args: argparse.Namespace, name: str) -> int:
-    context = multiprocessing.get_context('spawn')
-    queue = context.Queue()
-    process = context.Process(target=peak_memory, args=(args, name, queue))
-    process.start()
-    value = queue.get()
-    process.join()
-    return value
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context('spawn')) as pool:
+        return pool.submit(peak_memory, args, name).result()
 
 
 def main() -> None:

@@ -114,3 +114,9 @@ def test_compiled_task_gives_the_same_loss():
     torch.testing.assert_close(task(images, target)['loss'], expected)
     assert eval_model.eval()(images).shape == (8, 5)
     assert set(task.get_checkpoint_state()['state_dict']) == set(make().get_eval_model().state_dict())
+
+
+def test_goes_where_the_model_is():
+    model = timm.create_model('mlcsd_resnet18', num_classes=5, exits=4, channels=(8, 8, 16, 16)).to('meta')
+    task = MLCSDTask(model, MLCSDLoss(4, model.feature_dim), verbose=False)
+    assert {p.device.type for p in task.parameters()} == {'meta'} and task.device.type == 'meta'

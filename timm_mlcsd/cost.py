@@ -12,14 +12,14 @@ import time
 from typing import Callable, List, NamedTuple, Optional, Sequence
 
 import torch
-from timm.utils import ParseKwargs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .arguments import KeyValues, ScriptParser, exits, positive_int
 from .errors import UserError, run_script
-from .models import DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS, MultiExitModel, OnMeta, create_named, exits_argument
+from .models import DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS, MultiExitModel, OnMeta, create_named
 from .report import format_table
 
 __all__ = ['ExitCost', 'exit_costs', 'exit_times', 'plan']
@@ -145,9 +145,8 @@ def exit_times(
 def plan(args: argparse.Namespace) -> str:
     """Compare all exit heads on one network before anyone trains it; returns the report."""
     input_size = tuple(args.input_size)
-    model_args = dict(
-        num_classes=args.num_classes, in_chans=input_size[0], small_input=args.small_input, **args.model_kwargs
-    )
+    model_args = dict(num_classes=args.num_classes, in_chans=input_size[0], small_input=args.small_input)
+    model_args.update(args.model_kwargs)
     models = {None: create_named(args.model, exits=1, **model_args)}
     for head in EXIT_HEADS:
         models[head] = create_named(
@@ -197,20 +196,16 @@ def plan(args: argparse.Namespace) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Entry point of ``python -m timm_mlcsd.cost``."""
-    parser = argparse.ArgumentParser(
-        prog='timm_mlcsd.cost',
-        description='What the exits of a network will cost, head by head',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = ScriptParser(prog='timm_mlcsd.cost', description='What the exits of a network will cost, head by head')
     parser.add_argument('model', help='a multi-exit model, such as mlcsd_resnet50')
-    parser.add_argument('--exits', type=exits_argument, default=8, help='number, or comma-separated modules to tap')
+    parser.add_argument('--exits', type=exits, default=8, help='number, or comma-separated modules to tap')
     parser.add_argument('--exit-pool', default=DEFAULT_EXIT_POOL, choices=EXIT_POOLS)
-    parser.add_argument('--input-size', type=int, nargs=3, default=[3, 224, 224], metavar='N')
+    parser.add_argument('--input-size', type=positive_int, nargs=3, default=[3, 224, 224], metavar='N')
     parser.add_argument('--small-input', action='store_true', help='take the first two downsamplings out')
-    parser.add_argument('--num-classes', type=int, default=1000, metavar='N')
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
-    parser.add_argument('-b', '--batch-size', type=int, default=1, metavar='N', help='images per timed batch')
-    parser.add_argument('--repeats', type=int, default=10, metavar='N', help='timed runs')
+    parser.add_argument('--num-classes', type=positive_int, default=1000, metavar='N')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
+    parser.add_argument('-b', '--batch-size', type=positive_int, default=1, metavar='N', help='images per timed batch')
+    parser.add_argument('--repeats', type=positive_int, default=10, metavar='N', help='timed runs')
 
     def run():
         try:

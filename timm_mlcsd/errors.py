@@ -1,12 +1,13 @@
 """Mistakes of a script's user: one line and exit code 2, no traceback."""
 
+import contextlib
 import logging
 import sys
-from typing import Callable
+from typing import Callable, Iterator
 
 from timm.utils import setup_default_logging
 
-__all__ = ['UserError', 'run_script', 'shortened']
+__all__ = ['UserError', 'blame', 'run_script', 'shortened']
 
 
 class UserError(Exception):
@@ -14,9 +15,21 @@ class UserError(Exception):
 
 
 def shortened(error: Exception, length: int = 300) -> str:
-    """The message of a long error as the start of one line."""
-    text = ' '.join(str(error).split()) or type(error).__name__
+    """The message of an error as the start of one line."""
+    text = ' '.join(str(error).split())
+    text = f'{type(error).__name__} {text}' if isinstance(error, KeyError) or not text else text
     return text if len(text) <= length else f'{text[:length]} ...'
+
+
+@contextlib.contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Make whatever goes wrong inside, where only the user's `what` can be at fault, a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f'{what}: {shortened(e)}') from e
 
 
 def run_script(prog: str, main: Callable[[], None]) -> None:

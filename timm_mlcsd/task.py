@@ -46,8 +46,7 @@ class MLCSDTask(TrainingTask):
     Args:
         model: A `MultiExitModel`.
         criterion: Its loss.
-        device: Device for task tensors and buffers.
-        dtype: Type for task tensors and buffers.
+        device: Where the criterion goes (default: where the model is).
         verbose: Log what the task does.
 
     Examples:
@@ -65,11 +64,10 @@ class MLCSDTask(TrainingTask):
         model: MultiExitModel,
         criterion: MLCSDLoss,
         device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
         verbose: bool = True,
     ):
-        super().__init__(device=device, dtype=dtype, verbose=verbose)
-        self.trainable_module = MultiExitTrainableModule(model, criterion).to(device=self.device)
+        super().__init__(device=device or next(model.parameters()).device, verbose=verbose)
+        self.trainable_module = MultiExitTrainableModule(model, criterion.to(device=self.device))
 
     @property
     def criterion(self) -> MLCSDLoss:

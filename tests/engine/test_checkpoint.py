@@ -13,7 +13,8 @@ from timm_mlcsd.errors import UserError
 
 
 def state(epoch):
-    return dict(arch='a', model_args={}, state_dict={'w': torch.full((3,), float(epoch))}, epoch=epoch)
+    tensors = {'w': torch.full((3,), float(epoch))}
+    return dict(arch='a', model_args={}, data_config={}, args={}, state_dict=tensors, epoch=epoch)
 
 
 def test_keeps_last_best_and_newest(tmp_path):
@@ -34,6 +35,20 @@ def test_keeps_last_best_and_newest(tmp_path):
 def test_a_resumed_saver_remembers_the_best(tmp_path):
     assert not CheckpointSaver(tmp_path, best_metric=5.0).save(state(7), 7, 4.0)
     assert not (tmp_path / BEST).exists()
+
+
+def test_numbered_checkpoints_go_by_age_not_by_number(tmp_path):
+    for epoch in (4, 5):
+        CheckpointSaver(tmp_path, keep=2).save(state(epoch), epoch, 1.0)
+    CheckpointSaver(tmp_path, keep=2).save(state(2), 2, 1.0)  # resumed from an earlier epoch
+    assert {p.name for p in tmp_path.glob('checkpoint-*')} == {'checkpoint-5.pth.tar', 'checkpoint-2.pth.tar'}
+
+
+def test_other_peoples_files_stay(tmp_path):
+    (tmp_path / '.notes.tmp').touch()
+    (tmp_path / '.last.pth.tar.tmp').touch()
+    CheckpointSaver(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ['.notes.tmp']
 
 
 def test_works_without_hard_links(tmp_path, monkeypatch):
@@ -67,7 +82,7 @@ KILLED = """
 import os, signal, sys, torch
 from timm_mlcsd.engine.checkpoint import CheckpointSaver
 saver = CheckpointSaver(sys.argv[1])
-state = lambda epoch: dict(arch='a', model_args={}, state_dict={'w': torch.zeros(3)}, epoch=epoch)
+state = lambda epoch: dict(arch='a', model_args={}, data_config={}, args={}, state_dict={}, epoch=epoch)
 saver.save(state(0), 0, 1.)
 where = sys.argv[2]
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -109,7 +124,10 @@ def test_hostile_and_foreign_files(tmp_path):
     with pytest.raises(UserError, match='cannot be read as a checkpoint'):
         load_checkpoint(path)
     torch.save({'w': torch.zeros(1)}, path)
-    with pytest.raises(UserError, match='it has no arch, model_args, state_dict'):
+    with pytest.raises(UserError, match='it has no arch, model_args, state_dict, data_config, args, epoch'):
+        load_checkpoint(path)
+    torch.save(dict(state(0), model_args=[1], state_dict=3), path)
+    with pytest.raises(UserError, match='it has no model_args, state_dict'):
         load_checkpoint(path)
     with pytest.raises(UserError, match='no checkpoint at'):
         load_checkpoint(tmp_path / 'nowhere')

@@ -3,11 +3,13 @@
 import pytest
 import yaml
 
-from timm_mlcsd.engine.flags import parse_args, train_parser
+from timm_mlcsd.engine.config import parse_args
+from timm_mlcsd.engine.flags import train_parser
 from timm_mlcsd.errors import UserError
 
 
 def parse(tmp_path, config, argv=()):
+    """Arguments of a config file and a command line."""
     path = tmp_path / 'config.yaml'
     path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
     return parse_args(train_parser(), ['--config', str(path), *argv])
@@ -40,9 +42,7 @@ def test_config_values_of_every_shape(tmp_path):
 
 def test_resolved_arguments_are_a_config(tmp_path):
     args = parse(tmp_path, dict(model_kwargs=dict(channels=(8, 8, 8, 8)), exits=['layer1', 'layer2'], amp=True))
-    written = {k: v for k, v in vars(args).items() if k != 'config'}
-    again = parse(tmp_path, yaml.safe_dump(yaml.safe_load(yaml.safe_dump(written))))
-    assert {k: v for k, v in vars(again).items() if k != 'config'} == written
+    assert vars(parse(tmp_path, yaml.safe_dump(vars(args)))) == vars(args)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,10 @@ def test_resolved_arguments_are_a_config(tmp_path):
         ('epoch: 3', "no flag has the name 'epoch'; near names: epochs"),
         ('zzz: 3', "no flag has the name 'zzz'; --help lists them"),
         ('config: other.yaml', "no flag has the name 'config'"),
+        ('epochs: many', "argument --epochs: invalid positive_int value: 'many'"),
+        ('epochs: 0', 'argument --epochs: 0 must be at least 1'),
+        ('distill: some', 'invalid choice'),
+        ('mean: [0.5, 0.5]', '--mean has 2 values for 3 channels'),
         ('amp: 3', 'amp is a switch; give true or false'),
         ('- epochs', 'must hold "flag: value" lines'),
         ('a: [', 'is not valid YAML'),
@@ -61,12 +65,37 @@ def test_mistakes_in_a_config(tmp_path, config, message):
         parse(tmp_path, config)
 
 
-def test_values_in_a_config_are_checked_like_flags(tmp_path, capsys):
-    for config, message in (('epochs: many', 'invalid int value'), ('distill: some', 'invalid choice')):
-        with pytest.raises(SystemExit) as e:
-            parse(tmp_path, config)
-        assert e.value.code == 2
-        assert message in capsys.readouterr().err
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        ('--epochs x', 'invalid positive_int'),
+        ('--seed -1', 'argument --seed: -1 must be at least 0'),
+        ('--workers -1', 'must be at least 0'),
+        ('--model-kwargs foo', "expected KEY=VALUE, got 'foo'"),
+        ('--nonsense', 'unrecognized arguments: --nonsense'),
+        ('--epoch 3', 'unrecognized arguments'),
+    ],
+)
+def test_mistakes_on_the_command_line(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(train_parser(), argv.split())
+
+
+@pytest.mark.parametrize('last', ['std: [0.1, 0.2, 0.3]', 'pretrained_backbone: true', 'model_kwargs: {a: 1}'])
+def test_a_config_never_swallows_the_folder(tmp_path, last):
+    args = parse(tmp_path, f'epochs: 3\n{last}\n', ['DIR'])
+    assert args.data_dir == 'DIR' and args.epochs == 3
+    name = last.split(':')[0]
+    assert getattr(args, name) == yaml.safe_load(last)[name]
+
+
+def test_a_key_may_be_the_flag_or_its_name_in_python(tmp_path):
+    assert parse(tmp_path, 'opt_kwargs: {nesterov: false}').opt_args == dict(nesterov=False)
+    assert parse(tmp_path, 'opt_args: {nesterov: false}').opt_args == dict(nesterov=False)
+
+
+def test_input_size_tells_the_channels():
+    assert parse_args(train_parser(), '--input-size 1 28 28'.split()).in_chans == 1
 
 
 def test_missing_config():

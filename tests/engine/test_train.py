@@ -17,6 +17,8 @@ import yaml
 
 from timm_mlcsd.engine import train, validate
 from timm_mlcsd.engine.checkpoint import load_checkpoint
+from timm_mlcsd.engine.config import parse_args
+from timm_mlcsd.engine.flags import train_parser
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +61,8 @@ def test_what_a_run_leaves(trained, folder):
         'checkpoint-5.pth.tar',
     }
     args = yaml.safe_load((trained / 'args.yaml').read_text())
+    again = vars(parse_args(train_parser(), ['--config', str(trained / 'args.yaml')]))
+    assert {k: again[k] for k in args} == args
     assert args['exits'] == 4 and args['model_kwargs'] == dict(channels=[8, 8, 8, 8]) and args['momentum'] == 0.9
     rows = list(csv.DictReader((trained / 'summary.csv').open()))
     assert [row['epoch'] for row in rows] == list('012345')
@@ -163,35 +167,107 @@ def test_sigkill_in_mid_epoch_then_resume(small, tmp_path):
     assert load_checkpoint(last)['epoch'] == epoch + 1
 
 
+def trained_weights(small, tmp_path, flags=''):
+    assert run(train.main, [*small, '--experiment', 'flags', *flags.split()]) == 0
+    assert run(validate.main, ['--checkpoint', tmp_path / 'flags', '--split', 'test', '--workers', 0]) == 0
+    return {name: t for name, t in weights(tmp_path / 'flags').items() if name.startswith('backbone.conv1')}
+
+
+@pytest.fixture(scope='module')
+def plain_weights(folder, small_flags, tmp_path_factory):
+    out = tmp_path_factory.mktemp('plain')
+    return trained_weights([folder, *small_flags, '--output', out], out)
+
+
 @pytest.mark.parametrize(
     'flags',
     [
         '--distill none',
         '--distill one-for-all --beta 0',
-        '--cwem-supervision kd --distill-warmup-epochs 1',
-        '--cwem-supervision none --exit-weights 1 1 1 2',
-        '--mixup 0.8 --cutmix 1.0 --mixup-off-epoch 1',
-        '--bce-loss --smoothing 0.1',
+        '--cwem-supervision kd',
+        '--cwem-supervision none',
+        '--distill-warmup-epochs 2',
+        '--exit-weights 1 1 1 2',
+        '--temperature 1',
+        '--gamma 2',
+        '--mixup 0.8 --cutmix 1.0',
+        '--mixup 0.8 --mixup-off-epoch 1',
+        '--bce-loss',
+        '--smoothing 0.3',
         '--amp --amp-dtype bfloat16 --channels-last',
-        '--amp --amp-dtype float16 --clip-grad 1',
-        '--grad-accum-steps 4 --clip-grad 1 --clip-mode agc',
-        '--torchcompile aot_eager',
+        '--amp --amp-dtype float16',
+        '--clip-grad 0.1',
+        '--clip-grad 0.1 --clip-mode agc',
+        '--grad-accum-steps 4',
         '--exits 1',
-        '--exits layer1.0,layer3 --exit-pool avg --grad-checkpointing',
-        '--model-ema --opt adamw --layer-decay 0.7 --reprob 0.2 --aa rand-m3',
-        '--sched plateau --no-aug',
-        '--val-split test --train-crop-mode rrc',
+        '--exits layer1.0,layer3',
+        '--exit-pool avg',
+        '--exit-head conv1x1',
+        '--opt adamw',
+        '--layer-decay 0.7',
+        '--reprob 0.5',
+        '--aa rand-m3',
+        '--sched none --warmup-epochs 0 --lr 0.01',
+        '--no-aug',
+        '--val-split test',
+        '--train-crop-mode rrc',
+        '--seed 1',
+        '--weight-decay 0.1',
+        '--drop-path 0.5',
     ],
 )
-def test_flags_that_change_training(small, tmp_path, flags):
-    assert run(train.main, [*small, '--epochs', 2, *flags.split()]) == 0
-    assert run(validate.main, ['--checkpoint', tmp_path / 'run', '--split', 'test', '--workers', 0]) == 0
+def test_flags_change_what_is_learned(small, tmp_path, plain_weights, flags):
+    changed = trained_weights(small, tmp_path, flags)
+    assert all(t.isfinite().all() for t in changed.values())
+    assert any(not torch.equal(t, plain_weights[name]) for name, t in changed.items())
+
+
+@pytest.mark.parametrize('flags', ['', '--model-ema', '--torchcompile aot_eager', '--grad-checkpointing'])
+def test_flags_that_leave_what_is_learned(small, tmp_path, plain_weights, flags):
+    for name, t in trained_weights(small, tmp_path, flags).items():
+        # bit for bit, but where the compiler reorders sums: 10 steps of float32 rounding
+        torch.testing.assert_close(t, plain_weights[name], rtol=0, atol=1e-4 if 'compile' in flags else 0)
+
+
+def test_the_test_split_is_never_read(small, folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder / 'train', tmp_path / 'data' / 'train')
+    for name in ('red', 'green', 'blue'):
+        broken = tmp_path / 'data' / 'test' / name / 'x.png'
+        broken.parent.mkdir(parents=True)
+        broken.write_text('not an image')
+    assert run(train.main, [tmp_path / 'data', *small[1:], '--epochs', 1]) == 0
+    assert len(load_checkpoint(tmp_path / 'run')['val_indices']) == 5
+
+
+def test_greyscale_images(small, tmp_path):
+    assert run(train.main, [*small, '--epochs', 1, '--input-size', 1, 16, 16]) == 0
+    checkpoint = load_checkpoint(tmp_path / 'run')
+    assert checkpoint['model_args']['in_chans'] == 1 and checkpoint['data_config']['input_size'] == (1, 16, 16)
+    argv = ['--checkpoint', tmp_path / 'run', '--split', 'test', '--workers', 0]
+    assert run(validate.main, argv) == 0
+    assert run(validate.main, [*argv, '--in-chans', 3]) == 2
+
+
+def test_fine_tuning_what_a_folder_holds(small, folder, tmp_path):
+    from timm.models import save_for_hf
+
+    model_args = dict(exits=3, exit_head='conv1x1', small_input=True, channels=(8, 8, 8, 8))
+    model = timm.create_model('mlcsd_resnet18', num_classes=9, **model_args)
+    save_for_hf(model, tmp_path / 'hub', model_args=model_args, safe_serialization=True)
+    flags = '--img-size 16 --epochs 1 --batch-size 8 --workers 0 --pretrained --lr 0 --warmup-epochs 0 --experiment tuned'.split()
+    argv = [folder, '--model', f'local-dir:{tmp_path / "hub"}', *flags, '--output', tmp_path]
+    assert run(train.main, argv) == 0
+    checkpoint = load_checkpoint(tmp_path / 'tuned')
+    assert checkpoint['arch'] == 'mlcsd_resnet18' and checkpoint['model_args']['exits'] == 3
+    name = 'heads.0.reduce.1.weight'
+    assert torch.equal(checkpoint['state_dict'][name], model.state_dict()[name])
+    assert run(validate.main, ['--checkpoint', tmp_path / 'tuned', '--split', 'test', '--workers', 0]) == 0
 
 
 def test_gradient_accumulation_averages_groups_and_the_short_last_one(small):
     from timm.task import TrainingTask
-
-    from timm_mlcsd.engine.flags import parse_args, train_parser
 
     class Mean(TrainingTask):
         """A loss whose gradient is the mean of the batch."""
@@ -228,7 +304,6 @@ def test_gradient_accumulation_averages_groups_and_the_short_last_one(small):
     ],
 )
 def test_learning_rate_grows_with_the_batch_as_in_timm(flags, lr):
-    from timm_mlcsd.engine.flags import parse_args, train_parser
 
     assert train._scaled_lr(parse_args(train_parser(), flags.split())) == pytest.approx(lr)
 
@@ -271,7 +346,6 @@ def test_digits_from_the_quickstart_config(tmp_path):
 
 @pytest.mark.parametrize('config', sorted(p.name for p in (ROOT / 'configs').glob('*.yaml')))
 def test_configs_parse(config):
-    from timm_mlcsd.engine.flags import parse_args, train_parser
 
     assert parse_args(train_parser(), ['--config', str(ROOT / 'configs' / config)]).model.startswith('mlcsd_')
 
@@ -289,7 +363,18 @@ def test_configs_parse(config):
         ('--exits layer7', "names 'layer7'"),
         ('--model-kwargs colour=red', 'colour'),
         ('--img-size 4', 'image size 4x4 is too small: the network reduces 8 times'),
-        ('--data-dir /nowhere', ''),
+        ('--data-dir /nowhere', "no data at '/nowhere'"),
+        ('--train-split trian', "has no split 'trian'; it has test, train"),
+        ('--val-split val', "has no split 'val'; it has test, train"),
+        ('--sched nonsense', '--sched nonsense cannot be made'),
+        ('--sched plateau', 'a resumed run would not go on'),
+        ('--aa nonsense', 'the data flags cannot be used'),
+        ('--interpolation nonsense', 'the data flags cannot be used'),
+        ('--smoothing 1.5', 'the loss cannot be made'),
+        ('--mixup 1 --batch-size 7', 'must be even'),
+        ('--torchcompile nonsense', '--torchcompile nonsense is unknown'),
+        ('--in-chans 1 --mean .5 .5 .5', '--mean has 3 values for 1 channels'),
+        ('--epochs 0', 'must be at least 1'),
         ('--dataset hfds//nowhere', "no data at '/nowhere'"),
         ('--dataset nonsense/x', "--dataset 'nonsense/x' is unknown"),
         ('--num-classes 2', 'the data has 3 classes'),
@@ -332,6 +417,15 @@ def test_mistakes_with_checkpoints(trained, small, tmp_path, capsys):
     )
     initial = ['--initial-checkpoint', trained / 'last.pth.tar']
     assert 'does not fit the model' in error_of(train.main, [*small, *initial, '--model', 'mlcsd_resnet50'])
+
+    assert 'the run used --opt sgd, not adamw' in error_of(train.main, [*arguments, '--opt', 'adamw'])
+
+    assert "has no split 'tset'" in error_of(validate.main, ['--checkpoint', trained, '--split', 'tset'])
+    (tmp_path / 'other' / 'test').mkdir(parents=True)
+    for name in ('green', 'red', 'violet'):
+        (tmp_path / 'other' / 'test' / name).symlink_to(Path(small[0]) / 'test' / 'red')
+    other = [tmp_path / 'other', '--split', 'test', '--checkpoint', trained]
+    assert 'are not those that the network was trained on' in error_of(validate.main, other)
 
     data = [small[0], '--split', 'test']
     assert 'give either --checkpoint' in error_of(validate.main, data)

@@ -118,11 +118,13 @@ def test_every_term_can_be_switched():
         (dict(distill='one-for-all'), set()),
         (dict(alpha=0, beta=0), set()),
         (dict(cwem_supervision='none'), set()),
+        (dict(cwem_supervision='kd', alpha=0), set()),
+        (dict(feature_dim=[3, D, D, D], beta=0, distill='one-for-all'), set()),
         (dict(), {'mixer.conv.weight', 'mixer.norm.weight', 'mixer.norm.bias'}),
     ],
 )
 def test_no_parameter_without_a_use(kwargs, trained):
-    criterion = MLCSDLoss(K, D, **kwargs)
+    criterion = MLCSDLoss(K, **{'feature_dim': D, **kwargs})
     assert {n for n, p in criterion.named_parameters() if p.requires_grad} == trained
     assert MLCSDLoss(1, D).mixer is None
 
@@ -273,8 +275,10 @@ def test_large_half_precision_logits_do_not_overflow():
 
 
 def test_float64_stays_float64():
-    criterion = MLCSDLoss(K, D).double()
-    assert criterion(random_output(torch.float64), torch.randint(C, (B,))).dtype == torch.float64
+    target = torch.randint(C, (B,))
+    for distill in ('none', 'one-for-all', 'all-for-all'):
+        for criterion in (MLCSDLoss(K, D, distill=distill), MLCSDLoss(K, D, distill=distill).double()):
+            assert criterion(random_output(torch.float64), target).dtype == torch.float64
 
 
 @pytest.mark.parametrize('distill', ['none', 'one-for-all', 'all-for-all'])
@@ -340,6 +344,10 @@ def test_mistakes_are_named(kwargs, message):
 
 
 def test_wrong_number_of_exits_is_named():
+    with pytest.raises(ValueError, match='output is one tensor, which a model gives in eval mode'):
+        MLCSDLoss(K, D)(torch.randn(B, C), torch.randint(C, (B,)))
+    with pytest.raises(ValueError, match='must stay in float32'):
+        MLCSDLoss(K, D).bfloat16()(random_output(torch.bfloat16), torch.randint(C, (B,)))
     criterion = MLCSDLoss(K + 1, D)
     with pytest.raises(ValueError, match='output has 4 exits, the loss was made for num_exits=5'):
         criterion(random_output(), torch.randint(C, (B,)))

@@ -101,9 +101,23 @@ def test_unknown_choices_name_the_known_ones(kwargs):
         make(**kwargs)
 
 
-def test_no_chain_is_refused():
-    with pytest.raises(ValueError, match='VisionTransformer does not run as a plain chain'):
-        create_multi_exit('test_vit')
+@pytest.mark.parametrize('name', ['test_vit', 'test_mambaout', 'swin_tiny_patch4_window7_224'])
+def test_no_chain_with_nchw_maps_is_refused(name):
+    with pytest.raises(ValueError, match='does not run as a plain chain of modules with NCHW maps'):
+        create_multi_exit(name)
+
+
+def test_other_modules_are_refused():
+    with pytest.raises(ValueError, match='Sequential is no timm model with features: it has no default_cfg'):
+        create_multi_exit(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    'name, message', [('convnext_atto', r'reduces its maps by \[4, 2, 2, 2\]'), ('dla34', 'cannot be taken out')]
+)
+def test_small_input_where_it_makes_no_sense(name, message):
+    with pytest.raises(ValueError, match=message):
+        create_multi_exit(name, exits=1, small_input=True)
 
 
 def test_nothing_behind_the_last_pulled_exit_runs():
@@ -169,6 +183,9 @@ def test_default_cfg_is_the_backbones_without_its_weights():
     assert cfg['architecture'] == 'mlcsd_resnet18'
     assert (cfg['first_conv'], cfg['classifier']) == ('backbone.conv1', 'backbone.fc')
     assert not any(cfg.get(key) for key in ('url', 'hf_hub_id', 'file'))
+    assert (
+        create_multi_exit('resnet50').default_cfg['crop_pct'] == timm.create_model('resnet50').default_cfg['crop_pct']
+    )
     assert all(cfg[key] == plain[key] for key in ('mean', 'std', 'input_size', 'interpolation', 'crop_pct'))
 
 
@@ -179,6 +196,16 @@ def test_heads_belong_to_the_layer_group_of_their_tap():
         assert group(f'heads.{k}.fc.weight') == group(f'backbone.{tap}.conv3.weight')
     assert group('backbone.conv1.weight') == 0
     assert group('backbone.fc.weight') >= group('backbone.layer4.2.conv3.weight')
+
+
+def test_group_matcher_knows_modules_and_pools():
+    from timm.models import group_modules
+
+    model = make(exits=('maxpool', 'layer3'))
+    group = model.group_matcher()
+    assert group('heads.0.fc.weight') == group('backbone.bn1.weight') == 0
+    modules = {name for names in group_modules(model, model.group_matcher()).values() for name in names}
+    assert {'backbone.conv1', 'heads.1.fc', 'backbone.layer4.1.conv2'} <= modules
 
 
 def test_layer_decay_gives_deeper_layers_more():

@@ -47,3 +47,14 @@ def test_folder_rebuilds_the_same_network(tmp_path):
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     x = torch.randn(2, 3, 32, 32)
     assert all(torch.equal(a, b) for a, b in zip(model.forward_exits(x).logits, again.forward_exits(x).logits))
+
+
+def test_weights_of_a_folder_for_another_number_of_classes(tmp_path):
+    model_args = dict(exits=4, small_input=True, channels=(8, 16, 24, 32))
+    model = timm.create_model('mlcsd_resnet18', num_classes=7, **model_args)
+    save_for_hf(model, tmp_path, model_args=model_args, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=5)
+    assert {z.shape for z in again.eval().forward_exits(torch.randn(2, 3, 32, 32)).logits} == {(2, 5)}
+    fresh = ('fc.weight', 'fc.bias')
+    state = model.state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in again.state_dict().items() if not n.endswith(fresh))

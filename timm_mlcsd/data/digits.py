@@ -13,18 +13,19 @@ _SPLITS = {'train': (0, 1197), 'validation': (1197, 1437), 'test': (1437, 1797)}
 
 
 class DigitsDataset(Dataset):
-    """Optical recognition of handwritten digits (Alpaydin and Kaynak, UCI, 1998) as 32x32 RGB images.
+    """Optical recognition of handwritten digits (Alpaydin and Kaynak, UCI, 1998) as 32x32 images.
 
     Args:
         split: ``train`` (1,197 images), ``validation`` (240) or ``test`` (360).
         transform: Applied to the PIL image.
+        image_mode: PIL mode, ``RGB`` or ``L``.
 
     Raises:
         ImportError: scikit-learn is not installed.
         ValueError: There is no such split.
     """
 
-    def __init__(self, split: str = 'train', transform: Optional[Callable] = None):
+    def __init__(self, split: str = 'train', transform: Optional[Callable] = None, image_mode: str = 'RGB'):
         try:
             from sklearn.datasets import load_digits
         except ImportError:
@@ -40,10 +41,11 @@ class DigitsDataset(Dataset):
         self.targets = digits.target
         self.classes = [str(name) for name in digits.target_names]
         self.transform = transform
+        self.image_mode = image_mode
 
     def __getitem__(self, index: int) -> Tuple[object, int]:
         i = self.indices[index]
-        image = Image.fromarray(self.images[i]).convert('RGB').resize((32, 32), Image.Resampling.BICUBIC)
+        image = Image.fromarray(self.images[i]).convert(self.image_mode).resize((32, 32), Image.Resampling.BICUBIC)
         return self.transform(image) if self.transform else image, int(self.targets[i])
 
     def __len__(self) -> int:

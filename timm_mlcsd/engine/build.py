@@ -4,13 +4,14 @@ import argparse
 import contextlib
 import logging
 import os
-from typing import Any, ContextManager, Dict
+from typing import Any, Callable, ContextManager, Dict, Optional
 
 import torch
+from timm.data import resolve_data_config
 from timm.loss import create_classification_loss
 from timm.models import load_state_dict
 
-from ..errors import UserError, shortened
+from ..errors import UserError, blame
 from ..losses import MLCSDLoss
 from ..models import MultiExitModel, create_named
 from .loaders import mixup_active
@@ -19,6 +20,9 @@ __all__ = [
     'autocast_of',
     'build_criterion',
     'build_model',
+    'compiled',
+    'data_config_of',
+    'identity_of',
     'load_initial_checkpoint',
     'model_args_of',
     'resolve_device',
@@ -29,12 +33,20 @@ _logger = logging.getLogger(__name__)
 
 def resolve_device(args: argparse.Namespace) -> torch.device:
     """The device that ``--device`` names, or the best there is."""
-    try:
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if args.torchcompile and args.torchcompile not in backends:
+        raise UserError(f'--torchcompile {args.torchcompile} is unknown; choose one of {", ".join(backends)}.')
+    with blame(f'--device {args.device} cannot be used'):
         device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f'--device {args.device} cannot be used: {shortened(e)}') from None
     return device
+
+
+def compiled(forward: Callable, args: argparse.Namespace) -> Callable:
+    """The function as ``--torchcompile`` wants it, unchanged without that flag."""
+    if not args.torchcompile:
+        return forward
+    return torch.compile(forward, backend=args.torchcompile, mode=args.torchcompile_mode)
 
 
 def autocast_of(args: argparse.Namespace, device: torch.device) -> ContextManager:
@@ -48,43 +60,59 @@ def model_args_of(args: argparse.Namespace, num_classes: int) -> Dict[str, Any]:
     """What ``timm.create_model`` needs to build the network again, weights aside."""
     model_args = dict(
         num_classes=num_classes,
-        in_chans=args.input_size[0] if args.input_size else args.in_chans,
+        in_chans=args.in_chans,
         exits=args.exits,
         exit_head=args.exit_head,
         exit_pool=args.exit_pool,
-        small_input=args.small_input,
+        small_input=args.small_input or None,
         global_pool=args.gp,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path,
         drop_block_rate=args.drop_block,
-        **args.model_kwargs,
     )
-    return {k: v for k, v in model_args.items() if v is not None}
+    return {k: v for k, v in {**model_args, **args.model_kwargs}.items() if v is not None}
 
 
 def build_model(name: str, **model_args: Any) -> MultiExitModel:
     """`create_named`, its errors the user's."""
-    try:
+    with blame('--model'):
         return create_named(name, **model_args)
-    except ValueError as e:
-        raise UserError(f'--model: {e}') from None
+
+
+def identity_of(model: MultiExitModel, name: str, model_args: Dict[str, Any]) -> Dict[str, Any]:
+    """Registered name and arguments that make the same network again, also where it came from the Hub or a folder."""
+    if ':' not in name:
+        return dict(arch=name, model_args=model_args)
+    # timm keeps the arguments stored with a model together with those given
+    model_args = {k: v for k, v in model._model_args.items() if k != 'pretrained_backbone'}
+    return dict(arch=model.default_cfg['architecture'], model_args=model_args)
+
+
+def data_config_of(
+    args: argparse.Namespace, model: MultiExitModel, stored: Optional[Dict[str, Any]] = None
+) -> Dict[str, Any]:
+    """Input size, normalisation and crop: from the flags, else as stored in a checkpoint, else the model's own."""
+    if args.in_chans and args.in_chans != model.in_chans:
+        raise UserError(f'--in-chans {args.in_chans}: the model takes {model.in_chans} channels.')
+    with blame('the data flags do not fit the model'):
+        config = resolve_data_config(
+            dict(vars(args), in_chans=model.in_chans), pretrained_cfg=stored or model.default_cfg
+        )
+        model.check_input_size(*config['input_size'][1:])
+    return config
 
 
 def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:
     """Start from the weights in `path`: of a multi-exit network like this one, or of its plain backbone."""
     if not os.path.isfile(path):
         raise UserError(f'--initial-checkpoint {path!r}: there is no such file.')
-    try:
+    with blame(f'--initial-checkpoint {path!r} cannot be read'):
         state_dict = load_state_dict(path)
-    except Exception as e:  # timm reads many formats, each with errors of its own
-        raise UserError(f'--initial-checkpoint {path!r} cannot be read: {shortened(e)}') from None
-    try:
+    with blame(f'--initial-checkpoint {path!r} does not fit the model'):
         if any(name.startswith('heads.') for name in state_dict):
             model.load_state_dict(state_dict)
         else:
             model.load_backbone(state_dict)
-    except (RuntimeError, ValueError) as e:
-        raise UserError(f'--initial-checkpoint {path!r} does not fit the model: {shortened(e)}') from None
     _logger.info(f'Starting from {path}')
 
 
@@ -95,9 +123,7 @@ def build_criterion(args: argparse.Namespace, model: MultiExitModel) -> MLCSDLos
             '--jsd-loss/--aug-splits compare augmented copies of each image across the batch, while the teachers of '
             'self-distillation and their targets are per image; leave them out.'
         )
-    if args.distill_warmup_epochs < 0:
-        raise UserError(f'--distill-warmup-epochs {args.distill_warmup_epochs} must not be negative.')
-    try:
+    with blame('the loss cannot be made'):
         cls_loss = create_classification_loss(
             'bce' if args.bce_loss else 'ce',
             smoothing=args.smoothing,
@@ -117,5 +143,3 @@ def build_criterion(args: argparse.Namespace, model: MultiExitModel) -> MLCSDLos
             distill=args.distill,
             cwem_supervision=args.cwem_supervision,
         )
-    except ValueError as e:
-        raise UserError(str(e)) from None

@@ -1,9 +1,7 @@
 """Checkpoints that survive a crash: written beside their place, flushed to disk, then renamed."""
 
 import contextlib
-import logging
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -11,15 +9,14 @@ from typing import Any, Dict, List, Union
 
 import torch
 
-from ..errors import UserError, shortened
+from ..errors import UserError, blame
 
 __all__ = ['CheckpointSaver', 'load_checkpoint']
 
-_logger = logging.getLogger(__name__)
-
 LAST = 'last.pth.tar'
 BEST = 'model_best.pth.tar'
-_NUMBERED = re.compile(r'checkpoint-(\d+)\.pth\.tar')
+_NUMBERED = re.compile(r'checkpoint-\d+\.pth\.tar')
+_LEFT_OVER = re.compile(r'\.(last|model_best|checkpoint-\d+)\.pth\.tar\.tmp')
 
 
 class CheckpointSaver:
@@ -38,8 +35,9 @@ class CheckpointSaver:
         self.keep = max(keep, 1)
         self.best_metric = best_metric
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self.folder.glob('.*.tmp'):
-            left_over.unlink()
+        for path in self.folder.iterdir():
+            if _LEFT_OVER.fullmatch(path.name):
+                path.unlink()
 
     def save(self, state: Dict[str, Any], epoch: int, metric: float) -> bool:
         """Save the state of a finished epoch.
@@ -72,12 +70,15 @@ class CheckpointSaver:
             try:
                 os.link(path, temporary)
             except OSError:  # a file system without hard links
-                shutil.copyfile(path, temporary)
+                with open(path, 'rb') as source, open(temporary, 'wb') as target:
+                    shutil.copyfileobj(source, target)
+                    target.flush()
+                    os.fsync(target.fileno())
 
     def _numbered(self) -> List[Path]:
-        """Numbered checkpoints, oldest epoch first."""
-        found = {int(m[1]): p for p in self.folder.iterdir() if (m := _NUMBERED.fullmatch(p.name))}
-        return [found[epoch] for epoch in sorted(found)]
+        """Numbered checkpoints, the oldest file first."""
+        found = [p for p in self.folder.iterdir() if _NUMBERED.fullmatch(p.name)]
+        return sorted(found, key=lambda p: p.stat().st_mtime_ns)
 
 
 @contextlib.contextmanager
@@ -115,11 +116,10 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
         path = path / LAST
     if not path.is_file():
         raise UserError(f'no checkpoint at {str(path)!r}; give a .pth.tar file, or the folder of a run that saved one.')
-    try:
+    with blame(f'{str(path)!r} cannot be read as a checkpoint'):
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as e:
-        raise UserError(f'{str(path)!r} cannot be read as a checkpoint: {shortened(e)}') from None
-    missing = [key for key in ('arch', 'model_args', 'state_dict') if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise UserError(f'{str(path)!r} is no checkpoint that train.py wrote: it has no {", ".join(missing)}.')
+    kinds = dict(arch=str, model_args=dict, state_dict=dict, data_config=dict, args=dict, epoch=int)
+    wrong = [key for key, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
+    if wrong:
+        raise UserError(f'{str(path)!r} is no checkpoint that train.py wrote: it has no {", ".join(wrong)}.')
     return state

@@ -1,18 +1,13 @@
 """Command line flags: timm's under timm's names, plus those of the exits."""
 
 import argparse
-import difflib
 import os
-from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import yaml
-from timm.utils import ParseKwargs
-
-from ..errors import UserError
+from ..arguments import KeyValues, ScriptParser, exits, non_negative_int, positive_int
 from ..losses import CWEM_SUPERVISIONS, DISTILLS
-from ..models import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS, exits_argument
+from ..models import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS
 
-__all__ = ['parse_args', 'train_parser', 'validate_parser']
+__all__ = ['train_parser', 'validate_parser']
 
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -30,18 +25,27 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument('--dataset-trust-remote-code', action='store_true', help='let a Hub data set run its code')
     group.add_argument('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
     group.add_argument('--input-img-mode', default=None, help="PIL mode of the images (default: 'L' or 'RGB')")
-    group.add_argument('--input-key', default=None, help='column with the images')
-    group.add_argument('--target-key', default=None, help='column with the labels')
-    group.add_argument('--img-size', type=int, default=None, metavar='N', help='height and width (default: model)')
-    group.add_argument('--in-chans', type=int, default=None, metavar='N', help='image channels (default: 3)')
-    group.add_argument('--input-size', type=int, nargs=3, default=None, metavar='N', help='channels, height, width')
+    group.add_argument('--input-key', default=None, help='column with the images, where data has columns')
+    group.add_argument('--target-key', default=None, help='column with the labels, where data has columns')
+    group.add_argument(
+        '--img-size', type=positive_int, default=None, metavar='N', help='height and width (default: model)'
+    )
+    group.add_argument('--in-chans', type=positive_int, default=None, metavar='N', help='image channels (default: 3)')
+    group.add_argument(
+        '--input-size', type=positive_int, nargs=3, default=None, metavar='N', help='channels, height, width'
+    )
     group.add_argument('--crop-pct', type=float, default=None, help='share of the image in the evaluation crop')
     group.add_argument('--mean', type=float, nargs='+', default=None, help='channel means (default: model)')
     group.add_argument('--std', type=float, nargs='+', default=None, help='channel standard deviations')
     group.add_argument('--interpolation', default='', help='resize interpolation (default: model)')
-    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N')
+    group.add_argument('-b', '--batch-size', type=positive_int, default=128, metavar='N')
     group.add_argument(
-        '-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N', help='loader processes'
+        '-j',
+        '--workers',
+        type=non_negative_int,
+        default=min(4, os.cpu_count() or 1),
+        metavar='N',
+        help='loader processes',
     )
     group.add_argument('--pin-mem', action='store_true', help='pin CPU memory for the transfer to a GPU')
     return group
@@ -61,18 +65,16 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 def train_parser() -> argparse.ArgumentParser:
     """The flags of train.py."""
-    parser = argparse.ArgumentParser(
+    parser = ScriptParser(
         prog='train.py',
         description='Train a multi-exit network',
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file with flags; the command line wins')
 
     group = _add_data_flags(parser)
     group.add_argument('--train-split', default='train', metavar='NAME', help='split to train on')
-    group.add_argument('--train-num-samples', type=int, default=None, metavar='N', help='of streamed data')
-    group.add_argument('--val-num-samples', type=int, default=None, metavar='N', help='of streamed data')
+    group.add_argument('--train-num-samples', type=positive_int, default=None, metavar='N', help='of streamed data')
+    group.add_argument('--val-num-samples', type=positive_int, default=None, metavar='N', help='of streamed data')
     group.add_argument('--epoch-repeats', type=float, default=0.0, metavar='N', help='passes per epoch, streamed data')
     group.add_argument(
         '--val-split',
@@ -83,20 +85,20 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument(
         '--val-fraction', type=float, default=0.1, metavar='F', help='share of the train split that is held out'
     )
-    group.add_argument('--val-seed', type=int, default=0, metavar='N', help='seed of that choice')
-    group.add_argument('-vb', '--validation-batch-size', type=int, default=None, metavar='N')
+    group.add_argument('--val-seed', type=non_negative_int, default=0, metavar='N', help='seed of that choice')
+    group.add_argument('-vb', '--validation-batch-size', type=positive_int, default=None, metavar='N')
 
     group = parser.add_argument_group('Model')
     group.add_argument('--model', default='mlcsd_resnet18', metavar='NAME', help='a multi-exit model')
     group.add_argument(
         '--exits',
-        type=exits_argument,
-        default=8,
+        type=exits,
+        default=None,
         metavar='N',
-        help='number of exits, or comma-separated modules to tap; 1 is the plain backbone',
+        help='number of exits, or comma-separated modules to tap; 1 is the plain backbone (default: 8)',
     )
-    group.add_argument('--exit-head', default=DEFAULT_EXIT_HEAD, choices=tuple(EXIT_HEADS))
-    group.add_argument('--exit-pool', default=DEFAULT_EXIT_POOL, choices=EXIT_POOLS)
+    group.add_argument('--exit-head', choices=tuple(EXIT_HEADS), help=f'(default: {DEFAULT_EXIT_HEAD})')
+    group.add_argument('--exit-pool', choices=EXIT_POOLS, help=f'(default: {DEFAULT_EXIT_POOL})')
     group.add_argument('--small-input', action='store_true', help='take the first two downsamplings out')
     group.add_argument(
         '--pretrained-backbone',
@@ -110,13 +112,13 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument(
         '--initial-checkpoint', default='', metavar='PATH', help='weights to start from, of all or of the backbone'
     )
-    group.add_argument('--num-classes', type=int, default=None, metavar='N', help='(default: of the data)')
+    group.add_argument('--num-classes', type=positive_int, default=None, metavar='N', help='(default: of the data)')
     group.add_argument('--gp', default=None, metavar='POOL', help="the backbone's global pool")
     group.add_argument('--grad-checkpointing', action='store_true', help='recompute blocks in the backward pass')
     group.add_argument('--drop', type=float, default=None, metavar='PCT', help='dropout rate')
     group.add_argument('--drop-path', type=float, default=None, metavar='PCT', help='drop path rate')
     group.add_argument('--drop-block', type=float, default=None, metavar='PCT', help='drop block rate')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
 
     group = parser.add_argument_group('Distillation')
     group.add_argument('--distill', default='all-for-all', choices=DISTILLS)
@@ -125,7 +127,11 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--gamma', type=float, default=1.0, help='weight of the classification loss L_CLS')
     group.add_argument('--temperature', type=float, default=4.0)
     group.add_argument(
-        '--distill-warmup-epochs', type=int, default=0, metavar='N', help='epochs in which alpha and beta grow from 0'
+        '--distill-warmup-epochs',
+        type=non_negative_int,
+        default=0,
+        metavar='N',
+        help='epochs in which alpha and beta grow from 0',
     )
     group.add_argument('--exit-weights', type=float, nargs='+', default=None, metavar='W', help='one per exit')
     group.add_argument('--cwem-supervision', default='ce', choices=CWEM_SUPERVISIONS, help='what trains the CWEM')
@@ -140,16 +146,16 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
     group.add_argument('--layer-decay', type=float, default=None)
     group.add_argument('--layer-decay-min-scale', type=float, default=0.0)
-    group.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
-    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N')
+    group.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
+    group.add_argument('--grad-accum-steps', type=positive_int, default=1, metavar='N')
 
     group = parser.add_argument_group('Schedule')
-    group.add_argument('--epochs', type=int, default=300, metavar='N')
+    group.add_argument('--epochs', type=positive_int, default=300, metavar='N')
     group.add_argument('--sched', default='cosine', metavar='NAME')
     group.add_argument('--sched-on-updates', action='store_true', help='step on updates instead of epochs')
     group.add_argument('--lr', type=float, default=None, help='learning rate (default: from --lr-base)')
     group.add_argument('--lr-base', type=float, default=0.1, help='learning rate of a batch of --lr-base-size')
-    group.add_argument('--lr-base-size', type=int, default=256, metavar='N')
+    group.add_argument('--lr-base-size', type=positive_int, default=256, metavar='N')
     group.add_argument(
         '--lr-base-scale',
         default='',
@@ -161,17 +167,16 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--lr-noise-std', type=float, default=1.0)
     group.add_argument('--lr-cycle-mul', type=float, default=1.0)
     group.add_argument('--lr-cycle-decay', type=float, default=0.5)
-    group.add_argument('--lr-cycle-limit', type=int, default=1)
+    group.add_argument('--lr-cycle-limit', type=positive_int, default=1)
     group.add_argument('--lr-k-decay', type=float, default=1.0)
     group.add_argument('--warmup-lr', type=float, default=1e-5)
     group.add_argument('--min-lr', type=float, default=0.0)
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270])
     group.add_argument('--decay-epochs', type=float, default=90)
     group.add_argument('--decay-rate', '--dr', type=float, default=0.1)
-    group.add_argument('--warmup-epochs', type=int, default=5)
+    group.add_argument('--warmup-epochs', type=non_negative_int, default=5)
     group.add_argument('--warmup-prefix', action='store_true')
-    group.add_argument('--cooldown-epochs', type=int, default=0)
-    group.add_argument('--patience-epochs', type=int, default=10)
+    group.add_argument('--cooldown-epochs', type=non_negative_int, default=0)
 
     group = parser.add_argument_group('Augmentation')
     group.add_argument('--no-aug', action='store_true')
@@ -192,7 +197,7 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--aa', default=None, metavar='NAME', help='AutoAugment policy')
     group.add_argument('--reprob', type=float, default=0.0, help='random erasing probability')
     group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'))
-    group.add_argument('--recount', type=int, default=1)
+    group.add_argument('--recount', type=positive_int, default=1)
     group.add_argument('--train-interpolation', default='random')
     group.add_argument('--mixup', type=float, default=0.0)
     group.add_argument('--cutmix', type=float, default=0.0)
@@ -200,7 +205,7 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--mixup-prob', type=float, default=1.0)
     group.add_argument('--mixup-switch-prob', type=float, default=0.5)
     group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
-    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N')
+    group.add_argument('--mixup-off-epoch', type=non_negative_int, default=0, metavar='N')
     group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
     group.add_argument('--bce-loss', action='store_true')
     group.add_argument('--bce-sum', action='store_true')
@@ -216,23 +221,25 @@ def train_parser() -> argparse.ArgumentParser:
     _add_device_flags(parser)
 
     group = parser.add_argument_group('Run')
-    group.add_argument('--seed', type=int, default=42)
+    group.add_argument('--seed', type=non_negative_int, default=42)
     group.add_argument('--output', default='./output/train', metavar='DIR')
     group.add_argument('--experiment', default='', metavar='NAME', help='sub-folder (default: time and model)')
     group.add_argument('--resume', default='', metavar='PATH', help='go on from a checkpoint, or from a run')
     group.add_argument('--no-resume-opt', action='store_true', help='resume weights only')
-    group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='numbered checkpoints to keep')
-    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='batches between updates of the bar')
+    group.add_argument(
+        '--checkpoint-hist', type=positive_int, default=10, metavar='N', help='numbered checkpoints to keep'
+    )
+    group.add_argument(
+        '--log-interval', type=positive_int, default=50, metavar='N', help='batches between updates of the bar'
+    )
     return parser
 
 
 def validate_parser() -> argparse.ArgumentParser:
     """The flags of validate.py."""
-    parser = argparse.ArgumentParser(
+    parser = ScriptParser(
         prog='validate.py',
         description='What every exit of a network costs and gets right',
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file with flags; the command line wins')
     group = _add_data_flags(parser)
@@ -249,66 +256,3 @@ def validate_parser() -> argparse.ArgumentParser:
     group.add_argument('--results-file', default='', metavar='FILE', help='also write the table as .csv or .json')
     group.add_argument('--plot', default='', metavar='FILE', help='draw accuracy against cost as .png')
     return parser
-
-
-def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Parse the command line, after the flags of ``--config`` if there is one.
-
-    Raises:
-        UserError: The config file is missing or holds a key that no flag has.
-    """
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument('-c', '--config')
-    given, rest = config_parser.parse_known_args(argv)
-    from_config = _config_to_argv(parser, given.config) if given.config else []
-    args = parser.parse_args([*from_config, *rest])
-    args.config = given.config
-    args.data_dir = args.data or args.data_dir
-    del args.data
-    if args.batch_size < 1:
-        raise UserError(f'--batch-size {args.batch_size} must be at least 1.')
-    return args
-
-
-def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
-    """Spell a YAML config as command line arguments, so that types and choices are checked like any flag's."""
-    actions = [a for a in parser._actions if a.option_strings and a.dest not in ('help', 'config')]
-    flags: Dict[str, Tuple[str, argparse.Action]] = {a.dest: (a.option_strings[-1], a) for a in actions}
-    try:
-        with open(path) as f:
-            config = yaml.safe_load(f) or {}
-    except OSError as e:
-        raise UserError(f'--config {path!r} cannot be read: {e.strerror}.') from None
-    except yaml.YAMLError as e:
-        raise UserError(f'--config {path!r} is not valid YAML: {e}') from None
-    if not isinstance(config, dict):
-        raise UserError(f'--config {path!r} must hold "flag: value" lines.')
-    argv: List[str] = []
-    for key, value in config.items():
-        dest = str(key).replace('-', '_')
-        if dest not in flags:
-            near = difflib.get_close_matches(dest, flags, n=3)
-            raise UserError(
-                f'--config {path!r}: no flag has the name {key!r}'
-                + (f'; near names: {", ".join(near)}.' if near else '; --help lists them.')
-            )
-        argv += _spell(*flags[dest], value, path)
-    return argv
-
-
-def _spell(flag: str, action: argparse.Action, value: Any, path: str) -> List[str]:
-    if value is None:
-        return []
-    if isinstance(action, argparse._StoreTrueAction):
-        if not isinstance(value, bool):
-            raise UserError(f'--config {path!r}: {action.dest} is a switch; give true or false, not {value!r}.')
-        return [flag] if value else []
-    if isinstance(value, bool) and action.nargs == '?':
-        return [flag] if value else []
-    if isinstance(value, dict):
-        return [flag, *(f'{k}={v!r}' for k, v in value.items())]
-    if isinstance(value, (list, tuple)):
-        if action.nargs is None:
-            return [flag, ','.join(str(v) for v in value)]
-        return [flag, *(str(v) for v in value)]
-    return [f'{flag}={value}']

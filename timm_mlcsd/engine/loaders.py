@@ -1,6 +1,7 @@
 """From flags to data sets and loaders, all through timm."""
 
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -9,26 +10,38 @@ from timm.data import FastCollateMixup, create_dataset, create_loader
 from torch.utils.data import Dataset, IterableDataset
 
 from ..data import DigitsDataset, PadCrop, TransformSubset, hold_out
-from ..errors import UserError
+from ..errors import UserError, blame
 
 __all__ = ['class_names', 'eval_loader', 'load_dataset', 'mixup_active', 'train_and_val_datasets', 'train_loader']
 
 _PREFIXES = ('', 'hfds', 'hfids', 'tfds', 'torch', 'wds')
+# what timm takes for one another, then what else tells that a folder holds splits
+_SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'), ('test',))
 
 
 def load_dataset(
-    args: argparse.Namespace, split: str, is_training: bool = False, num_samples: Optional[int] = None
+    args: argparse.Namespace,
+    split: str,
+    is_training: bool = False,
+    num_samples: Optional[int] = None,
+    needs_folder: bool = False,
 ) -> Dataset:
     """Load one split of what ``--dataset`` and ``--data-dir`` name.
+
+    Args:
+        args: The flags.
+        split: Which.
+        is_training: Whether streamed data is shuffled.
+        num_samples: Length of streamed data.
+        needs_folder: Whether a folder without splits is a mistake, instead of being the split itself.
 
     Raises:
         UserError: It cannot be read.
     """
+    image_mode = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
     if args.dataset == 'digits':
-        try:
-            return DigitsDataset(split)
-        except (ImportError, ValueError) as e:
-            raise UserError(str(e)) from None
+        with blame('--dataset digits'):
+            return DigitsDataset(split, image_mode=image_mode)
     if not args.dataset and not args.data_dir:
         raise UserError('no data: give a path (./train.py DIR) or --dataset NAME (--dataset digits needs no path).')
     prefix, _, name = args.dataset.partition('/')
@@ -37,11 +50,17 @@ def load_dataset(
             f'--dataset {args.dataset!r} is unknown: leave it out for a folder of images, or give digits or a name '
             f'that begins with {", ".join(p + "/" for p in _PREFIXES if p)}.'
         )
-    path = args.data_dir if prefix.lower() in ('', 'torch') else name
+    prefix = prefix.lower()
+    path = args.data_dir if prefix in ('', 'torch') else name
     looks_local = path == args.data_dir or path.startswith(('/', './', '../', '~'))
     if path and looks_local and not args.dataset_download and not Path(path).expanduser().exists():
         raise UserError(f'no data at {path!r}: there is no such file or folder.')
-    try:
+    if prefix == '' or name in ('folder', 'image_folder'):
+        _check_folder_has_split(args.data_dir, split, needs_folder)
+    if prefix in ('hfds', 'hfids') and importlib.util.find_spec('datasets') is None:
+        raise UserError(f'--dataset {args.dataset} needs the package datasets: pip install "timm_mlcsd[hfds]".')
+    keys = dict(input_key=args.input_key, target_key=args.target_key) if prefix not in ('', 'torch') else {}
+    with blame(f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read'):
         return create_dataset(
             args.dataset,
             root=args.data_dir,
@@ -53,19 +72,21 @@ def load_dataset(
             num_samples=num_samples,
             repeats=args.epoch_repeats if is_training else 0,
             seed=getattr(args, 'seed', 42),
-            input_img_mode=args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB'),
-            input_key=args.input_key,
-            target_key=args.target_key,
+            input_img_mode=image_mode,
             trust_remote_code=args.dataset_trust_remote_code,
+            **keys,
         )
-    except ModuleNotFoundError as e:
-        extra = ': pip install "timm_mlcsd[hfds]"' if e.name == 'datasets' else ''
-        raise UserError(f'--dataset {args.dataset} needs the package {e.name}{extra}.') from None
-    except (OSError, ValueError, KeyError, AssertionError, RuntimeError, TypeError) as e:
-        reason = str(e) or type(e).__name__
-        raise UserError(
-            f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read: {reason}'
-        ) from None
+
+
+def _check_folder_has_split(root: str, split: str, needs_folder: bool) -> None:
+    """Refuse a split that a folder of splits doesn't have; timm would take all its images, whatever their split."""
+    if not Path(root).is_dir():
+        return  # a tar file
+    folders = {p.name for p in Path(root).iterdir() if p.is_dir()}
+    accepted = next((names for names in _SPLIT_FOLDERS if split in names), (split,))
+    known = {name for names in _SPLIT_FOLDERS for name in names}
+    if not folders.intersection(accepted) and (needs_folder or folders & known):
+        raise UserError(f'{root!r} has no split {split!r}; it has {", ".join(sorted(folders))}.')
 
 
 def class_names(dataset: Dataset) -> Optional[List[str]]:
@@ -87,7 +108,9 @@ def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, 
     train = load_dataset(args, args.train_split, is_training=True, num_samples=args.train_num_samples)
     record = dict(train_split=args.train_split, val_split=args.val_split)
     if args.val_split:
-        return train, load_dataset(args, args.val_split, num_samples=args.val_num_samples), record
+        # without a folder for it, timm would take the training images once more
+        val = load_dataset(args, args.val_split, num_samples=args.val_num_samples, needs_folder=True)
+        return train, val, record
     if isinstance(train, IterableDataset):
         raise UserError(f'--dataset {args.dataset!r} is a stream, nothing can be held out of it: name a --val-split.')
     if not 0.0 < args.val_fraction < 1.0:
@@ -114,6 +137,8 @@ def train_loader(
     """Batches to train on: augmented, normalised, on the device."""
     mixup = None
     if mixup_active(args):
+        if args.batch_size % 2:
+            raise UserError(f'--batch-size {args.batch_size} must be even: mixup and cutmix work on pairs of images.')
         mixup = FastCollateMixup(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,

@@ -7,11 +7,10 @@ import sys
 from collections import OrderedDict
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ContextManager, Dict, Optional, Sequence
+from typing import Any, ContextManager, Dict, Optional, Sequence, Tuple
 
 import torch
 import yaml
-from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import (
@@ -23,19 +22,23 @@ from timm.utils import (
 )
 from tqdm import tqdm
 
-from ..errors import UserError, run_script, shortened
+from ..errors import UserError, blame, run_script
 from ..task import MLCSDTask
 from .build import (
     autocast_of,
     build_criterion,
     build_model,
+    compiled,
+    data_config_of,
+    identity_of,
     load_initial_checkpoint,
     model_args_of,
     resolve_device,
 )
-from .checkpoint import LAST, CheckpointSaver, load_checkpoint
+from .checkpoint import BEST, LAST, CheckpointSaver, load_checkpoint
+from .config import parse_args
 from .evaluate import Evaluation, evaluate
-from .flags import parse_args, train_parser
+from .flags import train_parser
 from .loaders import class_names, eval_loader, train_and_val_datasets, train_loader
 
 __all__ = ['main', 'train']
@@ -73,11 +76,7 @@ def train(args: argparse.Namespace) -> Path:
     model = build_model(
         args.model, pretrained=args.pretrained, pretrained_backbone=args.pretrained_backbone, **model_args
     )
-    data_config = resolve_data_config(vars(args), model=model)
-    try:
-        model.check_input_size(*data_config['input_size'][1:])
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    data_config = data_config_of(args, model)
     if args.initial_checkpoint:
         load_initial_checkpoint(model, args.initial_checkpoint)
     if args.grad_checkpointing:
@@ -94,23 +93,22 @@ def train(args: argparse.Namespace) -> Path:
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
-    identity = dict(arch=args.model, model_args=model_args, **split_record)
+    identity = dict(**identity_of(model, args.model, model_args), **split_record)
     start_epoch, best_metric = 0, float('-inf')
     if resumed:
         _check_same_run(resumed, identity)
         start_epoch, best_metric = _resume(resumed, task, optimizer, scaler, args)
+    eval_model = task.get_eval_model(ema=args.model_ema)
+    eval_forward = compiled(eval_model.forward_exits, args)
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
 
-    batches = train_loader(args, train_data, data_config, num_classes, device)
-    val_batches = eval_loader(args, val_data, data_config, device, args.validation_batch_size)
+    with blame('the data flags cannot be used'):
+        batches = train_loader(args, train_data, data_config, num_classes, device)
+        val_batches = eval_loader(args, val_data, data_config, device, args.validation_batch_size)
     updates_per_epoch = math.ceil(len(batches) / args.grad_accum_steps)
-    scheduler, num_epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(args, decreasing_metric=False), updates_per_epoch=updates_per_epoch
-    )
-    if start_epoch:
-        if args.sched == 'plateau' and 'scheduler' in resumed:
-            scheduler.load_state_dict(resumed['scheduler'])
+    scheduler, num_epochs = _create_scheduler(args, optimizer, updates_per_epoch)
+    if start_epoch and scheduler is not None:
         scheduler.step_update(start_epoch * updates_per_epoch)
         scheduler.step(start_epoch)
 
@@ -135,9 +133,10 @@ def train(args: argparse.Namespace) -> Path:
         train_metrics = _train_epoch(
             epoch, task, batches, optimizer, scheduler, scaler, autocast, args, epoch * updates_per_epoch
         )
-        result = evaluate(task.get_eval_model(ema=args.model_ema), val_batches, device, autocast, args.channels_last)
+        result = evaluate(eval_model, val_batches, device, autocast, args.channels_last, eval_forward)
         lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
-        scheduler.step(epoch + 1, result.mean_top1)
+        if scheduler is not None:
+            scheduler.step(epoch + 1)
 
         eval_metrics = _summary_of(result)
         update_summary(
@@ -156,7 +155,6 @@ def train(args: argparse.Namespace) -> Path:
                 data_config=data_config,
                 class_names=names,
                 optimizer=optimizer.state_dict(),
-                **({'scheduler': scheduler.state_dict()} if args.sched == 'plateau' else {}),
                 **({NativeScaler.state_dict_key: scaler.state_dict()} if scaler else {}),
                 **task.get_checkpoint_state(),
                 **(task.get_checkpoint_state(ema=True) if args.model_ema else {}),
@@ -171,7 +169,8 @@ def train(args: argparse.Namespace) -> Path:
         )
     if board:
         board.close()
-    _logger.info(f'Best validation mean top-1 {saver.best_metric:.2f}, in {out_dir / "model_best.pth.tar"}')
+    where = f', in {out_dir / BEST}' if (out_dir / BEST).exists() else ' before this run was resumed'
+    _logger.info(f'Best validation mean top-1 {saver.best_metric:.2f}{where}')
     return out_dir
 
 
@@ -185,10 +184,20 @@ def _scaled_lr(args: argparse.Namespace) -> float:
 
 
 def _create_optimizer(args: argparse.Namespace, task: MLCSDTask) -> torch.optim.Optimizer:
-    try:
+    with blame(f'--opt {args.opt} cannot be made'):
         return create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args))
-    except (ValueError, TypeError, AssertionError) as e:
-        raise UserError(f'--opt {args.opt} cannot be made: {e}') from None
+
+
+def _create_scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+) -> Tuple[Optional[Any], int]:
+    """timm's schedule, None for ``--sched none``, and the number of epochs with cool-down."""
+    if args.sched == 'plateau':
+        raise UserError('--sched plateau: timm gives it up, because a resumed run would not go on as it had begun.')
+    with blame(f'--sched {args.sched} cannot be made'):
+        return create_scheduler_v2(
+            optimizer, **scheduler_kwargs(args, decreasing_metric=False), updates_per_epoch=updates_per_epoch
+        )
 
 
 def _train_epoch(
@@ -240,7 +249,8 @@ def _train_epoch(
             optimizer.zero_grad()
             num_updates += 1
             task.update_ema(step=num_updates)
-            scheduler.step_update(num_updates=num_updates)
+            if scheduler is not None:
+                scheduler.step_update(num_updates=num_updates)
 
         labels = target if target.ndim == 1 else target.argmax(dim=1)
         right = right + (torch.stack(result['exit_logits']).detach().argmax(dim=-1) == labels).sum(dim=1)
@@ -295,7 +305,10 @@ def _resume(
     args: argparse.Namespace,
 ) -> Sequence[Any]:
     """Put the state of a checkpoint back; returns the epoch to start with and the best metric so far."""
-    try:
+    opt = checkpoint['args'].get('opt')
+    if opt != args.opt and not args.no_resume_opt:
+        raise UserError(f'--resume: the run used --opt {opt}, not {args.opt}; --no-resume-opt takes its weights only.')
+    with blame(f'--resume {args.resume!r} does not fit these flags'):
         task.load_checkpoint_state(checkpoint['state_dict'], checkpoint.get('task_state'))
         if args.model_ema:
             if 'state_dict_ema' in checkpoint:
@@ -306,8 +319,6 @@ def _resume(
             optimizer.load_state_dict(checkpoint['optimizer'])
             if scaler and NativeScaler.state_dict_key in checkpoint:
                 scaler.load_state_dict(checkpoint[NativeScaler.state_dict_key])
-    except (RuntimeError, ValueError, KeyError) as e:
-        raise UserError(f'--resume {args.resume!r} does not fit these flags: {shortened(e)}') from None
     _logger.info(f'Resuming after epoch {checkpoint["epoch"]}')
     return checkpoint['epoch'] + 1, checkpoint['best_metric']
 

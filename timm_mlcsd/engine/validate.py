@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from timm.data import resolve_data_config
 
 from ..cost import ExitCost, exit_costs
 from ..data import TransformSubset
-from ..errors import UserError, run_script, shortened
+from ..errors import UserError, blame, run_script
 from ..models import MultiExitModel
 from ..report import format_table, plot_accuracy_against_cost
-from .build import autocast_of, build_model, resolve_device
+from .build import autocast_of, build_model, compiled, data_config_of, resolve_device
 from .checkpoint import load_checkpoint
+from .config import parse_args
 from .evaluate import Evaluation, evaluate
-from .flags import parse_args, validate_parser
+from .flags import validate_parser
 from .loaders import class_names, eval_loader, load_dataset
 
-__all__ = ['data_flags_from', 'load_split', 'main', 'validate']
+__all__ = ['data_flags_from', 'load_model', 'load_split', 'main', 'validate']
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -42,25 +42,28 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
     _check_outputs(args)
     device = resolve_device(args)
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
-    model = _load_model(args, checkpoint)
+    model = load_model(args, checkpoint)
     data_flags_from(args, checkpoint)
-    data_config = resolve_data_config(vars(args), pretrained_cfg=checkpoint.get('data_config', {}), model=model)
-    try:
-        costs = exit_costs(model, data_config['input_size'])
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    data_config = data_config_of(args, model, checkpoint.get('data_config'))
+    costs = exit_costs(model, data_config['input_size'])
 
     dataset, split = load_split(args, checkpoint)
     names = class_names(getattr(dataset, 'dataset', dataset))
+    trained_names = checkpoint.get('class_names')
+    if names and trained_names and names != trained_names:
+        raise UserError(
+            f'the classes of the data ({", ".join(names[:5])}, ...) are not those that the network was trained on '
+            f'({", ".join(trained_names[:5])}, ...); --class-map FILE gives classes their indices.'
+        )
     if names and len(names) > model.num_classes:
         raise UserError(f'the data has {len(names)} classes, the model {model.num_classes}: they do not fit.')
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    if args.torchcompile:
-        model.forward_exits = torch.compile(model.forward_exits, backend=args.torchcompile, mode=args.torchcompile_mode)
-    loader = eval_loader(args, dataset, data_config, device)
-    result = evaluate(model, loader, device, autocast_of(args, device), args.channels_last)
+    with blame('the data flags cannot be used'):
+        loader = eval_loader(args, dataset, data_config, device)
+    forward = compiled(model.forward_exits, args)
+    result = evaluate(model, loader, device, autocast_of(args, device), args.channels_last, forward)
 
     rows = _rows(model, result, costs)
     source = args.checkpoint or args.model
@@ -85,11 +88,13 @@ def _check_outputs(args: argparse.Namespace) -> None:
     for path in filter(None, (args.results_file, args.plot)):
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+            open(path, 'a').close()
         except OSError as e:
             raise UserError(f'{path!r} cannot be written: {e.strerror}.') from None
 
 
-def _load_model(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> MultiExitModel:
+def load_model(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> MultiExitModel:
+    """The network that ``--checkpoint`` or ``--model`` names, with its weights."""
     if bool(args.checkpoint) == bool(args.model):
         raise UserError('give either --checkpoint PATH (of train.py) or --model hf-hub:REPO|local-dir:PATH.')
     if args.model:
@@ -98,10 +103,8 @@ def _load_model(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> MultiEx
     if key not in checkpoint:
         raise UserError(f'--use-ema: {args.checkpoint!r} was trained without --model-ema and has no averaged weights.')
     model = build_model(checkpoint['arch'], **checkpoint['model_args'])
-    try:
+    with blame(f'{args.checkpoint!r} does not fit {checkpoint["arch"]}'):
         model.load_state_dict(checkpoint[key])
-    except RuntimeError as e:
-        raise UserError(f'{args.checkpoint!r} does not fit {checkpoint["arch"]}: {shortened(e)}') from None
     return model
 
 

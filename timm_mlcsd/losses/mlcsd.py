@@ -154,12 +154,13 @@ class MLCSDLoss(nn.Module):
                 self.mixer = LastExit()
             else:
                 self.mixer = CWEM(num_exits, dims[-1])
-                self.mixer.conv.requires_grad_(cwem_supervision != 'none')
-                self.mixer.norm.requires_grad_(cwem_supervision != 'none')
+                # what nothing trains must not wait for a gradient
+                self.mixer.requires_grad_(cwem_supervision == 'ce' or (cwem_supervision == 'kd' and alpha > 0))
             if len(set(dims)) > 1:
                 self.projections.extend(
                     nn.Identity() if dim == dims[-1] else nn.Conv2d(dim, dims[-1], 1, bias=False) for dim in dims
                 )
+                self.projections.requires_grad_(beta > 0)
 
     def set_distill_scale(self, scale: float) -> None:
         """Scale alpha and beta, from 0 to 1, as a warm-up does."""
@@ -183,17 +184,23 @@ class MLCSDLoss(nn.Module):
             there is a teacher ``kd`` (L_KD), ``ht`` (L_HT), ``cwem`` (what trains the CWEM beside them).
 
         Raises:
-            ValueError: `output` has another number of exits than the loss was made for.
+            ValueError: `output` is one tensor or has another number of exits; or the loss itself was cast to half
+                precision.
         """
+        if isinstance(output, torch.Tensor):
+            raise ValueError(
+                'output is one tensor, which a model gives in eval mode; use model.train(), or '
+                'model.forward_exits(images).'
+            )
         logits, features = output
         if len(logits) != self.num_exits:
-            raise ValueError(
-                f'output has {len(logits)} exits, the loss was made for num_exits={self.num_exits}; in eval mode a '
-                f'model gives one tensor, use model.train() or model.forward_exits(images).'
-            )
+            raise ValueError(f'output has {len(logits)} exits, the loss was made for num_exits={self.num_exits}.')
+        if self.exit_weights.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError('the loss itself must stay in float32 or float64, whatever the model has: call .float().')
         with torch.autocast(logits[0].device.type, enabled=False):
             logits = [_at_least_float32(z) for z in logits]
-            parts = {'cls': sum(w * self.cls_loss(z, target) for w, z in zip(self.exit_weights, logits))}
+            exit_weights = self.exit_weights.to(logits[0].dtype)
+            parts = {'cls': sum(w * self.cls_loss(z, target) for w, z in zip(exit_weights, logits))}
             loss = self.gamma * parts['cls']
             if self.mixer is not None:
                 parts.update(self._distill(torch.stack(logits, dim=1), features, target))
@@ -217,7 +224,8 @@ class MLCSDLoss(nn.Module):
         return [f if f.shape[-2:] == size else F.adaptive_avg_pool2d(f, size) for f in features]
 
     def _mix(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.mixer(torch.stack([f.detach().amax(dim=(-2, -1)) for f in features], dim=1))
+        pooled = torch.stack([f.detach().amax(dim=(-2, -1)) for f in features], dim=1)
+        return self.mixer(pooled.to(self.exit_weights.dtype)).to(pooled.dtype)
 
     def _distill(
         self,
@@ -236,7 +244,8 @@ class MLCSDLoss(nn.Module):
         if self.beta:
             pool = torch.stack([f.detach() for f in features], dim=1)
             teachers = (weights.detach() @ pool.flatten(2)).view_as(pool).unbind(dim=1)
-            parts['ht'] = sum(w * F.mse_loss(f, g) for w, f, g in zip(self.exit_weights, features, teachers))
+            exit_weights = self.exit_weights.to(pool.dtype)
+            parts['ht'] = sum(w * F.mse_loss(f, g) for w, f, g in zip(exit_weights, features, teachers))
         return parts
 
     def _kd(self, logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -244,7 +253,7 @@ class MLCSDLoss(nn.Module):
         log_p = F.log_softmax(logits / self.temperature, dim=-1)
         log_t = F.log_softmax(teacher / self.temperature, dim=-1)
         divergence = F.kl_div(log_p, log_t, reduction='none', log_target=True).sum(dim=-1)
-        return self.temperature**2 * (self.exit_weights @ divergence.mean(dim=0))
+        return self.temperature**2 * (self.exit_weights.to(logits.dtype) @ divergence.mean(dim=0))
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from .backbone import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, MultiExitBackbone, c
 from .heads import EXIT_HEADS, EXIT_POOLS, ExitHead
 from .meta import OnMeta
 from .multi_exit import MultiExitModel, MultiExitOutput
-from .placement import exits_argument
 from .registry import create_named  # registers mlcsd_* with timm
 
 __all__ = [
@@ -19,5 +18,4 @@ __all__ = [
     'OnMeta',
     'create_multi_exit',
     'create_named',
-    'exits_argument',
 ]

@@ -94,12 +94,25 @@ class MultiExitBackbone(MultiExitModel):
         super().__init__()
         self.backbone = backbone
         self.grad_checkpointing = False
+        missing = [n for n in ('default_cfg', 'feature_info', 'in_chans', 'forward_head') if not hasattr(backbone, n)]
+        if missing:
+            raise ValueError(
+                f'{type(backbone).__name__} is no timm model with features: it has no {", ".join(missing)}.'
+            )
+        self.pretrained_cfg = self.default_cfg = without_weights(backbone.default_cfg)
         weight = next(backbone.parameters())
         probe_size = (backbone.in_chans, *backbone.default_cfg['input_size'][1:])
         leaves = _trace(backbone, probe_size)
         if small_input:
+            size_before = leaves[-1].shape[-1]
             remove_first_downsamplings(backbone, leaves, probe_size[-1])
-            leaves = _trace(backbone, probe_size)
+            try:
+                leaves = _trace(backbone, probe_size)
+                fits = leaves[-1].shape[-1] == 4 * size_before
+            except RuntimeError:  # branches that no longer have one size
+                fits = False
+            if not fits:
+                raise ValueError('small_input=True: the first two downsamplings of this backbone cannot be taken out.')
 
         taps = place_exits(leaves, [info['module'] for info in backbone.feature_info], exits)
         last = leaves[taps[-1]]
@@ -207,15 +220,24 @@ class MultiExitBackbone(MultiExitModel):
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else ()
         return {f'backbone.{name}' for name in names}
 
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        """Layer group of every parameter; a head belongs to the group of its tap."""
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Layer group of every parameter or module by name; a head belongs to the group of its tap."""
         layers: Dict[str, int] = group_parameters(self.backbone, self.backbone.group_matcher(coarse), reverse=True)
         groups = {f'backbone.{name}': layer for name, layer in layers.items()}
-        for head, tap in zip(self.heads, self.exit_names):
-            below = [layer for name, layer in layers.items() if name.startswith(f'{tap}.')]
-            prefix = f'heads.{self.exit_names.index(tap)}.'
-            groups.update({prefix + name: max(below) for name, _ in head.named_parameters()})
-        return groups.__getitem__
+        modules = [name for stage in self._stages for name in stage]
+        for k, (head, tap) in enumerate(zip(self.heads, self.exit_names)):
+            # up to the tap, not the tap alone: a pool has no parameters
+            path = tuple(f'{name}.' for name in modules[: modules.index(tap) + 1])
+            group = max((layer for name, layer in layers.items() if name.startswith(path)), default=0)
+            groups.update({f'heads.{k}.{name}': group for name, _ in head.named_parameters()})
+
+        def match(name: str) -> int:
+            if name in groups:
+                return groups[name]
+            below = [group for n, group in groups.items() if not name or n.startswith(f'{name}.')]
+            return max(below) if below else match(name.rpartition('.')[0])
+
+        return match
 
     def load_backbone(self, state_dict: Dict[str, torch.Tensor]) -> None:
         """Load the weights of a plain backbone, its classifier included.
@@ -235,9 +257,22 @@ class MultiExitBackbone(MultiExitModel):
             raise ValueError(f'these are weights of another network than the backbone: {shortened(e)}') from None
 
 
+def without_weights(cfg: Dict[str, Any]) -> Dict[str, Any]:
+    """A backbone's cfg for its multi-exit network: no weights, and what it names lies below ``backbone.``."""
+    names = {
+        key: f'backbone.{cfg[key]}' if isinstance(cfg[key], str) else [f'backbone.{name}' for name in cfg[key]]
+        for key in ('first_conv', 'classifier')
+        if cfg.get(key)
+    }
+    sources = dict.fromkeys(('file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag'))
+    return {**cfg, **sources, **names, 'url': '', 'architecture': f'mlcsd_{cfg["architecture"]}'}
+
+
 def _trace(backbone: nn.Module, probe_size: Sequence[int]) -> List[Leaf]:
-    leaves = trace_chain(backbone, probe_size)
-    if leaves is None or not hasattr(backbone, 'feature_info') or any(len(leaf.shape) != 4 for leaf in leaves):
+    leaves = None
+    if getattr(backbone, 'output_fmt', 'NCHW') == 'NCHW':
+        leaves = trace_chain(backbone, probe_size)
+    if leaves is None or any(len(leaf.shape) != 4 for leaf in leaves):
         raise ValueError(
             f'{type(backbone).__name__} does not run as a plain chain of modules with NCHW maps, so it cannot be cut '
             f'into stages yet; ResNets, MobileNetV2 and their relatives can.'

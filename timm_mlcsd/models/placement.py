@@ -4,12 +4,7 @@ from typing import List, Optional, Sequence, Union
 
 from .chain import Leaf
 
-__all__ = ['exits_argument', 'place_exits']
-
-
-def exits_argument(text: str) -> Union[int, List[str]]:
-    """Read `exits` from a command line: a number, or comma-separated module names."""
-    return int(text) if text.lstrip('-').isdigit() else text.split(',')
+__all__ = ['place_exits']
 
 
 def place_exits(

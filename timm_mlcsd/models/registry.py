@@ -2,13 +2,15 @@
 
 import dataclasses
 import difflib
+import re
 from functools import partial
-from typing import Any, Callable
+from typing import Any, Callable, Dict
 
 import timm
+import torch
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 
-from .backbone import MultiExitBackbone, create_multi_exit
+from .backbone import MultiExitBackbone, create_multi_exit, without_weights
 from .multi_exit import MultiExitModel
 
 __all__ = ['create_named']  # timm's register_model adds the models
@@ -45,19 +47,17 @@ def create_named(name: str, **kwargs: Any) -> MultiExitModel:
 
 
 def _multi_exit_cfg(arch: str) -> PretrainedCfg:
-    """The backbone's cfg without its weights; what the cfg names now lies below ``backbone.``."""
-    cfg = get_pretrained_cfg(arch)
-    return dataclasses.replace(
-        cfg,
-        url='',
-        file=None,
-        hf_hub_id=None,
-        hf_hub_filename=None,
-        architecture=PREFIX + arch,
-        tag=None,
-        first_conv=f'backbone.{cfg.first_conv}',
-        classifier=f'backbone.{cfg.classifier}',
-    )
+    return PretrainedCfg(**without_weights(dataclasses.asdict(get_pretrained_cfg(arch))))
+
+
+def _drop_unfit_classifiers(state_dict: Dict[str, torch.Tensor], model: MultiExitBackbone) -> Dict[str, torch.Tensor]:
+    """For another number of classes, leave out the exits' classifiers, as timm does with the backbone's."""
+    fit = model.state_dict()
+    return {
+        name: t
+        for name, t in state_dict.items()
+        if not re.match(r'heads\.\d+\.fc\.', name) or (name in fit and fit[name].shape == t.shape)
+    }
 
 
 default_cfgs = generate_default_cfgs({PREFIX + arch: _multi_exit_cfg(arch) for arch in _ARCHS})
@@ -74,7 +74,13 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
         # weights that come from the Hub or a folder already hold the backbone's
         if pretrained:
             kwargs.pop('pretrained_backbone', None)
-        return build_model_with_cfg(partial(create_multi_exit, arch), PREFIX + arch, pretrained, **kwargs)
+        return build_model_with_cfg(
+            partial(create_multi_exit, arch),
+            PREFIX + arch,
+            pretrained,
+            pretrained_filter_fn=_drop_unfit_classifiers,
+            **kwargs,
+        )
 
     create.__name__ = create.__qualname__ = PREFIX + arch
     create.__doc__ = f'{arch} with exits; takes the arguments of `create_multi_exit` and of {arch}.'

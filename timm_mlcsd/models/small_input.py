@@ -24,10 +24,11 @@ def remove_first_downsamplings(backbone: nn.Module, leaves: Sequence[Leaf], inpu
         ValueError: The backbone has no two downsamplings made of strided convs and pools.
     """
     widths = [input_width] + [leaf.shape[-1] for leaf in leaves]
-    strided = [leaf.name for leaf, before, after in zip(leaves, widths, widths[1:]) if after < before]
-    if len(strided) < 2:
-        raise ValueError(f'small_input=True needs two downsamplings to take out; this backbone has {len(strided)}.')
-    for name in strided[:2]:
+    strided = [(leaf.name, before / after) for leaf, before, after in zip(leaves, widths, widths[1:]) if after < before]
+    if len(strided) < 2 or any(round(factor) != 2 for _, factor in strided[:2]):
+        factors = [round(factor) for _, factor in strided]
+        raise ValueError(f'small_input=True takes two halvings out; this backbone reduces its maps by {factors}.')
+    for name, _ in strided[:2]:
         _remove_stride(backbone, name)
     for info in backbone.feature_info:
         info['reduction'] = max(1, info['reduction'] // 4)

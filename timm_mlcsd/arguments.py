@@ -1,0 +1,51 @@
+"""What the command lines of all scripts share."""
+
+import argparse
+from typing import List, NoReturn, Union
+
+from timm.utils import ParseKwargs
+
+from .errors import UserError
+
+__all__ = ['KeyValues', 'ScriptParser', 'exits', 'non_negative_int', 'positive_int']
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{message} (--help lists the flags)')
+
+
+class KeyValues(ParseKwargs):
+    """timm's ``KEY=VALUE ...``, with an error for anything else."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if '=' not in value:
+                parser.error(f'argument {option_string}: expected KEY=VALUE, got {value!r}')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{value} must be at least 1')
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """An integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f'{value} must be at least 0')
+    return value
+
+
+def exits(text: str) -> Union[int, List[str]]:
+    """A number of exits, or comma-separated names of the modules to tap."""
+    return int(text) if text.lstrip('-').isdigit() else text.split(',')

@@ -1,0 +1,81 @@
+"""A YAML file of flags, as in timm: the command line wins."""
+
+import argparse
+import difflib
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import yaml
+
+from ..errors import UserError
+
+__all__ = ['parse_args']
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse the flags of ``--config``, if there is one, then the command line over them.
+
+    Raises:
+        UserError: A flag is wrong, or the config file is missing or holds a key that no flag has.
+    """
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument('-c', '--config')
+    given, rest = config_parser.parse_known_args(argv)
+    # two passes, so that a list at the end of the file can't take the command line's DIR for one of its values
+    from_config = parser.parse_args(_config_to_argv(parser, given.config)) if given.config else None
+    args = parser.parse_args(rest, namespace=from_config)
+    args.data_dir = args.data or args.data_dir
+    if args.input_size:
+        args.in_chans = args.input_size[0]
+    for name in ('mean', 'std'):
+        value = getattr(args, name)
+        if value and len(value) not in (1, args.in_chans or 3):
+            raise UserError(f'--{name} has {len(value)} values for {args.in_chans or 3} channels.')
+    del args.config, args.data
+    return args
+
+
+def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
+    """Spell a YAML config as command line arguments, so that types and choices are checked like any flag's."""
+    flags: Dict[str, Tuple[str, argparse.Action]] = {}
+    for action in parser._actions:
+        if action.option_strings and action.dest not in ('help', 'config'):
+            names = {action.dest, *(s.lstrip('-').replace('-', '_') for s in action.option_strings if s[:2] == '--')}
+            flags.update((name, (action.option_strings[-1], action)) for name in names)
+    try:
+        with open(path) as f:
+            config = yaml.safe_load(f) or {}
+    except OSError as e:
+        raise UserError(f'--config {path!r} cannot be read: {e.strerror}.') from None
+    except yaml.YAMLError as e:
+        raise UserError(f'--config {path!r} is not valid YAML: {e}') from None
+    if not isinstance(config, dict):
+        raise UserError(f'--config {path!r} must hold "flag: value" lines.')
+    argv: List[str] = []
+    for key, value in config.items():
+        dest = str(key).replace('-', '_')
+        if dest not in flags:
+            near = difflib.get_close_matches(dest, flags, n=3)
+            raise UserError(
+                f'--config {path!r}: no flag has the name {key!r}'
+                + (f'; near names: {", ".join(near)}.' if near else '; --help lists them.')
+            )
+        argv += _spell(*flags[dest], value, path)
+    return argv
+
+
+def _spell(flag: str, action: argparse.Action, value: Any, path: str) -> List[str]:
+    if value is None:
+        return []
+    if isinstance(action, argparse._StoreTrueAction):
+        if not isinstance(value, bool):
+            raise UserError(f'--config {path!r}: {action.dest} is a switch; give true or false, not {value!r}.')
+        return [flag] if value else []
+    if isinstance(value, bool) and action.nargs == '?':
+        return [flag] if value else []
+    if isinstance(value, dict):
+        return [flag, *(f'{k}={v!r}' for k, v in value.items())]
+    if isinstance(value, (list, tuple)):
+        if action.nargs is None:
+            return [flag, ','.join(str(v) for v in value)]
+        return [flag, *(str(v) for v in value)]
+    return [f'{flag}={value}']
