@@ -256,8 +256,9 @@ def test_fine_tuning_what_a_folder_holds(small, folder, tmp_path):
     model_args = dict(exits=3, exit_head='conv1x1', small_input=True, channels=(8, 8, 8, 8))
     model = timm.create_model('mlcsd_resnet18', num_classes=9, **model_args)
     save_for_hf(model, tmp_path / 'hub', model_args=model_args, safe_serialization=True)
-    flags = '--img-size 16 --epochs 1 --batch-size 8 --workers 0 --pretrained --lr 0 --warmup-epochs 0 --experiment tuned'.split()
-    argv = [folder, '--model', f'local-dir:{tmp_path / "hub"}', *flags, '--output', tmp_path]
+    flags = '--pretrained --img-size 16 --epochs 1 --batch-size 8 --workers 0 --lr 0 --warmup-epochs 0'.split()
+    where = ['--output', tmp_path, '--experiment', 'tuned']
+    argv = [folder, '--model', f'local-dir:{tmp_path / "hub"}', *flags, *where]
     assert run(train.main, argv) == 0
     checkpoint = load_checkpoint(tmp_path / 'tuned')
     assert checkpoint['arch'] == 'mlcsd_resnet18' and checkpoint['model_args']['exits'] == 3
