@@ -242,10 +242,13 @@ class MLCSDLoss(nn.Module):
         if self.alpha:
             parts['kd'] = self._kd(logits, teacher if self.cwem_supervision == 'kd' else teacher.detach())
         if self.beta:
-            pool = torch.stack([f.detach() for f in features], dim=1)
-            teachers = (weights.detach() @ pool.flatten(2)).view_as(pool).unbind(dim=1)
-            exit_weights = self.exit_weights.to(pool.dtype)
-            parts['ht'] = sum(w * F.mse_loss(f, g) for w, f, g in zip(exit_weights, features, teachers))
+            # the mean doesn't care for the order of the elements, so take them as they lie in memory
+            if features[-1].is_contiguous(memory_format=torch.channels_last):
+                features = [f.permute(0, 2, 3, 1) for f in features]
+            features = [f.flatten(1) for f in features]
+            teachers = weights.detach() @ torch.stack([f.detach() for f in features], dim=1)
+            exit_weights = self.exit_weights.to(teachers.dtype)
+            parts['ht'] = sum(w * F.mse_loss(f, g) for w, f, g in zip(exit_weights, features, teachers.unbind(dim=1)))
         return parts
 
     def _kd(self, logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ def _conv_norm_act(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1,
     return (
         nn.Conv2d(in_chs, out_chs, kernel_size, stride=stride, padding=kernel_size // 2, bias=False, **dd),
         nn.BatchNorm2d(out_chs, **dd),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
     )
 
 
