@@ -67,6 +67,7 @@ class _PathMode(TorchDispatchMode):
         return out
 
 
+@torch.inference_mode(False)  # in inference mode operations reach the counters undivided
 def exit_costs(model: MultiExitModel, input_size: Sequence[int]) -> List[ExitCost]:
     """Count what each exit costs.
 

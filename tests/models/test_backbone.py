@@ -301,6 +301,14 @@ def test_construction_leaves_the_backbone_untouched():
     assert all(torch.equal(t, before[n]) for n, t in plain.state_dict().items())
 
 
+@pytest.mark.parametrize('mode', [torch.inference_mode, torch.no_grad])
+def test_can_be_made_without_autograd(mode):
+    with mode():
+        model = make(small_input=True).eval()
+        assert model(torch.randn(1, 3, 32, 32)).shape == (1, 7)
+        assert exit_costs(model, (3, 32, 32))[-1].depth == 18
+
+
 def test_compiles_in_one_graph():
     model = make(small_input=True).eval()
     x = torch.randn(2, 3, 32, 32)

@@ -47,6 +47,7 @@ class _CallRecord:
         self.macs = 0
 
 
+@torch.inference_mode(False)  # tensors made in inference mode have no version to compare
 def trace_chain(backbone: nn.Module, input_size: Sequence[int]) -> Optional[List[Leaf]]:
     """Watch ``backbone.forward_features`` once, on the meta device, and read off its chain of modules.
 
