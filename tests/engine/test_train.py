@@ -71,6 +71,8 @@ def test_what_a_run_leaves(trained, folder):
 
     checkpoint = load_checkpoint(trained)
     assert checkpoint['arch'] == 'mlcsd_resnet18' and checkpoint['class_names'] == ['blue', 'green', 'red']
+    # defaults are spelled out, so that they may change
+    assert checkpoint['model_args']['exit_pool'] == 'max' and checkpoint['model_args']['exits'] == 4
     assert {'state_dict_ema', 'task_state', 'optimizer', 'args', 'data_config'} <= set(checkpoint)
     assert len(checkpoint['val_indices']) == 5 and checkpoint['val_fraction'] == 0.1 and checkpoint['val_seed'] == 0
     best = load_checkpoint(trained / 'model_best.pth.tar')

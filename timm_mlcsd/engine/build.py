@@ -81,11 +81,10 @@ def build_model(name: str, **model_args: Any) -> MultiExitModel:
 
 def identity_of(model: MultiExitModel, name: str, model_args: Dict[str, Any]) -> Dict[str, Any]:
     """Registered name and arguments that make the same network again, also where it came from the Hub or a folder."""
-    if ':' not in name:
-        return dict(arch=name, model_args=model_args)
-    # timm keeps the arguments stored with a model together with those given
-    model_args = {k: v for k, v in model._model_args.items() if k != 'pretrained_backbone'}
-    return dict(arch=model.default_cfg['architecture'], model_args=model_args)
+    if ':' in name:
+        # timm keeps the arguments stored with a model together with those given
+        model_args = {k: v for k, v in model._model_args.items() if k != 'pretrained_backbone'}
+    return dict(arch=model.default_cfg['architecture'], model_args={**model_args, **model.exit_args})
 
 
 def data_config_of(
@@ -109,7 +108,7 @@ def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:
     with blame(f'--initial-checkpoint {path!r} cannot be read'):
         state_dict = load_state_dict(path)
     with blame(f'--initial-checkpoint {path!r} does not fit the model'):
-        if any(name.startswith('heads.') for name in state_dict):
+        if model.num_exits > 1 and any(name.startswith('heads.') for name in state_dict):
             model.load_state_dict(state_dict)
         else:
             model.load_backbone(state_dict)

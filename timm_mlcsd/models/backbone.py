@@ -94,6 +94,8 @@ class MultiExitBackbone(MultiExitModel):
         super().__init__()
         self.backbone = backbone
         self.grad_checkpointing = False
+        # spelled out, so that what is saved today means the same network when a default changes
+        self.exit_args = dict(exits=exits, exit_head=exit_head, exit_pool=exit_pool, small_input=small_input)
         missing = [n for n in ('default_cfg', 'feature_info', 'in_chans', 'forward_head') if not hasattr(backbone, n)]
         if missing:
             raise ValueError(
