@@ -1,0 +1,29 @@
+"""What the README shows must run."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from timm_mlcsd.arguments import ScriptParser
+from timm_mlcsd.engine.flags import train_parser, validate_parser
+
+README = (Path(__file__).parents[1] / 'README.md').read_text()
+
+
+def test_python_examples_run_in_order():
+    blocks = re.findall(r'```python\n(.*?)```', README, re.S)
+    assert len(blocks) == 2
+    loader = [(torch.randn(2, 3, 32, 32), torch.randint(100, (2,)))]
+    namespace = dict(loader=loader, image=torch.randn(1, 3, 32, 32))
+    for block in blocks:
+        exec(block, namespace)
+    assert namespace['loss'].isfinite() and namespace['logits'].shape == (1, 100)
+
+
+def test_flags_exist():
+    parsers = [train_parser(), validate_parser(), ScriptParser()]
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    known |= {'--input-size'}
+    named = set(re.findall(r'(?<![\w-])--[a-z][a-z-]+', README))
+    assert named <= known, named - known
