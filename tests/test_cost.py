@@ -67,6 +67,14 @@ def test_counting_changes_nothing():
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+def test_whole_networks_have_no_cost_per_exit():
+    model = timm.create_model('mlcsd_resnet18', channels=(8, 8, 8, 8))
+    model.resumable = False
+    for count in (exit_costs, exit_times):
+        with pytest.raises(ValueError, match='runs as a whole'):
+            count(model, (3, 64, 64))
+
+
 def test_too_small_images():
     with pytest.raises(ValueError, match='16x16 is too small'):
         costs(size=16)

@@ -10,11 +10,20 @@ from .errors import UserError
 __all__ = ['KeyValues', 'ScriptParser', 'exits', 'non_negative_int', 'positive_int']
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that say something."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, '', {}) or '(default' in (action.help or ''):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class ScriptParser(argparse.ArgumentParser):
     """An argument parser whose mistakes are one line."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f'{message} (--help lists the flags)')

@@ -67,6 +67,13 @@ class _PathMode(TorchDispatchMode):
         return out
 
 
+def _check_resumable(model: MultiExitModel) -> None:
+    if not model.resumable:
+        raise ValueError(
+            f'{type(model).__name__} runs as a whole (resumable=False): its exits have no cost of their own.'
+        )
+
+
 @torch.inference_mode(False)  # in inference mode operations reach the counters undivided
 def exit_costs(model: MultiExitModel, input_size: Sequence[int]) -> List[ExitCost]:
     """Count what each exit costs.
@@ -79,8 +86,9 @@ def exit_costs(model: MultiExitModel, input_size: Sequence[int]) -> List[ExitCos
         One `ExitCost` per exit, first exit first.
 
     Raises:
-        ValueError: The images are too small for the network.
+        ValueError: The images are too small for the network, or it is not resumable.
     """
+    _check_resumable(model)
     if hasattr(model, 'check_input_size'):
         model.check_input_size(*input_size[1:])
     on_meta = OnMeta(model)
@@ -128,6 +136,7 @@ def exit_times(
     Returns:
         Median milliseconds per exit, the network's computation alone in the clock.
     """
+    _check_resumable(model)
     device = device or next(model.parameters()).device
     model.to(device).eval()
     images = torch.randn(batch_size, *input_size, device=device)

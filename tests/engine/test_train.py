@@ -145,7 +145,7 @@ def test_resume_equals_a_run_that_never_stopped(small, tmp_path):
     cut = tmp_path / 'cut'
     (cut / 'last.pth.tar').unlink()
     (cut / 'checkpoint-0.pth.tar').rename(cut / 'last.pth.tar')
-    assert run(train.main, [*small[:-2], *whole[len(small) :], '--resume', cut]) == 0
+    assert run(train.main, [*whole, '--experiment', 'cut', '--resume', cut]) == 0
     assert_same(weights(tmp_path / 'whole'), weights(cut))
     rows = [row['epoch'] for row in csv.DictReader((cut / 'summary.csv').open())]
     assert rows == ['0', '1', '2']
@@ -241,6 +241,34 @@ def test_the_test_split_is_never_read(small, folder, tmp_path):
         broken.write_text('not an image')
     assert run(train.main, [tmp_path / 'data', *small[1:], '--epochs', 1]) == 0
     assert len(load_checkpoint(tmp_path / 'run')['val_indices']) == 5
+
+
+def test_a_folder_without_splits_is_no_validation_data(small, folder, tmp_path, capsys):
+    classes = folder / 'train'
+    assert run(train.main, [classes, *small[1:], '--epochs', 1]) == 0
+    checkpoint = ['--checkpoint', tmp_path / 'run', '--workers', 0]
+    assert run(validate.main, [*checkpoint, '--held-out']) == 0
+    for main, argv in (
+        (validate.main, checkpoint),
+        (train.main, [classes, *small[1:], '--experiment', 'b', '--val-split', 'validation']),
+    ):
+        assert run(main, argv) == 2
+        assert 'is not divided into splits' in capsys.readouterr().err
+
+
+def test_validation_classes_must_be_those_of_training(small, folder, tmp_path, capsys):
+    for split, names in dict(train=('red', 'green', 'blue'), val=('red', 'green')).items():
+        for name in names:
+            (tmp_path / 'data' / split).mkdir(parents=True, exist_ok=True)
+            (tmp_path / 'data' / split / name).symlink_to(folder / 'train' / name)
+    assert run(train.main, [tmp_path / 'data', *small[1:], '--val-split', 'val']) == 2
+    assert "the classes of split 'val'" in capsys.readouterr().err
+
+
+def test_torchvision_images_get_the_mode_that_the_model_wants(small, folder, tmp_path):
+    data = ['--dataset', 'torch/image_folder', '--val-split', 'test', '--in-chans', 1]
+    assert run(train.main, [*small, *data, '--epochs', 1]) == 0
+    assert load_checkpoint(tmp_path / 'run')['class_names'] == ['blue', 'green', 'red']
 
 
 def test_greyscale_images(small, tmp_path):
@@ -373,7 +401,12 @@ def test_configs_parse(config):
         ('--sched plateau', 'a resumed run would not go on'),
         ('--aa nonsense', 'the data flags cannot be used'),
         ('--interpolation nonsense', 'the data flags cannot be used'),
-        ('--smoothing 1.5', 'the loss cannot be made'),
+        ('--smoothing 1.5', '--smoothing 1.5 must be at least 0 and less than 1'),
+        ('--alpha nan', 'alpha=nan must not be negative'),
+        ('--exit-weights 1 1 1 -1', 'must not be negative'),
+        ('--dataset torch/cifar100 --train-split validation', "torch/cifar100 has no split 'validation'"),
+        ('--dataset torch/cifar100 --data-dir', 'expected one argument'),
+        ('--config', 'expected one argument'),
         ('--mixup 1 --batch-size 7', 'must be even'),
         ('--torchcompile nonsense', '--torchcompile nonsense is unknown'),
         ('--in-chans 1 --mean .5 .5 .5', '--mean has 3 values for 1 channels'),
@@ -421,6 +454,7 @@ def test_mistakes_with_checkpoints(trained, small, tmp_path, capsys):
     initial = ['--initial-checkpoint', trained / 'last.pth.tar']
     assert 'does not fit the model' in error_of(train.main, [*small, *initial, '--model', 'mlcsd_resnet50'])
 
+    assert 'the run used --lr 0.02, not 0.1' in error_of(train.main, [*arguments, '--lr', 0.1])
     assert 'the run used --opt sgd, not adamw' in error_of(train.main, [*arguments, '--opt', 'adamw'])
 
     assert "has no split 'tset'" in error_of(validate.main, ['--checkpoint', trained, '--split', 'tset'])
@@ -428,7 +462,7 @@ def test_mistakes_with_checkpoints(trained, small, tmp_path, capsys):
     for name in ('green', 'red', 'violet'):
         (tmp_path / 'other' / 'test' / name).symlink_to(Path(small[0]) / 'test' / 'red')
     other = [tmp_path / 'other', '--split', 'test', '--checkpoint', trained]
-    assert 'are not those that the network was trained on' in error_of(validate.main, other)
+    assert 'are not those that are trained on' in error_of(validate.main, other)
 
     data = [small[0], '--split', 'test']
     assert 'give either --checkpoint' in error_of(validate.main, data)

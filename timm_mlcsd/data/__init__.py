@@ -2,6 +2,6 @@
 
 from .digits import DigitsDataset
 from .pad_crop import PadCrop
-from .subset import TransformSubset, hold_out
+from .subset import ConvertedImages, TransformSubset, hold_out
 
-__all__ = ['DigitsDataset', 'PadCrop', 'TransformSubset', 'hold_out']
+__all__ = ['ConvertedImages', 'DigitsDataset', 'PadCrop', 'TransformSubset', 'hold_out']

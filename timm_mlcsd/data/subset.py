@@ -1,11 +1,11 @@
-"""A part of a data set, with a transform of its own."""
+"""Data sets made from other data sets."""
 
 from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
 from torch.utils.data import Dataset
 
-__all__ = ['TransformSubset', 'hold_out']
+__all__ = ['ConvertedImages', 'TransformSubset', 'hold_out']
 
 
 class TransformSubset(Dataset):
@@ -27,6 +27,28 @@ class TransformSubset(Dataset):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+class ConvertedImages(Dataset):
+    """The same images in one PIL mode, with a transform of their own.
+
+    Args:
+        dataset: Gives (PIL image, target) without a transform of its own.
+        mode: PIL mode, such as ``RGB`` or ``L``.
+    """
+
+    def __init__(self, dataset: Dataset, mode: str):
+        self.dataset = dataset
+        self.mode = mode
+        self.transform: Optional[Callable] = None
+
+    def __getitem__(self, index: int) -> Tuple[Any, Any]:
+        image, target = self.dataset[index]
+        image = image.convert(self.mode)
+        return self.transform(image) if self.transform else image, target
+
+    def __len__(self) -> int:
+        return len(self.dataset)
 
 
 def hold_out(num_samples: int, fraction: float, seed: int) -> Tuple[Sequence[int], Sequence[int]]:

@@ -2,10 +2,12 @@
 
 import argparse
 import difflib
+import os
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
+from ..arguments import ScriptParser
 from ..errors import UserError
 
 __all__ = ['parse_args']
@@ -17,13 +19,15 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
     Raises:
         UserError: A flag is wrong, or the config file is missing or holds a key that no flag has.
     """
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser = ScriptParser(add_help=False)
     config_parser.add_argument('-c', '--config')
     given, rest = config_parser.parse_known_args(argv)
     # two passes, so that a list at the end of the file can't take the command line's DIR for one of its values
     from_config = parser.parse_args(_config_to_argv(parser, given.config)) if given.config else None
     args = parser.parse_args(rest, namespace=from_config)
     args.data_dir = args.data or args.data_dir
+    if args.data_dir:
+        args.data_dir = os.path.expanduser(args.data_dir)
     if args.input_size:
         args.in_chans = args.input_size[0]
     for name in ('mean', 'std'):
@@ -46,7 +50,7 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
             config = yaml.safe_load(f) or {}
     except OSError as e:
         raise UserError(f'--config {path!r} cannot be read: {e.strerror}.') from None
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f'--config {path!r} is not valid YAML: {e}') from None
     if not isinstance(config, dict):
         raise UserError(f'--config {path!r} must hold "flag: value" lines.')

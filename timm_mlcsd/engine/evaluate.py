@@ -61,7 +61,8 @@ def evaluate(
     forward = forward or model.forward_exits
     was_training = model.training
     model.eval()
-    totals = torch.zeros(4, model.num_exits, dtype=torch.float64, device=device)
+    precise = torch.float32 if device.type == 'mps' else torch.float64  # mps has no float64
+    totals = torch.zeros(4, model.num_exits, dtype=precise, device=device)
     num_samples = 0
     for images, target in loader:
         images, target = images.to(device), target.to(device)
@@ -79,8 +80,8 @@ def evaluate(
                 torch.stack(losses),
                 (right & ~right[-1]).sum(dim=1),
             ]
-        ).double()
+        ).to(precise)
         num_samples += len(target)
     model.train(was_training)
-    scale = torch.tensor([100.0, 100.0, 1.0, 100.0], dtype=torch.float64, device=device)[:, None] / max(num_samples, 1)
+    scale = torch.tensor([100.0, 100.0, 1.0, 100.0], dtype=precise, device=device)[:, None] / max(num_samples, 1)
     return Evaluation([ExitMetrics(*column) for column in (totals * scale).T.tolist()], num_samples)

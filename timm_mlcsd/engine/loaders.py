@@ -9,12 +9,21 @@ import torch
 from timm.data import FastCollateMixup, create_dataset, create_loader
 from torch.utils.data import Dataset, IterableDataset
 
-from ..data import DigitsDataset, PadCrop, TransformSubset, hold_out
+from ..data import ConvertedImages, DigitsDataset, PadCrop, TransformSubset, hold_out
 from ..errors import UserError, blame
 
-__all__ = ['class_names', 'eval_loader', 'load_dataset', 'mixup_active', 'train_and_val_datasets', 'train_loader']
+__all__ = [
+    'check_classes',
+    'class_names',
+    'eval_loader',
+    'load_dataset',
+    'mixup_active',
+    'train_and_val_datasets',
+    'train_loader',
+]
 
 _PREFIXES = ('', 'hfds', 'hfids', 'tfds', 'torch', 'wds')
+_TRAIN_AND_TEST = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')
 # what timm takes for one another, then what else tells that a folder holds splits
 _SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'), ('test',))
 
@@ -43,7 +52,9 @@ def load_dataset(
         with blame('--dataset digits'):
             return DigitsDataset(split, image_mode=image_mode)
     if not args.dataset and not args.data_dir:
-        raise UserError('no data: give a path (./train.py DIR) or --dataset NAME (--dataset digits needs no path).')
+        tag = getattr(args, 'pretrained_backbone', None)
+        swallowed = f' --pretrained-backbone took {tag!r} for a tag.' if isinstance(tag, str) else ''
+        raise UserError(f'no data: give a path (./train.py DIR), or --dataset digits, which needs none.{swallowed}')
     prefix, _, name = args.dataset.partition('/')
     if prefix.lower() not in _PREFIXES:  # timm would take it for a folder of images
         raise UserError(
@@ -51,9 +62,11 @@ def load_dataset(
             f'that begins with {", ".join(p + "/" for p in _PREFIXES if p)}.'
         )
     prefix = prefix.lower()
+    if prefix == 'torch':
+        _check_torchvision_has_split(name, args.data_dir, split)
     path = args.data_dir if prefix in ('', 'torch') else name
-    looks_local = path == args.data_dir or path.startswith(('/', './', '../', '~'))
-    if path and looks_local and not args.dataset_download and not Path(path).expanduser().exists():
+    looks_local = path == args.data_dir or path.startswith(('/', './', '../'))
+    if path and looks_local and not args.dataset_download and not Path(path).exists():
         raise UserError(f'no data at {path!r}: there is no such file or folder.')
     if prefix == '' or name in ('folder', 'image_folder'):
         _check_folder_has_split(args.data_dir, split, needs_folder)
@@ -61,7 +74,7 @@ def load_dataset(
         raise UserError(f'--dataset {args.dataset} needs the package datasets: pip install "timm_mlcsd[hfds]".')
     keys = dict(input_key=args.input_key, target_key=args.target_key) if prefix not in ('', 'torch') else {}
     with blame(f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read'):
-        return create_dataset(
+        dataset = create_dataset(
             args.dataset,
             root=args.data_dir,
             split=split,
@@ -76,27 +89,54 @@ def load_dataset(
             trust_remote_code=args.dataset_trust_remote_code,
             **keys,
         )
+    # timm leaves torchvision's images as they are
+    return ConvertedImages(dataset, image_mode) if prefix == 'torch' else dataset
 
 
 def _check_folder_has_split(root: str, split: str, needs_folder: bool) -> None:
     """Refuse a split that a folder of splits doesn't have; timm would take all its images, whatever their split."""
-    if not Path(root).is_dir():
-        return  # a tar file
-    folders = {p.name for p in Path(root).iterdir() if p.is_dir()}
+    folders = {p.name for p in Path(root).iterdir() if p.is_dir()} if Path(root).is_dir() else set()
     accepted = next((names for names in _SPLIT_FOLDERS if split in names), (split,))
     known = {name for names in _SPLIT_FOLDERS for name in names}
     if not folders.intersection(accepted) and (needs_folder or folders & known):
-        raise UserError(f'{root!r} has no split {split!r}; it has {", ".join(sorted(folders))}.')
+        if folders & known:
+            raise UserError(f'{root!r} has no split {split!r}; it has {", ".join(sorted(folders))}.')
+        raise UserError(
+            f'{root!r} is not divided into splits: as split {split!r} it would give the images that are trained on. '
+            f'Leave --val-split out, or validate with --held-out.'
+        )
+
+
+def _check_torchvision_has_split(name: str, root: Optional[str], split: str) -> None:
+    """Refuse what timm would take for the test images: with these data sets, any split that isn't train."""
+    if not root:
+        raise UserError(f'--dataset torch/{name} needs a path: ./train.py DIR, or --data-dir DIR.')
+    if name.rpartition('/')[2].lower() in _TRAIN_AND_TEST and split not in ('train', 'training', 'test'):
+        raise UserError(
+            f'torch/{name} has no split {split!r}, only train and test. Leave --val-split out to hold images out of '
+            f'train; name test to evaluate.'
+        )
 
 
 def class_names(dataset: Dataset) -> Optional[List[str]]:
     """The names of the classes in the order of their indices, None where the data set doesn't tell."""
+    while isinstance(dataset, (TransformSubset, ConvertedImages)):
+        dataset = dataset.dataset
     reader = getattr(dataset, 'reader', dataset)
     mapping = getattr(reader, 'class_to_idx', None)
     if mapping:
         return [str(name) for name in sorted(mapping, key=mapping.get)]
     names = getattr(reader, 'classes', None)
     return [str(name) for name in names] if names is not None else None
+
+
+def check_classes(names: Optional[List[str]], expected: Optional[List[str]], what: str) -> None:
+    """Refuse data whose classes have other names, and so other indices, than those trained on."""
+    if names and expected and names != expected:
+        raise UserError(
+            f'the classes of {what} ({", ".join(names[:5])}, ...) are not those that are trained on '
+            f'({", ".join(expected[:5])}, ...); --class-map FILE gives classes their indices.'
+        )
 
 
 def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, Dict[str, Any]]:
@@ -110,6 +150,7 @@ def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, 
     if args.val_split:
         # without a folder for it, timm would take the training images once more
         val = load_dataset(args, args.val_split, num_samples=args.val_num_samples, needs_folder=True)
+        check_classes(class_names(val), class_names(train), f'split {args.val_split!r}')
         return train, val, record
     if isinstance(train, IterableDataset):
         raise UserError(f'--dataset {args.dataset!r} is a stream, nothing can be held out of it: name a --val-split.')
@@ -119,7 +160,9 @@ def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, 
             f'To train on the whole split, name a --val-split.'
         )
     kept, held = hold_out(len(train), args.val_fraction, args.val_seed)
-    record.update(val_fraction=args.val_fraction, val_seed=args.val_seed, val_indices=torch.tensor(held))
+    record.update(
+        val_fraction=args.val_fraction, val_seed=args.val_seed, val_indices=torch.tensor(held), train_size=len(train)
+    )
     return TransformSubset(train, kept), TransformSubset(train, held), record
 
 

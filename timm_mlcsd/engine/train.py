@@ -62,10 +62,11 @@ def train(args: argparse.Namespace) -> Path:
     """
     device = resolve_device(args)
     random_seed(args.seed)
+    out_dir = _output_folder(args)
     resumed = load_checkpoint(args.resume) if args.resume else None
 
     train_data, val_data, split_record = train_and_val_datasets(args)
-    names = class_names(getattr(train_data, 'dataset', train_data))
+    names = class_names(train_data)
     num_classes = args.num_classes or (len(names) if names else None)
     if num_classes is None:
         raise UserError('the data does not tell how many classes it has: give --num-classes N.')
@@ -112,7 +113,8 @@ def train(args: argparse.Namespace) -> Path:
         scheduler.step_update(start_epoch * updates_per_epoch)
         scheduler.step(start_epoch)
 
-    out_dir = _output_folder(args)
+    with blame(f'--output {args.output!r} cannot be written'):
+        out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / 'args.yaml').write_text(yaml.safe_dump(vars(args), sort_keys=False))
     saver = CheckpointSaver(out_dir, keep=args.checkpoint_hist, best_metric=best_metric)
     summary = out_dir / 'summary.csv'
@@ -305,9 +307,13 @@ def _resume(
     args: argparse.Namespace,
 ) -> Sequence[Any]:
     """Put the state of a checkpoint back; returns the epoch to start with and the best metric so far."""
-    opt = checkpoint['args'].get('opt')
-    if opt != args.opt and not args.no_resume_opt:
-        raise UserError(f'--resume: the run used --opt {opt}, not {args.opt}; --no-resume-opt takes its weights only.')
+    for name in ('opt', 'lr', 'weight_decay', 'momentum', 'layer_decay'):
+        before, now = checkpoint['args'].get(name), getattr(args, name)
+        if before != now and not args.no_resume_opt:
+            raise UserError(
+                f'--resume: the run used --{name.replace("_", "-")} {before}, not {now}, and goes on with it; '
+                f'--no-resume-opt takes its weights only.'
+            )
     with blame(f'--resume {args.resume!r} does not fit these flags'):
         task.load_checkpoint_state(checkpoint['state_dict'], checkpoint.get('task_state'))
         if args.model_ema:
@@ -325,16 +331,16 @@ def _resume(
 
 def _output_folder(args: argparse.Namespace) -> Path:
     """A resumed run goes on where its checkpoint lies; any other gets a folder of its own."""
-    if args.resume and not args.experiment:
-        path = Path(args.resume)
-        return path if path.is_dir() else path.parent
-    folder = Path(args.output) / (args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace("/", "_")}')
+    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace("/", "_")}'
+    folder = Path(args.output) / name
+    if args.resume:
+        resumed = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+        if not args.experiment or folder.resolve() == resumed.resolve():
+            return resumed
     if (folder / LAST).exists():
-        raise UserError(f'{str(folder)!r} holds a run already: go on with --resume, or name another --experiment.')
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f'--output {args.output!r} cannot be written: {e.strerror}.') from None
+        raise UserError(
+            f'{str(folder)!r} holds a run already: go on with --resume {folder}, or name another --experiment.'
+        )
     return folder
 
 

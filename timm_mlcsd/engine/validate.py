@@ -4,6 +4,7 @@ import argparse
 import csv
 import importlib.util
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -20,9 +21,12 @@ from .checkpoint import load_checkpoint
 from .config import parse_args
 from .evaluate import Evaluation, evaluate
 from .flags import validate_parser
-from .loaders import class_names, eval_loader, load_dataset
+from .loaders import check_classes, class_names, eval_loader, load_dataset
 
 __all__ = ['data_flags_from', 'load_model', 'load_split', 'main', 'validate']
+
+
+_logger = logging.getLogger('validate')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -48,13 +52,8 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
     costs = exit_costs(model, data_config['input_size'])
 
     dataset, split = load_split(args, checkpoint)
-    names = class_names(getattr(dataset, 'dataset', dataset))
-    trained_names = checkpoint.get('class_names')
-    if names and trained_names and names != trained_names:
-        raise UserError(
-            f'the classes of the data ({", ".join(names[:5])}, ...) are not those that the network was trained on '
-            f'({", ".join(trained_names[:5])}, ...); --class-map FILE gives classes their indices.'
-        )
+    names = class_names(dataset)
+    check_classes(names, checkpoint.get('class_names'), split)
     if names and len(names) > model.num_classes:
         raise UserError(f'the data has {len(names)} classes, the model {model.num_classes}: they do not fit.')
     model.to(device)
@@ -88,7 +87,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
     for path in filter(None, (args.results_file, args.plot)):
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+            is_new = not Path(path).exists()
             open(path, 'a').close()
+            if is_new:
+                Path(path).unlink()
         except OSError as e:
             raise UserError(f'{path!r} cannot be written: {e.strerror}.') from None
 
@@ -98,10 +100,14 @@ def load_model(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> MultiExi
     if bool(args.checkpoint) == bool(args.model):
         raise UserError('give either --checkpoint PATH (of train.py) or --model hf-hub:REPO|local-dir:PATH.')
     if args.model:
+        if args.use_ema:
+            raise UserError('--use-ema needs --checkpoint: a --model has one set of weights.')
         return build_model(args.model, pretrained=True)
     key = 'state_dict_ema' if args.use_ema else 'state_dict'
     if key not in checkpoint:
         raise UserError(f'--use-ema: {args.checkpoint!r} was trained without --model-ema and has no averaged weights.')
+    if 'state_dict_ema' in checkpoint and not args.use_ema:
+        _logger.warning('The checkpoint also has averaged weights, which chose its epoch: --use-ema evaluates them.')
     model = build_model(checkpoint['arch'], **checkpoint['model_args'])
     with blame(f'{args.checkpoint!r} does not fit {checkpoint["arch"]}'):
         model.load_state_dict(checkpoint[key])
@@ -122,14 +128,17 @@ def data_flags_from(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Non
 def load_split(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Any, str]:
     """The data to evaluate on, ``--split`` or what training held out, and what to call it."""
     if not args.held_out:
-        return load_dataset(args, args.split), args.split
+        # the folder that was trained on is no split of itself
+        trained_on = 'val_indices' in checkpoint and args.split != checkpoint['train_split']
+        return load_dataset(args, args.split, needs_folder=trained_on), args.split
     if 'val_indices' not in checkpoint:
         raise UserError('--held-out needs a checkpoint whose training held images out of its train split.')
     split = checkpoint['train_split']
     dataset = load_dataset(args, split)
     indices = checkpoint['val_indices'].tolist()
-    if max(indices) >= len(dataset):
-        raise UserError(f'--held-out: split {split!r} has {len(dataset)} images, fewer than in training.')
+    if len(dataset) != checkpoint['train_size']:
+        size = checkpoint['train_size']
+        raise UserError(f'--held-out: split {split!r} has {len(dataset)} images, not the {size} of training.')
     return TransformSubset(dataset, indices), f'the held-out part of {split}'
 
 

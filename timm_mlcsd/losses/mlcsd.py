@@ -117,9 +117,9 @@ class MLCSDLoss(nn.Module):
                 f'cwem_supervision={cwem_supervision!r} is unknown; choose one of {", ".join(CWEM_SUPERVISIONS)}.'
             )
         for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
-            if value < 0:
+            if not value >= 0:
                 raise ValueError(f'{name}={value} must not be negative; 0 switches the term off.')
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f'temperature={temperature} must be positive.')
         if isinstance(cls_loss, JsdCrossEntropy):
             raise ValueError(
@@ -130,6 +130,8 @@ class MLCSDLoss(nn.Module):
             exit_weights = [1.0] * num_exits
         if len(exit_weights) != num_exits:
             raise ValueError(f'exit_weights has {len(exit_weights)} numbers for {num_exits} exits.')
+        if not all(w >= 0 for w in exit_weights):
+            raise ValueError(f'exit_weights={list(exit_weights)} must not be negative.')
         dims = [feature_dim] * num_exits if isinstance(feature_dim, int) else list(feature_dim)
         if len(dims) != num_exits:
             raise ValueError(f'feature_dim has {len(dims)} numbers for {num_exits} exits.')
