@@ -15,7 +15,7 @@ run() {
     name=$1
     shift
     [ -e "$out/$name.json" ] && return
-    rm -rf "${out:?}/$name"
+    rm -rf "${out:?}/$name" # an unfinished run begins anew
     python train.py --config configs/cifar100_cpu.yaml --dataset "hfds/$data" --data-dir "$out/cache" \
         --train-split 'train[:25000]' --output "$out" --experiment "$name" "$@"
     python validate.py --checkpoint "$out/$name/model_best.pth.tar" --split test --workers 1 --results-file "$out/$name.json"

@@ -67,8 +67,10 @@ class MLCSDLoss(nn.Module):
     paper does not say what trains it, hence `cwem_supervision`:
 
     * ``ce``: cross-entropy of the mixed teacher logits, weight 1, summed over the exits; reaches the CWEM alone.
-    * ``kd``: L_KD itself, through t_i. It can win by choosing i as its own teacher.
+    * ``kd``: L_KD itself, through t_i. It can win by choosing i as its own teacher, and does.
     * ``none``: nothing; the CWEM keeps its random initial weights (what the authors' released code amounts to).
+
+    Measured on CIFAR-100 (experiments/cifar100_cpu.md): 49.1, 48.5 and 47.1% mean top-1, 48.2 without distillation.
 
     Args:
         num_exits: K.
