@@ -16,7 +16,7 @@ run() {
     shift
     [ -e "$out/$name.json" ] && return
     rm -rf "${out:?}/$name" # an unfinished run begins anew
-    python train.py --config configs/cifar100_cpu.yaml --dataset "hfds/$data" --data-dir "$out/cache" \
+    python train.py --config "${config:-configs/cifar100_cpu.yaml}" --dataset "hfds/$data" --data-dir "$out/cache" \
         --train-split 'train[:25000]' --output "$out" --experiment "$name" "$@"
     python validate.py --checkpoint "$out/$name/model_best.pth.tar" --split test --workers 1 --results-file "$out/$name.json"
     [ -z "${name##afa-*}" ] && python experiments/mixing_weights.py \
@@ -30,3 +30,9 @@ run ofa --distill one-for-all --beta 0
 run afa-ce --cwem-supervision ce
 run afa-kd --cwem-supervision kd
 run afa-none --cwem-supervision none
+run menm-conv1x1 --distill none --exit-head conv1x1
+# in float32, without the recipe's --amp: PyTorch has no fast bfloat16 backward for depthwise convs on CPUs
+sed 's/^amp: true/amp: false/' configs/cifar100_cpu.yaml > "$out/float32.yaml"
+config=$out/float32.yaml run menm-slic_dw --distill none --exit-head slic_dw
+run pool-max --distill none --train-split 'train[:5000]'
+run pool-avg --distill none --train-split 'train[:5000]' --exit-pool avg
