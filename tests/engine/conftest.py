@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 from PIL import Image
+from scripts import run
+
+from timm_mlcsd.engine import train
 
 SMALL = (
     '--model mlcsd_resnet18 --model-kwargs channels=(8,8,8,8) --exits 4 --small-input --img-size 16 --crop-pct 1 '
@@ -36,3 +39,12 @@ def small_flags():
 def small(folder, tmp_path):
     """Command line of a small run into tmp_path/run."""
     return [str(folder), *SMALL, '--output', str(tmp_path), '--experiment', 'run']
+
+
+@pytest.fixture(scope='session')
+def trained(folder, small_flags, tmp_path_factory):
+    """One run that learns the colours."""
+    out = tmp_path_factory.mktemp('trained')
+    where = ['--output', out, '--experiment', 'run', '--checkpoint-hist', 2]
+    assert run(train.main, [folder, *small_flags, *where, '--epochs', 6, '--model-ema']) == 0
+    return out / 'run'

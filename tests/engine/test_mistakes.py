@@ -1,0 +1,96 @@
+"""A user's mistakes: one line, exit code 2, no traceback."""
+
+from pathlib import Path
+
+import pytest
+from scripts import run
+
+from timm_mlcsd.engine import train, validate
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        ('--model mlcsd_resnet81', 'near names: mlcsd_resnet18'),
+        ('--model resnet18', 'use mlcsd_resnet18'),
+        ('--exits 9', 'exits=9 is impossible'),
+        ('--exits 0', 'exits=0 is impossible'),
+        ('--exits layer7', "names 'layer7'"),
+        ('--model-kwargs colour=red', 'colour'),
+        ('--img-size 4', 'image size 4x4 is too small: the network reduces 8 times'),
+        ('--data-dir /nowhere', "no data at '/nowhere'"),
+        ('--train-split trian', "has no split 'trian'; it has test, train"),
+        ('--val-split val', "has no split 'val'; it has test, train"),
+        ('--sched nonsense', '--sched nonsense cannot be made'),
+        ('--sched plateau', 'a resumed run would not go on'),
+        ('--aa nonsense', 'the data flags cannot be used'),
+        ('--interpolation nonsense', 'the data flags cannot be used'),
+        ('--smoothing 1.5', '--smoothing 1.5 must be at least 0 and less than 1'),
+        ('--alpha nan', 'alpha=nan must not be negative'),
+        ('--exit-weights 1 1 1 -1', 'must not be negative'),
+        ('--dataset torch/cifar100 --train-split validation', "torch/cifar100 has no split 'validation'"),
+        ('--dataset torch/cifar100 --data-dir', 'expected one argument'),
+        ('--config', 'expected one argument'),
+        ('--mixup 1 --batch-size 7', 'must be even'),
+        ('--torchcompile nonsense', '--torchcompile nonsense is unknown'),
+        ('--in-chans 1 --mean .5 .5 .5', '--mean has 3 values for 1 channels'),
+        ('--epochs 0', 'must be at least 1'),
+        ('--dataset hfds//nowhere', "no data at '/nowhere'"),
+        ('--dataset nonsense/x', "--dataset 'nonsense/x' is unknown"),
+        ('--num-classes 2', 'the data has 3 classes'),
+        ('--val-fraction 0', '--val-fraction 0.0 must lie between 0 and 1'),
+        ('--batch-size 1000', 'larger than the training set'),
+        ('--batch-size 0', 'must be at least 1'),
+        ('--resume /nowhere', "no checkpoint at '/nowhere'"),
+        ('--initial-checkpoint /nowhere', 'there is no such file'),
+        ('--jsd-loss --aug-splits 3', 'teachers of self-distillation and their targets are per image'),
+        ('--exit-weights 1 2', 'exit_weights has 2 numbers for 4 exits'),
+        ('--temperature 0', 'temperature=0.0 must be positive'),
+        ('--opt nonsense', '--opt nonsense cannot be made'),
+        ('--device nonsense', '--device nonsense cannot be used'),
+        ('--pretrained', 'no multi-exit weights'),
+        ('--lr 1e30', 'the loss is'),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(small, folder, flags, message, capsys):
+    data = [] if '--data-dir' in flags else [small[0]]
+    code = run(train.main, [*data, *small[1:], *flags.split()])
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if 'error:' in line]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith('train.py: error: ') and message in lines[0]
+    assert 'Traceback' not in error
+
+
+def test_mistakes_with_checkpoints(trained, small, tmp_path, capsys):
+    def error_of(main, argv):
+        assert run(main, argv) == 2
+        error = capsys.readouterr().err
+        assert 'Traceback' not in error
+        return error.splitlines()[-1]
+
+    arguments = [*small[:-2], '--resume', trained]
+    assert 'its arch is mlcsd_resnet18' in error_of(train.main, [*arguments, '--model', 'mlcsd_resnet34'])
+    assert 'its model_args is' in error_of(train.main, [*arguments, '--exits', 2])
+    assert 'its val_seed is 0, not 1' in error_of(train.main, [*arguments, '--val-seed', 1])
+    assert 'holds a run already' in error_of(
+        train.main, [*small, '--output', trained.parent, '--experiment', trained.name]
+    )
+    initial = ['--initial-checkpoint', trained / 'last.pth.tar']
+    assert 'does not fit the model' in error_of(train.main, [*small, *initial, '--model', 'mlcsd_resnet50'])
+
+    assert 'the run used --lr 0.02, not 0.1' in error_of(train.main, [*arguments, '--lr', 0.1])
+    assert 'the run used --opt sgd, not adamw' in error_of(train.main, [*arguments, '--opt', 'adamw'])
+
+    assert "has no split 'tset'" in error_of(validate.main, ['--checkpoint', trained, '--split', 'tset'])
+    (tmp_path / 'other' / 'test').mkdir(parents=True)
+    for name in ('green', 'red', 'violet'):
+        (tmp_path / 'other' / 'test' / name).symlink_to(Path(small[0]) / 'test' / 'red')
+    other = [tmp_path / 'other', '--split', 'test', '--checkpoint', trained]
+    assert 'are not those that are trained on' in error_of(validate.main, other)
+
+    data = [small[0], '--split', 'test']
+    assert 'give either --checkpoint' in error_of(validate.main, data)
+    for results, message in (('r.txt', 'must end in .csv or .json'), ('/proc/x/r.json', 'cannot be written')):
+        argv = [*data, '--checkpoint', trained, '--results-file', results]
+        assert message in error_of(validate.main, argv)
+    assert 'cannot be made' in error_of(validate.main, [*data, '--model', 'local-dir:/nowhere'])
