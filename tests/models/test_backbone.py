@@ -101,19 +101,30 @@ def test_unknown_choices_name_the_known_ones(kwargs):
         make(**kwargs)
 
 
-@pytest.mark.parametrize('name', ['test_vit', 'test_mambaout', 'swin_tiny_patch4_window7_224'])
-def test_no_chain_with_nchw_maps_is_refused(name):
-    with pytest.raises(ValueError, match='does not run as a plain chain of modules with NCHW maps'):
-        create_multi_exit(name)
-
-
 def test_other_modules_are_refused():
     with pytest.raises(ValueError, match='Sequential is no timm model with features: it has no default_cfg'):
         create_multi_exit(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize(
-    'name, message', [('convnext_atto', r'reduces its maps by \[4, 2, 2, 2\]'), ('dla34', 'cannot be taken out')]
+    'name', ['resnet18d', 'regnetx_002', 'test_convnext', 'test_nfnet', 'inception_v3', 'vgg11', 'hrnet_w18_small']
+)
+def test_small_input_keeps_four_times_the_resolution(name):
+    with torch.device('meta'):
+        plain, small = (create_multi_exit(name, exits=1, small_input=flag) for flag in (False, True))
+    before, after = (model.plan.places[model.plan.taps[-1]].layout for model in (plain, small))
+    assert after.channels == before.channels
+    # odd sizes and unpadded convs: 299 pixels end at 8, and at 35
+    assert after.width == (35 if name == 'inception_v3' else 4 * before.width)
+
+
+@pytest.mark.parametrize(
+    'name, message',
+    [
+        ('test_vit', "'patch_embed.proj' of this backbone reduces the image 16 times at once"),
+        ('tresnet_m', 'has no strided convs or pools at its beginning'),
+        ('efficientformerv2_s0', 'the first two downsamplings of this backbone cannot be taken out'),
+    ],
 )
 def test_small_input_where_it_makes_no_sense(name, message):
     with pytest.raises(ValueError, match=message):

@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn as nn
 
-from timm_mlcsd.models.chain import trace_chain
+from timm_mlcsd.models.chain import read_chain
+from timm_mlcsd.models.probe import probe
+
+
+BLOCKS = {'body.0', 'body.1'}
+
+
+def trace_chain(net, input_size):
+    return read_chain(probe(net, input_size), BLOCKS)
 
 
 class Net(nn.Module):
@@ -25,14 +33,16 @@ def names(net):
     return leaves and [leaf.name for leaf in leaves]
 
 
-def test_plain_chain_is_opened_to_its_leaves():
+def test_plain_chain_is_opened_to_its_blocks():
     net = Net()
     leaves = trace_chain(net, (3, 8, 8))
-    assert names(net) == ['stem', 'act', 'body.0.0', 'body.0.1', 'body.1.0', 'body.1.1']
-    assert [leaf.writes_input for leaf in leaves] == [False, True, False, False, False, False]
-    assert leaves[0].shape == (1, 4, 4, 4)
+    assert names(net) == ['stem', 'act', 'body.0', 'body.1']
+    assert [leaf.writes_input for leaf in leaves] == [False, True, False, False]
+    assert [leaf.is_block for leaf in leaves] == [False, False, True, True]
+    layout = leaves[0].layout
+    assert (layout.kind, layout.channels, layout.height, layout.width) == ('NCHW', 4, 4, 4)
     # 3x3 conv on 4x4 places: 4*3*9*16 MACs; 1x1 convs: 4*4*16 each
-    assert [leaf.macs for leaf in leaves] == [1728, 1728, 1984, 1984, 2240, 2240]
+    assert [leaf.macs for leaf in leaves] == [1728, 1728, 1984, 2240]
 
 
 class FunctionBetween(Net):

@@ -1,4 +1,4 @@
-"""Any timm backbone that runs as a chain of modules -> a multi-exit network."""
+"""A timm backbone -> a multi-exit network."""
 
 import logging
 import math
@@ -7,14 +7,15 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Un
 import timm
 import torch
 import torch.nn as nn
-from timm.models import checkpoint_seq, group_parameters
+from timm.layers import to_2tuple
+from timm.models import group_parameters
 
 from ..errors import shortened
-from .chain import Leaf, trace_chain
-from .heads import ExitHead
-from .multi_exit import MultiExitModel
-from .placement import place_exits
-from .small_input import remove_first_downsamplings
+from .heads import ExitHead, head_style
+from .multi_exit import MultiExitModel, MultiExitOutput
+from .plan import plan_stages
+from .probe import Place
+from .programs import ChainProgram, GraphProgram
 
 __all__ = ['DEFAULT_EXIT_HEAD', 'DEFAULT_EXIT_POOL', 'MultiExitBackbone', 'create_multi_exit']
 
@@ -26,7 +27,7 @@ DEFAULT_EXIT_POOL = 'max'
 
 def create_multi_exit(
     backbone: Union[str, nn.Module],
-    exits: Union[int, Sequence[str]] = 8,
+    exits: Union[int, Sequence[str], None] = None,
     exit_head: str = DEFAULT_EXIT_HEAD,
     exit_pool: str = DEFAULT_EXIT_POOL,
     small_input: bool = False,
@@ -37,7 +38,8 @@ def create_multi_exit(
 
     Args:
         backbone: A timm model name, or a model that timm made (it is wrapped, not copied).
-        exits: Number of exits, or the names of the modules to tap for all exits but the last.
+        exits: Number of exits, or the names of the modules to tap for all exits but the last; None for 8, or as many
+            as the backbone has blocks for.
         exit_head: Reduction layers of the exits: ``slic`` (the paper's), ``slic_dw``, ``conv1x1``, ``bottleneck``.
         exit_pool: Global pool of the exits, ``max`` (the paper's) or ``avg``; the last exit keeps the backbone's own.
         small_input: Take the first two downsamplings out, for images of 32 to 64 pixels.
@@ -48,7 +50,7 @@ def create_multi_exit(
         A `MultiExitBackbone` with the backbone, its weights included, below ``backbone.``.
 
     Raises:
-        ValueError: The arguments ask for what the backbone does not have, or it is no plain chain of modules.
+        ValueError: The arguments ask for what the backbone does not have.
 
     Examples:
         ```python
@@ -67,97 +69,105 @@ def create_multi_exit(
             'small_input=True with pretrained weights: a large stem conv is new and untrained, and the rest was '
             'trained at a quarter of the resolution that it now works at.'
         )
-    return MultiExitBackbone(backbone, exits, exit_head, exit_pool, small_input)
+    return MultiExitBackbone(backbone, exits, exit_head, exit_pool, small_input, img_size=kwargs.get('img_size'))
 
 
 class MultiExitBackbone(MultiExitModel):
-    """A timm model whose chain of modules is cut into stages, with a head at every cut.
+    """A timm model that is cut into stages, with a head at every cut.
 
-    In evaluation mode it is the timm model: same output, bit for bit, same methods.
+    In evaluation mode it is the timm model: same output, bit for bit, same methods. A backbone that is a plain chain
+    of modules runs stage by stage in training too. Any other trains as a whole, its exits reading the tapped modules'
+    outputs; its stages, for evaluation, are cut out of its exported graph when they are first asked for.
 
     Args:
-        backbone: A timm model that runs as a chain of modules with NCHW maps.
-        exits: Number of exits, or names of the modules to tap for all exits but the last.
+        backbone: A timm model.
+        exits: Number of exits, or names of the modules to tap for all exits but the last; None for 8, or as many as
+            the backbone has blocks for.
         exit_head: Reduction layers of the exits.
         exit_pool: Global pool of the exits.
         small_input: Take the first two downsamplings out.
+        img_size: (height, width) that the backbone was made for; default: what it says of itself.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
-        exits: Union[int, Sequence[str]] = 8,
+        exits: Union[int, Sequence[str], None] = None,
         exit_head: str = DEFAULT_EXIT_HEAD,
         exit_pool: str = DEFAULT_EXIT_POOL,
         small_input: bool = False,
+        img_size: Optional[Sequence[int]] = None,
     ):
         super().__init__()
         self.backbone = backbone
-        self.grad_checkpointing = False
-        # spelled out, so that what is saved today means the same network when a default changes
-        self.exit_args = dict(exits=exits, exit_head=exit_head, exit_pool=exit_pool, small_input=small_input)
-        missing = [n for n in ('default_cfg', 'feature_info', 'in_chans', 'forward_head') if not hasattr(backbone, n)]
+        missing = [
+            n for n in ('default_cfg', 'feature_info', 'forward_features', 'forward_head') if not hasattr(backbone, n)
+        ]
         if missing:
             raise ValueError(
                 f'{type(backbone).__name__} is no timm model with features: it has no {", ".join(missing)}.'
             )
         self.pretrained_cfg = self.default_cfg = without_weights(backbone.default_cfg)
-        weight = next(backbone.parameters())
-        probe_size = (backbone.in_chans, *backbone.default_cfg['input_size'][1:])
-        leaves = _trace(backbone, probe_size)
-        if small_input:
-            size_before = leaves[-1].shape[-1]
-            remove_first_downsamplings(backbone, leaves, probe_size[-1])
-            try:
-                leaves = _trace(backbone, probe_size)
-                fits = leaves[-1].shape[-1] == 4 * size_before
-            except RuntimeError:  # branches that no longer have one size
-                fits = False
-            if not fits:
-                raise ValueError('small_input=True: the first two downsamplings of this backbone cannot be taken out.')
-
-        taps = place_exits(leaves, [info['module'] for info in backbone.feature_info], exits)
-        last = leaves[taps[-1]]
-        starts = [0] + [tap + 1 for tap in taps[:-1]]
-        self._stages = [[leaf.name for leaf in leaves[i : tap + 1]] for i, tap in zip(starts, taps)]
-        self._blocks = {leaf.name for leaf in leaves if leaf.is_block}
-        self._tail = [leaf.name for leaf in leaves[taps[-1] + 1 :]]
-        self.exit_names = [leaves[tap].name for tap in taps]
+        self.probe_size = _input_size(backbone, img_size)
+        self.plan = plan = plan_stages(backbone, self.probe_size, exits, small_input)
+        places, taps = plan.places, plan.taps
+        self.exit_names = [places[tap].name for tap in taps]
         self.num_exits = len(taps)
-        self.feature_dim = last.shape[1]
-        self.reduction = probe_size[-1] // last.shape[-1]
+        # spelled out, so that what is saved today means the same network when a default changes
+        exits = list(exits) if isinstance(exits, (list, tuple)) else self.num_exits
+        self.exit_args = dict(exits=exits, exit_head=exit_head, exit_pool=exit_pool, small_input=small_input)
+        last = places[taps[-1]].layout
+        self.feature_dim = last.channels
+        self.reduction = self.probe_size[-1] // last.width
+        weight = next(backbone.parameters())
         self.heads = nn.ModuleList(
             [
                 ExitHead(
-                    _widths_below(leaves[tap], leaves[: taps[-1] + 1]),
+                    _widths_below(places[tap], places[: taps[-1] + 1]),
                     self.feature_dim,
                     backbone.num_classes,
                     exit_head,
                     exit_pool,
+                    head_style(backbone),
                     device=weight.device,
                     dtype=weight.dtype,
                 )
                 for tap in taps[:-1]
             ]
         )
+        layouts = [places[tap].layout for tap in taps]
+        self.program = (ChainProgram if plan.is_chain else GraphProgram)(backbone, plan, layouts)
 
-    def run_stage(self, k: int, state: torch.Tensor) -> torch.Tensor:
-        for name in self._stages[k]:
-            module = self.backbone.get_submodule(name)
-            # blocks only, as timm does: a stem's in-place activations must not run twice on one input
-            if self.grad_checkpointing and self.training and name in self._blocks:
-                state = checkpoint_seq([module], state)
-            else:
-                state = module(state)
-        return state
+    @property
+    def resumable(self) -> bool:
+        """Whether `run_stage` and `run_head` work one by one; found out when first asked, `why_not_resumable` tells."""
+        return self.why_not_resumable is None
 
-    def run_head(self, k: int, state: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def why_not_resumable(self) -> Optional[str]:
+        """Why the stages cannot be run one by one; None where they can."""
+        return self.program.why_not(self)
+
+    def run_stage(self, k: int, state: Any) -> Any:
+        return self.program.run_stage(self, k, state)
+
+    def run_head(self, k: int, state: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+        feature = self.program.read_tap(k, state)
         if k < self.num_exits - 1:
-            return self.heads[k](state)
-        x = state
-        for name in self._tail:
-            x = self.backbone.get_submodule(name)(x)
-        return self.backbone.forward_head(x), state
+            return self.heads[k](feature)
+        return self.program.run_end(self, state), feature
+
+    def forward_exits(self, x: torch.Tensor) -> MultiExitOutput:
+        if self.program.stages_train:
+            return super().forward_exits(x)
+        last, maps = self.program.run_whole(self, x)
+        outputs = [head(m) for head, m in zip(self.heads, maps)] + [(last, maps[-1])]
+        logits, features = zip(*outputs)
+        return MultiExitOutput(logits, features)
+
+    def forward(self, x: torch.Tensor) -> Union[MultiExitOutput, torch.Tensor]:
+        """All exits in training mode; in evaluation mode what the backbone gives: the last exit's logits [B, C]."""
+        return self.forward_exits(x) if self.training else self.backbone(x)
 
     def check_input_size(self, height: int, width: int) -> None:
         """Raise a ValueError for images too small to be reduced as often as the backbone does."""
@@ -215,7 +225,7 @@ class MultiExitBackbone(MultiExitModel):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping what is inside them."""
-        self.grad_checkpointing = enable
+        self.program.set_grad_checkpointing(self, enable)
 
     def no_weight_decay(self) -> Set[str]:
         """Names of the parameters that want no weight decay."""
@@ -226,7 +236,7 @@ class MultiExitBackbone(MultiExitModel):
         """Layer group of every parameter or module by name; a head belongs to the group of its tap."""
         layers: Dict[str, int] = group_parameters(self.backbone, self.backbone.group_matcher(coarse), reverse=True)
         groups = {f'backbone.{name}': layer for name, layer in layers.items()}
-        modules = [name for stage in self._stages for name in stage]
+        modules = [place.name for place in self.plan.places]
         for k, (head, tap) in enumerate(zip(self.heads, self.exit_names)):
             # up to the tap, not the tap alone: a pool has no parameters
             path = tuple(f'{name}.' for name in modules[: modules.index(tap) + 1])
@@ -270,24 +280,26 @@ def without_weights(cfg: Dict[str, Any]) -> Dict[str, Any]:
     return {**cfg, **sources, **names, 'url': '', 'architecture': f'mlcsd_{cfg["architecture"]}'}
 
 
-def _trace(backbone: nn.Module, probe_size: Sequence[int]) -> List[Leaf]:
-    leaves = None
-    if getattr(backbone, 'output_fmt', 'NCHW') == 'NCHW':
-        leaves = trace_chain(backbone, probe_size)
-    if leaves is None or any(len(leaf.shape) != 4 for leaf in leaves):
-        raise ValueError(
-            f'{type(backbone).__name__} does not run as a plain chain of modules with NCHW maps, so it cannot be cut '
-            f'into stages yet; ResNets, MobileNetV2 and their relatives can.'
-        )
-    return leaves
+def _input_size(backbone: nn.Module, img_size: Optional[Sequence[int]]) -> Tuple[int, int, int]:
+    """(C, H, W) of the images that a backbone was made for."""
+    patches = getattr(backbone, 'patch_embed', None)
+    size = img_size or getattr(patches, 'img_size', None) or getattr(backbone, 'img_size', None)
+    height, width = to_2tuple(size or backbone.default_cfg['input_size'][1:])
+    chans = getattr(backbone, 'in_chans', None)
+    if chans is None:
+        first = backbone.default_cfg['first_conv']
+        first = backbone.get_submodule(first if isinstance(first, str) else first[0])
+        chans = first.weight.shape[1]
+    return chans, height, width
 
 
-def _widths_below(tap: Leaf, leaves: Sequence[Leaf]) -> List[int]:
+def _widths_below(tap: Place, places: Sequence[Place]) -> List[int]:
     """The tap's width, then the backbone's width at every halving of the resolution from there to its end."""
-    end = leaves[-1].shape
-    halvings = round(math.log2(tap.shape[-1] / end[-1]))
-    widths = [tap.shape[1]]
+    layouts = [place.layout for place in places if place.layout is not None]
+    end = layouts[-1].width
+    halvings = round(math.log2(tap.layout.width / end))
+    widths = [tap.layout.channels]
     for n in range(halvings - 1, -1, -1):
-        at_level = [leaf.shape[1] for leaf in leaves if round(math.log2(leaf.shape[-1] / end[-1])) == n]
+        at_level = [layout.channels for layout in layouts if round(math.log2(layout.width / end)) == n]
         widths.append(at_level[-1] if at_level else widths[-1])
     return widths

@@ -5,59 +5,93 @@ layer. They differ in how they get there. ``widths`` are the widths that the bac
 resolution down to its last: a tap with n = log2(size here / size at the end) has n + 1 of them.
 """
 
-from typing import Sequence, Tuple
+from collections import Counter
+from typing import Callable, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from timm.layers import SelectAdaptivePool2d
+from timm.layers import LayerNorm2d, SelectAdaptivePool2d
 
-__all__ = ['EXIT_HEADS', 'EXIT_POOLS', 'ExitHead']
+__all__ = ['EXIT_HEADS', 'EXIT_POOLS', 'ExitHead', 'HeadStyle', 'head_style']
 
 EXIT_POOLS = ('max', 'avg')
 
+# where activations live, and what lives there too: gates, attention, an activation with weights
+_ACTIVATIONS = ('torch.nn.modules.activation', 'timm.layers.activations')
+_OTHERS = ('Sigmoid', 'Hardsigmoid', 'HardSigmoid', 'Softmax', 'Tanh', 'MultiheadAttention', 'PReLU')
 
-def _conv_norm_act(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, **dd) -> Tuple[nn.Module, ...]:
+
+class HeadStyle(NamedTuple):
+    """How heads normalise and activate.
+
+    Attributes:
+        norm: Norm layer of a width.
+        act: Activation.
+        first: Whether the tap itself needs a norm: what a transformer adds up from block to block has none.
+    """
+
+    norm: Callable[..., nn.Module] = nn.BatchNorm2d
+    act: Callable[[], nn.Module] = nn.ReLU
+    first: bool = False
+
+
+def head_style(backbone: nn.Module) -> HeadStyle:
+    """The backbone's own style: BatchNorm where it has most of that, else a LayerNorm; its commonest activation."""
+    modules = [type(module) for module in backbone.modules()]
+    norms = Counter(t for t in modules if any(word in t.__name__ for word in ('BatchNorm', 'LayerNorm', 'RmsNorm')))
+    batch = sum(count for norm, count in norms.items() if 'BatchNorm' in norm.__name__)
+    acts = Counter(t for t in modules if t.__module__ in _ACTIVATIONS and t.__name__ not in _OTHERS).most_common(1)
+    act = acts[0][0] if acts else nn.ReLU
+    if 2 * batch >= max(sum(norms.values()), 1):
+        return HeadStyle(nn.BatchNorm2d, act)
+    return HeadStyle(LayerNorm2d, act, first=True)
+
+
+def _conv_norm_act(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, *, style: HeadStyle, **dd):
+    act = style.act()
+    if hasattr(act, 'inplace'):
+        act.inplace = True
     return (
         nn.Conv2d(in_chs, out_chs, kernel_size, stride=stride, padding=kernel_size // 2, bias=False, **dd),
-        nn.BatchNorm2d(out_chs, **dd),
-        nn.ReLU(inplace=True),
+        style.norm(out_chs, **dd),
+        act,
     )
 
 
-def _slic(widths: Sequence[int], **dd) -> nn.Sequential:
+def _slic(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
     """The paper's SLIC (section "Multi-exit network architectures"): n times 3x3 stride-2 conv, then 1x1 conv."""
     layers = []
     for width, next_width in zip(widths, widths[1:]):
-        layers += _conv_norm_act(width, width, 3, stride=2, **dd)
-        layers += _conv_norm_act(width, next_width, 1, **dd)
+        layers += _conv_norm_act(width, width, 3, stride=2, style=style, **dd)
+        layers += _conv_norm_act(width, next_width, 1, style=style, **dd)
     return nn.Sequential(*layers)
 
 
-def _slic_dw(widths: Sequence[int], **dd) -> nn.Sequential:
+def _slic_dw(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
     """SLIC with a depthwise 3x3, as in the code that the paper's authors released."""
     layers = []
     for width, next_width in zip(widths, widths[1:]):
         layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, groups=width, bias=False, **dd))
-        layers += _conv_norm_act(width, next_width, 1, **dd)
+        layers += _conv_norm_act(width, next_width, 1, style=style, **dd)
     return nn.Sequential(*layers)
 
 
-def _conv1x1(widths: Sequence[int], **dd) -> nn.Sequential:
+def _conv1x1(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
     """Direct prediction, the paper's baseline: shrink by averaging, then one 1x1 conv to the last width."""
     factor = 2 ** (len(widths) - 1)
     if factor == 1:
         return nn.Sequential()
     shrink = nn.AvgPool2d(factor, stride=factor, ceil_mode=True, count_include_pad=False)
-    return nn.Sequential(shrink, *_conv_norm_act(widths[0], widths[-1], 1, **dd))
+    return nn.Sequential(shrink, *_conv_norm_act(widths[0], widths[-1], 1, style=style, **dd))
 
 
-def _bottleneck(widths: Sequence[int], **dd) -> nn.Sequential:
+def _bottleneck(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
     """The heavier rival of the paper's Table 7: n times 1x1, 3x3 stride-2, 1x1 conv (the paper gives no widths)."""
     layers = []
     for width, next_width in zip(widths, widths[1:]):
-        layers += _conv_norm_act(width, width, 1, **dd)
-        layers += _conv_norm_act(width, width, 3, stride=2, **dd)
-        layers += _conv_norm_act(width, next_width, 1, **dd)
+        layers += _conv_norm_act(width, width, 1, style=style, **dd)
+        layers += _conv_norm_act(width, width, 3, stride=2, style=style, **dd)
+        layers += _conv_norm_act(width, next_width, 1, style=style, **dd)
     return nn.Sequential(*layers)
 
 
@@ -73,6 +107,7 @@ class ExitHead(nn.Module):
         num_classes: C, 0 for pooled features.
         kind: Reduction layers, one of `EXIT_HEADS`.
         pool: Global pool, one of `EXIT_POOLS`.
+        style: Norm and activation; default BatchNorm and ReLU, as in the paper.
         device: Where the weights are made.
         dtype: Their type.
     """
@@ -84,19 +119,23 @@ class ExitHead(nn.Module):
         num_classes: int,
         kind: str,
         pool: str,
+        style: Optional[HeadStyle] = None,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        style = style or HeadStyle()
         if kind not in EXIT_HEADS:
             raise ValueError(f'exit_head={kind!r} is unknown; choose one of {", ".join(EXIT_HEADS)}.')
         if pool not in EXIT_POOLS:
             raise ValueError(f'exit_pool={pool!r} is unknown; choose one of {", ".join(EXIT_POOLS)}.')
         self.feature_dim = feature_dim
-        self.reduce = EXIT_HEADS[kind](widths, **dd)
+        self.reduce = EXIT_HEADS[kind](widths, style, **dd)
+        if style.first:
+            self.reduce.insert(0, style.norm(widths[0], **dd))
         if widths[-1] != feature_dim:
-            self.reduce.extend(_conv_norm_act(widths[-1], feature_dim, 1, **dd))
+            self.reduce.extend(_conv_norm_act(widths[-1], feature_dim, 1, style=style, **dd))
         self.pool = SelectAdaptivePool2d(pool_type=pool, flatten=True)
         for module in self.reduce.modules():
             if isinstance(module, nn.Conv2d):

@@ -1,12 +1,25 @@
 """Run part of a network on shapes alone: no memory for weights, no arithmetic."""
 
-from typing import Any, Dict
+import contextlib
+from typing import Any, Dict, Iterator
 
 import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_map
 
-__all__ = ['OnMeta']
+__all__ = ['OnMeta', 'evaluating']
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every submodule's own mode again afterwards."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 class _Call(nn.Module):
@@ -40,17 +53,18 @@ class OnMeta:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        named = (*module.named_parameters(), *module.named_buffers())
-        self.tensors: Dict[str, torch.Tensor] = {name: t.detach().to('meta') for name, t in named}
+        # every place that holds a tensor once: functional_call's own search for ties restores a module that is shared
+        # by two others (CoaT) wrongly
+        copies: Dict[torch.Tensor, torch.Tensor] = {}
+        self.tensors: Dict[str, torch.Tensor] = {}
+        for path, owner in module.named_modules():
+            for name, t in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+                if t not in copies:
+                    copies[t] = t.detach().to('meta')
+                self.tensors[f'{path}.{name}' if path else name] = copies[t]
 
     def __call__(self, method: str, *args: Any) -> Any:
         args = tree_map(lambda a: a.to('meta') if isinstance(a, torch.Tensor) else a, args)
-        modes = [(m, m.training) for m in self.module.modules()]
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                tensors = {f'module.{name}': t for name, t in self.tensors.items()}
-                return torch.func.functional_call(_Call(self.module, method), tensors, args)
-        finally:
-            for m, training in modes:
-                m.training = training
+        with torch.no_grad(), evaluating(self.module):
+            tensors = {f'module.{name}': t for name, t in self.tensors.items()}
+            return torch.func.functional_call(_Call(self.module, method), tensors, args, tie_weights=False)

@@ -1,53 +1,104 @@
 """Where the exits go: read off the model's own description, never off its name."""
 
-from typing import List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
-from .chain import Leaf
+from .probe import Place
 
-__all__ = ['place_exits']
+__all__ = ['DEFAULT_EXITS', 'count_exits', 'place_exits']
+
+DEFAULT_EXITS = 8
 
 
 def place_exits(
-    leaves: Sequence[Leaf],
-    group_ends: Sequence[str],
-    exits: Union[int, Sequence[str]],
+    places: Sequence[Place],
+    feature_info: Sequence[Dict[str, Any]],
+    exits: Union[int, Sequence[str], None] = None,
 ) -> List[int]:
     """Choose the taps.
 
-    With ``exits=8`` two in each of the last four resolution groups, after blocks ceil(n/2)-1 and n-1 of the group's
-    n; with ``exits=4`` one at each group's end; for any other number, or where the backbone has no four such groups,
-    at the block ends nearest to equal shares of the multiply-adds. The last exit is always the backbone's end.
+    With 8 exits two in each of the last four resolution groups, after blocks ceil(n/2)-1 and n-1 of the group's n;
+    with 4 one at each group's end; for any other number, or where the backbone has no four such groups, at the block
+    ends nearest to equal shares of the multiply-adds. The last exit is always the backbone's end.
 
     Args:
-        leaves: The backbone as a chain.
-        group_ends: Modules at which the backbone's resolution groups end (``feature_info``), shallow first.
-        exits: Number of exits, or the names of the tapped modules for all but the last exit.
+        places: What the backbone runs, in order.
+        feature_info: Its description: at which modules its resolution groups end.
+        exits: Number of exits, or the names of the tapped modules for all but the last exit; None for 8, or as many
+            as there are blocks for.
 
     Returns:
-        Indices of the taps in `leaves`, increasing.
+        Indices of the taps in `places`, increasing.
 
     Raises:
         ValueError: `exits` asks for what the backbone does not have.
     """
-    ends = [i for i in (_end_of(leaves, name) for name in group_ends) if i is not None]
-    blocks = [i for i, leaf in enumerate(leaves) if leaf.is_block]
-    last = ends[-1] if ends else (blocks[-1] if blocks else len(leaves) - 1)
-    # a tap ahead of an in-place module would have its map overwritten
-    blocks = [i for i in blocks if i < last and not leaves[i + 1].writes_input]
+    ends = _group_ends(places, feature_info)
+    last = _last(places, ends)
+    blocks = _block_ends(places, last)
+    if exits is None:
+        exits = min(DEFAULT_EXITS, len(blocks) + 1)
     if not isinstance(exits, int):
-        return _by_name(leaves, exits, last)
+        return _by_name(places, exits, last)
     if not 1 <= exits <= len(blocks) + 1:
         raise ValueError(
             f'exits={exits} is impossible: this backbone has {len(blocks) + 1} blocks that an exit can follow; '
             f'choose 1 to {len(blocks) + 1}, or name the taps.'
         )
     by_group = _by_group(blocks + [last], ends, exits)
-    return by_group or _by_macs(leaves, blocks, last, exits)
+    return by_group or _by_macs(places, blocks, last, exits)
 
 
-def _end_of(leaves: Sequence[Leaf], module: str) -> Optional[int]:
-    """Index of the last leaf in `module`, None where the chain doesn't pass through it."""
-    found = [i for i, leaf in enumerate(leaves) if leaf.name == module or leaf.name.startswith(module + '.')]
+def count_exits(places: Sequence[Place], feature_info: Sequence[Dict[str, Any]]) -> int:
+    """The largest number of exits that `place_exits` can place."""
+    return len(_block_ends(places, _last(places, _group_ends(places, feature_info)))) + 1
+
+
+def _group_ends(places: Sequence[Place], feature_info: Sequence[Dict[str, Any]]) -> List[int]:
+    """Where the backbone's resolution groups end; blocks of one resolution (an isotropic ViT) are one group."""
+    modules = {info['reduction']: info['module'] for info in feature_info}  # the last of each resolution
+    ends = [_end_of(places, module) for module in modules.values()]
+    if not ends or ends[-1] is None:
+        return []  # it describes modules that don't run under these names
+    return sorted({end for end in ends if end is not None and places[end].layout is not None})
+
+
+def _last(places: Sequence[Place], ends: Sequence[int]) -> int:
+    """The place whose map is the last exit's feature."""
+    if ends:
+        return ends[-1]
+    with_map = [i for i, place in enumerate(places) if place.layout is not None]
+    blocks = [i for i in with_map if places[i].is_block]
+    return (blocks or with_map)[-1]
+
+
+def _block_ends(places: Sequence[Place], last: int) -> List[int]:
+    """Where blocks end before `last`; the norm and activation that follow a block belong to it."""
+    found = []
+    for i in (i for i, place in enumerate(places) if place.is_block and place.layout is not None and i < last):
+        while i + 1 < last and _continues(places[i], places[i + 1]):
+            i += 1
+        # a tap ahead of an in-place module would have its map overwritten
+        if i < last and not (i + 1 < len(places) and places[i + 1].writes_input):
+            found.append(i)
+    # a block that leaves much fewer channels than its group (a DenseNet's layer) isn't all that the group knows
+    wide = [i for i in found if 2 * places[i].layout.channels >= _channels_after(places, found + [last], i)]
+    return sorted(set(wide))
+
+
+def _continues(place: Place, following: Place) -> bool:
+    same = following.layout is not None and following.layout._replace(path=()) == place.layout._replace(path=())
+    return same and following.macs == place.macs and not following.is_block
+
+
+def _channels_after(places: Sequence[Place], ends: Sequence[int], index: int) -> int:
+    """Channels where the map of `index` last has its resolution."""
+    layout = places[index].layout
+    return [places[i].layout.channels for i in ends if places[i].layout.width == layout.width and i >= index][-1]
+
+
+def _end_of(places: Sequence[Place], module: str) -> Optional[int]:
+    """Index of the last place in `module`, None where the backbone doesn't pass through it."""
+    found = [i for i, place in enumerate(places) if place.name == module or place.name.startswith(module + '.')]
     return found[-1] if found else None
 
 
@@ -59,38 +110,38 @@ def _by_group(blocks: Sequence[int], ends: Sequence[int], exits: int) -> Optiona
     taps = []
     for start, end in zip(starts, ends[-4:]):
         group = [i for i in blocks if start < i <= end]
-        if not group or group[-1] != end or len(group) < exits // 4:
+        if not group or len(group) < exits // 4:
             return None
         if exits == 8:
             taps.append(group[(len(group) + 1) // 2 - 1])
-        taps.append(end)
-    return taps
+        taps.append(group[-1])
+    return taps if taps[-1] == blocks[-1] else None
 
 
-def _by_macs(leaves: Sequence[Leaf], blocks: Sequence[int], last: int, exits: int) -> List[int]:
+def _by_macs(places: Sequence[Place], blocks: Sequence[int], last: int, exits: int) -> List[int]:
     """The distinct block ends nearest to equal shares of the multiply-adds."""
     taps, first = [], 0
     for k in range(1, exits):
-        share = leaves[last].macs * k / exits
+        share = places[last].macs * k / exits
         allowed = range(first, len(blocks) - (exits - 1 - k))
-        nearest = min(allowed, key=lambda i: abs(leaves[blocks[i]].macs - share))
+        nearest = min(allowed, key=lambda i: abs(places[blocks[i]].macs - share))
         taps.append(blocks[nearest])
         first = nearest + 1
     return taps + [last]
 
 
-def _by_name(leaves: Sequence[Leaf], names: Sequence[str], last: int) -> List[int]:
+def _by_name(places: Sequence[Place], names: Sequence[str], last: int) -> List[int]:
     """Taps that the user named; the backbone's end is added where it isn't the last of them."""
     taps = []
     for name in names:
-        index = _end_of(leaves, name)
-        if index is None or index > last:
-            known = ', '.join(leaf.name for leaf in leaves[: last + 1])
+        index = _end_of(places, name)
+        if index is None or index > last or places[index].layout is None:
+            known = ', '.join(place.name for place in places[: last + 1] if place.layout is not None)
             raise ValueError(f'exits names {name!r}, which is no place to leave this backbone. Choose among: {known}.')
-        if index < last and leaves[index + 1].writes_input:
+        if index < last and places[index + 1].writes_input:
             raise ValueError(
-                f'exits names {name!r}, but the next module ({leaves[index + 1].name}) overwrites that map in place; '
-                f'tap {leaves[index + 1].name!r} instead.'
+                f'exits names {name!r}, but the next module ({places[index + 1].name}) overwrites that map in place; '
+                f'tap {places[index + 1].name!r} instead.'
             )
         taps.append(index)
     if taps != sorted(set(taps)):

@@ -1,6 +1,5 @@
 """``mlcsd_<arch>``: multi-exit networks by name, for ``timm.create_model``."""
 
-import dataclasses
 import difflib
 import re
 from functools import partial
@@ -16,7 +15,6 @@ from .multi_exit import MultiExitModel
 __all__ = ['create_named']  # timm's register_model adds the models
 
 PREFIX = 'mlcsd_'
-_ARCHS = ('mobilenetv2_100', 'resnet18', 'resnet34', 'resnet50', 'resnet101')
 
 
 def create_named(name: str, **kwargs: Any) -> MultiExitModel:
@@ -35,7 +33,7 @@ def create_named(name: str, **kwargs: Any) -> MultiExitModel:
         if PREFIX + arch in known:
             raise ValueError(f'{name!r} has no exits; use {PREFIX}{arch} (exits=1 is the plain backbone).')
         near = difflib.get_close_matches(arch, known, n=3, cutoff=0.4)
-        hint = f'near names: {", ".join(near)}' if near else f'known: {", ".join(known)}'
+        hint = f'near names: {", ".join(near)}' if near else f'timm.list_models({PREFIX + "*"!r}) lists them'
         raise ValueError(f'unknown model {name!r}; {hint}.')
     try:
         model = timm.create_model(name, **kwargs)
@@ -44,10 +42,6 @@ def create_named(name: str, **kwargs: Any) -> MultiExitModel:
     if not isinstance(model, MultiExitModel):
         raise ValueError(f'{name} is no multi-exit network.')
     return model
-
-
-def _multi_exit_cfg(arch: str) -> PretrainedCfg:
-    return PretrainedCfg(**without_weights(dataclasses.asdict(get_pretrained_cfg(arch))))
 
 
 def _drop_unfit_classifiers(state_dict: Dict[str, torch.Tensor], model: MultiExitBackbone) -> Dict[str, torch.Tensor]:
@@ -60,7 +54,12 @@ def _drop_unfit_classifiers(state_dict: Dict[str, torch.Tensor], model: MultiExi
     }
 
 
-default_cfgs = generate_default_cfgs({PREFIX + arch: _multi_exit_cfg(arch) for arch in _ARCHS})
+def _multi_exit_cfg(arch: str) -> PretrainedCfg:
+    return PretrainedCfg(**without_weights(vars(get_pretrained_cfg(arch) or PretrainedCfg(architecture=arch))))
+
+
+_archs = [name for name in timm.list_models() if not name.startswith(PREFIX)]
+default_cfgs = generate_default_cfgs({PREFIX + arch: _multi_exit_cfg(arch) for arch in _archs})
 
 
 def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
@@ -79,6 +78,7 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
             PREFIX + arch,
             pretrained,
             pretrained_filter_fn=_drop_unfit_classifiers,
+            feature_cfg=dict(feature_cls='getter'),  # features_only: what the backbone's forward_intermediates gives
             **kwargs,
         )
 
@@ -87,5 +87,5 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
     return create
 
 
-for _arch in _ARCHS:
+for _arch in _archs:
     register_model(_entrypoint(_arch))

@@ -1,52 +1,67 @@
 """Fit a backbone made for large images to small ones: take its first two downsamplings out."""
 
-from typing import Sequence
+from typing import Optional
 
+import torch
 import torch.nn as nn
 
-from .chain import Leaf
+from .probe import Call
 
 __all__ = ['remove_first_downsamplings']
 
 
-def remove_first_downsamplings(backbone: nn.Module, leaves: Sequence[Leaf], input_width: int) -> None:
+def remove_first_downsamplings(backbone: nn.Module, root: Call) -> None:
     """Change `backbone` in place so that it keeps four times the resolution: a 32x32 image ends at 4x4, not at 1x1.
 
-    A stem conv larger than 3x3 becomes a new 3x3 stride-1 conv, a pool goes, any other strided layer keeps its
-    weights and loses its stride (the paper's CIFAR networks, section "Multi-exit network architectures").
+    Every strided layer that reads a map of more than a quarter of the image's width loses its stride: a 3x3 or 1x1
+    conv keeps its weights, another conv becomes a new 3x3 one, a pool goes (the paper's CIFAR networks, section
+    "Multi-exit network architectures").
 
     Args:
         backbone: A timm model.
-        leaves: The backbone as a chain, as it was before.
-        input_width: Width of the image that `leaves` was traced with.
+        root: What `probe` recorded of it.
 
     Raises:
-        ValueError: The backbone has no two downsamplings made of strided convs and pools.
+        ValueError: The backbone does not begin with downsamplings of two or four.
     """
-    widths = [input_width] + [leaf.shape[-1] for leaf in leaves]
-    strided = [(leaf.name, before / after) for leaf, before, after in zip(leaves, widths, widths[1:]) if after < before]
-    if len(strided) < 2 or any(round(factor) != 2 for _, factor in strided[:2]):
-        factors = [round(factor) for _, factor in strided]
-        raise ValueError(f'small_input=True takes two halvings out; this backbone reduces its maps by {factors}.')
-    for name, _ in strided[:2]:
-        _remove_stride(backbone, name)
+    image_width = root.input.shape[-1]
+    found = False
+    for call in root.ended():
+        factor = _reduction(call)
+        if factor is None or 4 * call.input.shape[-1] <= image_width:
+            continue
+        if factor > 4:
+            raise ValueError(
+                f'small_input=True takes two halvings out; {call.name!r} of this backbone reduces the image {factor} '
+                f'times at once. Use images of its own size, or a backbone with a smaller patch.'
+            )
+        _remove_stride(backbone, call.name)
+        found = True
+    if not found:
+        raise ValueError('small_input=True: this backbone has no strided convs or pools at its beginning to take out.')
     for info in backbone.feature_info:
         info['reduction'] = max(1, info['reduction'] // 4)
 
 
+def _reduction(call: Call) -> Optional[int]:
+    """How many times a single strided layer reduces its map's width; None for any other call."""
+    stride = getattr(call.module, 'stride', 1)
+    stride = max(stride) if isinstance(stride, (tuple, list)) else stride
+    maps = (call.input, call.output)
+    is_layer = not any(True for _ in call.module.children()) and all(
+        isinstance(t, torch.Tensor) and t.ndim == 4 for t in maps
+    )
+    return stride if is_layer and isinstance(stride, int) and stride > 1 else None
+
+
 def _remove_stride(backbone: nn.Module, name: str) -> None:
-    module = backbone.get_submodule(name)
-    if isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
+    layer = backbone.get_submodule(name)
+    if not isinstance(layer, nn.Conv2d):
         backbone.set_submodule(name, nn.Identity())
-        return
-    convs = {n: m for n, m in module.named_modules(prefix=name) if isinstance(m, nn.Conv2d) and max(m.stride) > 1}
-    if not convs:
-        raise ValueError(f'small_input=True cannot take out {name!r}: it shrinks the map without a strided conv.')
-    for path, conv in convs.items():
-        if max(conv.kernel_size) > 3:
-            backbone.set_submodule(path, _stride_one(conv))
-        else:
-            conv.stride = (1, 1)
+    elif tuple(layer.kernel_size) in ((1, 1), (3, 3)):
+        layer.stride = (1, 1)
+    else:
+        backbone.set_submodule(name, _stride_one(layer))
 
 
 def _stride_one(conv: nn.Conv2d) -> nn.Conv2d:

@@ -1,0 +1,196 @@
+"""Every kind of backbone: chains and others, NCHW, NHWC and tokens, isotropic and hierarchical."""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+from timm_mlcsd import MLCSDLoss, create_multi_exit
+from timm_mlcsd.cost import exit_costs
+
+CHAINS = ['test_convnext', 'test_mambaout', 'test_nfnet', 'test_efficientnet', 'regnetx_002', 'gmlp_ti16_224']
+# token sequences, rotary positions, tuples, several streams, windows: cut out of the exported graph
+GRAPHS = [
+    'test_vit',
+    'deit_tiny_distilled_patch16_224',
+    'vit_tiny_patch16_dinov3_qkvb',
+    'xcit_nano_12_p8_224',
+    'tnt_s_legacy_patch16_224',
+]
+GRAPHS += ['levit_128s', 'pvt_v2_b0', 'selecsls42', 'crossvit_tiny_240', 'coat_tiny']
+
+
+def make(name, **kwargs):
+    torch.manual_seed(0)
+    model = create_multi_exit(name, num_classes=5, **kwargs).eval()
+    return model, torch.randn(3, *model.probe_size)
+
+
+@pytest.mark.parametrize('name', CHAINS + GRAPHS)
+def test_stages_in_a_row_are_the_backbone(name):
+    model, images = make(name)
+    assert model.resumable and model.why_not_resumable is None
+    with torch.no_grad():
+        expected = model.forward_exits(images)
+        assert torch.equal(expected.logits[-1], model.backbone(images))
+        assert torch.equal(model(images), expected.logits[-1])
+        for batch in (images, images[:1]):  # what is cut for one batch runs for another
+            state = batch
+            for k in range(model.num_exits):
+                state = model.run_stage(k, state)
+                assert all(t.shape[0] == len(batch) for t in (state if isinstance(state, tuple) else [state]))
+                logits, feature = model.run_head(k, state)
+                if len(batch) == 3:
+                    assert torch.equal(logits, expected.logits[k]) and torch.equal(feature, expected.features[k])
+                else:
+                    # kernels may sum in another order for another batch: a few float32 roundings
+                    torch.testing.assert_close(logits, expected.logits[k][:1], rtol=1e-4, atol=1e-4)
+    assert {f.shape[1] for f in expected.features} == {model.feature_dim}
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_mambaout', 'test_convnext', 'levit_128s'])
+def test_one_training_step_reaches_every_parameter(name):
+    model, images = make(name)
+    model.train()
+    criterion = MLCSDLoss(model.num_exits, model.feature_dim)
+    criterion(model(images), torch.tensor([0, 1, 2])).backward()
+    for part in (model, criterion):
+        assert [n for n, p in part.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_samples_may_leave_between_stages():
+    model, images = make('test_vit', exits=3)
+    with torch.no_grad():
+        state = model.run_stage(0, images)
+        survivors = tuple(t[[0, 2]] for t in state)
+        state = model.run_stage(2, model.run_stage(1, survivors))
+        torch.testing.assert_close(model.run_head(2, state)[0], model(images)[[0, 2]], rtol=1e-4, atol=1e-4)
+
+
+def test_stages_read_the_live_weights():
+    model, images = make('test_vit', exits=2)
+    assert model.resumable
+    with torch.no_grad():
+        model.backbone.blocks[-1].mlp.fc2.weight.mul_(-1)
+        (_, first), (_, last) = model.iter_exits(images)
+        assert torch.equal(last, model.backbone(images))
+
+
+def test_a_copy_has_taps_and_stages_of_its_own():
+    model, images = make('test_vit', exits=2)
+    assert model.resumable
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in again.parameters():
+            p.zero_()
+        assert all(z.abs().max() == 0 for z in again.forward_exits(images).logits)
+        assert all(z.abs().max() == 0 for _, z in again.iter_exits(images))
+        assert model.forward_exits(images).logits[0].abs().max() > 0
+
+
+def test_stages_of_a_whole_backbone_refuse_training_mode():
+    model, images = make('test_vit', exits=2)
+    with pytest.raises(RuntimeError, match=r'no chain of modules: in training mode it runs as a whole'):
+        model.train().run_stage(0, images)
+
+
+def test_stages_at_two_image_sizes():
+    model, images = make('test_vit', exits=2, dynamic_img_size=True)
+    with torch.no_grad():
+        for size in (160, 192):
+            batch = torch.randn(2, 3, size, size)
+            assert torch.equal([z for _, z in model.iter_exits(batch)][-1], model.backbone(batch))
+
+
+def test_what_cannot_be_cut_trains_and_says_why():
+    model, images = make('test_vit', exits=2)
+    block = model.backbone.blocks[1]
+    forward = block.forward
+    # a branch on the data is no graph
+    block.forward = lambda x, **kwargs: forward(x, **kwargs) if x.sum() > 1e9 else forward(x * 1, **kwargs)
+    assert not model.resumable
+    assert 'torch.export cannot write down its forward' in model.why_not_resumable
+    model.train()(images).logits[0].sum().backward()
+    with pytest.raises(ValueError, match='runs as a whole'):
+        exit_costs(model, model.probe_size)
+
+
+@pytest.mark.parametrize('name, prefix', [('test_vit', 1), ('vit_tiny_patch16_dinov3_qkvb', 5)])
+def test_prefix_tokens_are_no_part_of_the_map(name, prefix):
+    model, images = make(name)
+    with torch.no_grad():
+        tokens = model.backbone.forward_intermediates(images, indices=[0], norm=False, output_fmt='NLC')[1][0]
+        state = model.run_stage(0, images)
+    assert model.exit_names[0] == 'blocks.0'
+    assert torch.equal(state[0], tokens.transpose(1, 2).unflatten(2, state[0].shape[2:]))
+    assert state[0].shape[2] * state[0].shape[3] + prefix == model.backbone.pos_embed.shape[1] if prefix == 1 else True
+
+
+def test_token_models_on_images_that_are_not_square():
+    model, images = make('test_vit', img_size=(160, 96))
+    assert images.shape[2:] == (160, 96)
+    with torch.no_grad():
+        output = model.forward_exits(images)
+        assert {tuple(f.shape[2:]) for f in output.features} == {(10, 6)}
+        assert torch.equal([z for _, z in model.iter_exits(images)][-1], output.logits[-1])
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_convnext', 'test_mambaout'])
+def test_chains_on_images_that_are_not_square(name):
+    model, _ = make(name)
+    with torch.no_grad():
+        output = model.forward_exits(torch.randn(2, 3, 96, 128))
+    assert output.features[-1].shape[2:] == (3, 4)
+
+
+@pytest.mark.parametrize(
+    'name, norm, act',
+    [
+        ('resnet18', 'BatchNorm2d', 'ReLU'),
+        ('mobilenetv2_100', 'BatchNorm2d', 'ReLU6'),
+        ('test_convnext', 'LayerNorm2d', 'GELUTanh'),
+    ],
+)
+def test_heads_follow_the_backbones_style(name, norm, act):
+    head = timm.create_model(f'mlcsd_{name}').heads[0]
+    kinds = {type(m).__name__ for m in head.reduce}
+    assert {norm, act} <= kinds
+    assert isinstance(head.reduce[0], torch.nn.Conv2d) == (norm == 'BatchNorm2d')
+
+
+def test_as_many_exits_as_there_are_blocks():
+    assert make('test_vit')[0].num_exits == 6
+    with pytest.raises(ValueError, match='exits=7 is impossible: this backbone has 6 blocks'):
+        make('test_vit', exits=7)
+
+
+def test_costs_of_a_cut_graph():
+    model, _ = make('test_vit', exits=3)
+    costs = exit_costs(model, model.probe_size)
+    plain = make('test_vit', exits=1)[0]
+    assert sum(c.stage_macs for c in costs) + costs[-1].head_macs == exit_costs(plain, plain.probe_size)[0].macs
+    assert 0 < costs[0].macs < costs[1].macs < costs[2].macs
+    assert costs[-1].params == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_convnext'])
+def test_every_exit_compiles_and_exports(name):
+    model, images = make(name, exits=3)
+    with torch.no_grad():
+        expected = model.forward_exits(images).logits
+        compiled = torch.compile(model.forward_exits, backend='aot_eager', fullgraph=True)
+        for z, y in zip(compiled(images).logits, expected):
+            torch.testing.assert_close(z, y)
+
+        class Exits(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
+            def forward(self, x):
+                return self.model.forward_exits(x).logits
+
+        program = torch.export.export(Exits(), (images,), strict=False)
+        for z, y in zip(program.module()(images), expected):
+            torch.testing.assert_close(z, y)

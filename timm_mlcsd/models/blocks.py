@@ -1,0 +1,94 @@
+"""The blocks of a backbone, as its own structure and its own layer groups name them."""
+
+import re
+from typing import Any, Dict, Iterator, List, Tuple
+
+import torch.nn as nn
+
+__all__ = ['block_names']
+
+
+def block_names(backbone: nn.Module) -> List[str]:
+    """Name the modules that people call blocks: what an exit may follow.
+
+    They are the composite members of the backbone's lists of modules (``layer1``, ``stages.0.blocks``), what its
+    ``group_matcher`` numbers (``s1.b2`` in a RegNet) and what its ``feature_info`` points at. A member that holds one
+    such list itself is a stage, and its members count too.
+
+    Args:
+        backbone: A timm model.
+
+    Returns:
+        Names in the order of ``named_modules``.
+    """
+    numbered, stem = _layer_groups(backbone)
+    names = {*_listed(backbone, '', numbered), *numbered}
+    if not names:  # neither lists nor numbers: one module after the other
+        names = {name for name, child in backbone.named_children() if _is_composite(child)}
+    order = [name for name, _ in backbone.named_modules() if name]
+    first = min((order.index(name) for name in names), default=0)
+    names |= {info['module'] for info in backbone.feature_info} & set(order[first:])  # no stem
+    return [name for name in order if name in names and not any(p.match(name) for p in stem)]
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList))
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether the module has one list of composite modules; several are the parallel branches of a block."""
+    lists = [child for child in module.children() if _is_list(child) and len(child)]
+    return sum(all(_is_composite(member) for member in members) for members in lists) == 1
+
+
+def _listed(module: nn.Module, prefix: str, numbered: Dict[str, int], in_list: bool = False) -> Iterator[str]:
+    """Members of lists, from the outside in; what lies inside a block is its own affair."""
+    for name, child in module.named_children():
+        path = f'{prefix}{name}'
+        if _is_list(child):
+            yield from _listed(child, f'{path}.', numbered, in_list=True)
+        elif in_list or path in numbered:
+            if _is_composite(child):
+                yield path
+            if numbered.get(path, 0) < 2 and _is_stage(child):
+                for inner_name, inner in child.named_children():
+                    if _is_list(inner):
+                        yield from _listed(inner, f'{path}.{inner_name}.', numbered, in_list=True)
+        else:
+            yield from _listed(child, f'{path}.', numbered)
+
+
+def _layer_groups(backbone: nn.Module) -> Tuple[Dict[str, int], List[re.Pattern]]:
+    """What ``group_matcher`` says.
+
+    Returns:
+        The modules that it tells apart by numbers in their names, with how many numbers that takes, and the patterns
+        of the stem.
+    """
+    matcher = backbone.group_matcher(coarse=False) if hasattr(backbone, 'group_matcher') else None
+    if not isinstance(matcher, dict):
+        return {}, []
+    patterns = {}
+    for group, spec in matcher.items():
+        entries = [entry if isinstance(entry, (list, tuple)) else (entry, None) for entry in _as_list(spec)]
+        # an ordinal of its own is for what precedes or follows the blocks
+        patterns[group] = [re.compile(pattern) for pattern, ordinal in entries if ordinal is None]
+    modules = {name for name, _ in backbone.named_modules()}
+    numbered = {}
+    for parameter, _ in backbone.named_parameters():
+        match = next((m for ps in patterns.values() for m in (p.match(parameter) for p in ps) if m), None)
+        if match and match.groups():
+            name = parameter[: match.end()].rstrip('.')
+            while name not in modules:
+                name = name.rpartition('.')[0]
+            if name:
+                numbered[name] = sum(group is not None for group in match.groups())
+    return numbered, patterns.get('stem', [])
+
+
+def _as_list(spec: Any) -> List[Any]:
+    return list(spec) if isinstance(spec, (list, tuple)) else [spec]

@@ -1,0 +1,117 @@
+"""Where the map lies in what a module returns: NCHW, NHWC, or tokens behind class and register tokens."""
+
+import math
+from functools import lru_cache
+from typing import Any, FrozenSet, Iterator, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+
+__all__ = ['MapLayout', 'find_map']
+
+# class, distillation and register tokens
+MAX_PREFIX_TOKENS = 16
+
+
+class MapLayout(NamedTuple):
+    """How to read a map [B, C, H, W] out of a module's output.
+
+    Attributes:
+        path: Indices down to the tensor in a (nested) tuple or list; empty where the output is the tensor.
+        kind: ``NCHW``, ``NHWC`` or ``NLC``.
+        channels: C.
+        height: H for the probe image.
+        width: W for the probe image.
+        prefix: Tokens ahead of the map's, of ``NLC``.
+    """
+
+    path: Tuple[int, ...]
+    kind: str
+    channels: int
+    height: int
+    width: int
+    prefix: int = 0
+
+    def read(self, output: Any) -> torch.Tensor:
+        """The map [B, C, H, W] in `output`, a view where possible.
+
+        Raises:
+            ValueError: The tokens form no grid of the probe's proportions.
+        """
+        for index in self.path:
+            output = output[index]
+        if self.kind == 'NCHW':
+            return output
+        if self.kind == 'NHWC':
+            return output.permute(0, 3, 1, 2)
+        tokens = output[:, self.prefix :]
+        height, width = self._grid(tokens.shape[1])
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+    def _grid(self, count: int) -> Tuple[int, int]:
+        if count == self.height * self.width:
+            return self.height, self.width
+        scale = math.sqrt(count / (self.height * self.width))
+        height, width = round(self.height * scale), round(self.width * scale)
+        if height * width != count:
+            raise ValueError(
+                f'{count} tokens form no grid with the proportions {self.height}:{self.width} that the network was '
+                f'made for; make it with img_size=(height, width) of these images.'
+            )
+        return height, width
+
+
+def find_map(output: Any, batch: int, image_size: Sequence[int], channels_last: bool = False) -> Optional[MapLayout]:
+    """Find the map in a module's output for a probe; of several the widest.
+
+    Args:
+        output: What the module returned.
+        batch: Images in the probe.
+        image_size: (height, width) of the probe.
+        channels_last: The backbone says that its maps are NHWC; decides where a shape can be read both ways.
+
+    Returns:
+        Its layout, None where no tensor in `output` can be a map of these images.
+    """
+    layouts = []
+    for path, tensor in _tensors(output):
+        if tensor.ndim in (3, 4) and tensor.shape[0] == batch and tensor.is_floating_point():
+            layout = _of_tensor(tuple(tensor.shape), image_size, channels_last)
+            if layout is not None:
+                layouts.append(layout._replace(path=path))
+    return max(layouts, key=lambda layout: (layout.channels, layout.kind != 'NLC'), default=None)
+
+
+def _tensors(output: Any, path: Tuple[int, ...] = ()) -> Iterator[Tuple[Tuple[int, ...], torch.Tensor]]:
+    if isinstance(output, torch.Tensor):
+        yield path, output
+    elif isinstance(output, (tuple, list)):
+        for index, item in enumerate(output):
+            yield from _tensors(item, (*path, index))
+
+
+def _of_tensor(shape: Tuple[int, ...], image_size: Sequence[int], channels_last: bool) -> Optional[MapLayout]:
+    grids = _grids(*image_size)
+    if len(shape) == 3:
+        fitting = [(h, w) for h, w in grids if 0 <= shape[1] - h * w <= MAX_PREFIX_TOKENS]
+        if not fitting:
+            return None
+        height, width = max(fitting, key=lambda grid: grid[0] * grid[1])
+        return MapLayout((), 'NLC', shape[2], height, width, prefix=shape[1] - height * width)
+    kinds = {'NCHW': (shape[1], *shape[2:]), 'NHWC': (shape[3], *shape[1:3])}
+    for kind in sorted(kinds, reverse=channels_last):
+        channels, height, width = kinds[kind]
+        if (height, width) in grids:
+            return MapLayout((), kind, channels, height, width)
+    return None
+
+
+@lru_cache(maxsize=32)
+def _grids(height: int, width: int) -> FrozenSet[Tuple[int, int]]:
+    """The map sizes that an image can be reduced to, odd sizes rounded either way, one less for unpadded convs."""
+    grids = set()
+    for reduction in range(1, max(height, width) + 1):
+        h, w = height / reduction, width / reduction
+        for off in (-2, -1, 0, 1):
+            grids.add((math.floor(h) + off, math.floor(w) + off))
+            grids.add((math.ceil(h) + off, math.ceil(w) + off))
+    return frozenset((h, w) for h, w in grids if h > 0 and w > 0)

@@ -1,0 +1,102 @@
+"""Decide how a backbone is cut: as a chain of modules where it is one, else out of its exported graph."""
+
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch.nn as nn
+
+from ..errors import shortened
+from .blocks import block_names
+from .chain import read_chain
+from .placement import DEFAULT_EXITS, count_exits, place_exits
+from .probe import Call, Place, list_places, probe
+from .small_input import remove_first_downsamplings
+
+__all__ = ['Plan', 'plan_stages']
+
+
+class Plan(NamedTuple):
+    """How a backbone is cut.
+
+    Attributes:
+        places: What it runs, in order: every module of a chain, else its blocks.
+        taps: Indices of the tapped ones.
+        is_chain: Whether it is a chain.
+    """
+
+    places: List[Place]
+    taps: List[int]
+    is_chain: bool
+
+
+def plan_stages(
+    backbone: nn.Module,
+    input_size: Sequence[int],
+    exits: Union[int, Sequence[str], None] = None,
+    small_input: bool = False,
+) -> Plan:
+    """Watch a backbone run and place its exits.
+
+    Args:
+        backbone: A timm model; with `small_input` it is changed in place.
+        input_size: (C, H, W) of its images.
+        exits: As in `place_exits`.
+        small_input: Take the first two downsamplings out.
+
+    Raises:
+        ValueError: The arguments ask for what the backbone doesn't have.
+    """
+    root = _probe(backbone, input_size)
+    if small_input:
+        before = _last_width(backbone, root)
+        remove_first_downsamplings(backbone, root)
+        try:
+            root = _probe(backbone, input_size)
+            fits = 3 < _last_width(backbone, root) / before < 6  # four, but for odd sizes and unpadded convs
+        except ValueError:  # branches that no longer have one size
+            fits = False
+        if not fits:
+            raise ValueError('small_input=True: the first two downsamplings of this backbone cannot be taken out.')
+    chain, blocks = _read(backbone, root)
+    info = backbone.feature_info
+    if not blocks and not chain:
+        raise ValueError(f'{type(backbone).__name__} has no blocks with a map that an exit could read.')
+    if chain and not blocks:
+        return Plan(chain, place_exits(chain, info, exits), is_chain=True)
+    if chain and isinstance(exits, (int, type(None))):
+        # a chain trains stage by stage, but may not be opened as far as its blocks
+        wanted = min(exits or DEFAULT_EXITS, count_exits(blocks, info))
+        if count_exits(chain, info) >= wanted:
+            return Plan(chain, place_exits(chain, info, exits), is_chain=True)
+    elif chain:
+        try:
+            return Plan(chain, place_exits(chain, info, exits), is_chain=True)
+        except ValueError:
+            known = {place.name for place in blocks}
+            if not set(exits) <= known:
+                raise
+    return Plan(blocks, place_exits(blocks, info, exits), is_chain=False)
+
+
+def _read(backbone: nn.Module, root: Call) -> Tuple[Optional[List[Place]], List[Place]]:
+    names = set(block_names(backbone))
+    chain = read_chain(root, names)
+    if chain is not None and all(place.layout is None for place in chain):
+        chain = None
+    return chain, list_places(root, names, {info['module'] for info in backbone.feature_info})
+
+
+def _last_width(backbone: nn.Module, root: Call) -> Optional[int]:
+    if root.layout is not None:
+        return root.layout.width
+    return next((call.layout.width for call in reversed(list(root.ended())) if call.layout is not None), None)
+
+
+def _probe(backbone: nn.Module, input_size: Sequence[int]) -> Call:
+    try:
+        return probe(backbone, input_size)
+    except (RuntimeError, AssertionError, IndexError, TypeError) as e:
+        size = 'x'.join(map(str, input_size))
+        raise ValueError(
+            f'{type(backbone).__name__} does not run on images of {size}: {shortened(e)}. If it was made for another '
+            f'size, pass that as img_size.'
+        ) from e

@@ -1,0 +1,169 @@
+"""Watch a backbone run once, on shapes alone: which modules it calls, what they take and give, where maps lie."""
+
+from collections import Counter
+from functools import cached_property
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .layout import MapLayout, find_map
+from .meta import OnMeta, evaluating
+
+__all__ = ['Call', 'Place', 'list_places', 'probe']
+
+BATCH = 2  # of one image nobody could tell the batch from other dimensions of size 1
+
+
+class Place(NamedTuple):
+    """What a module leaves behind where it ends.
+
+    Attributes:
+        name: Its path in the backbone.
+        layout: Where the map lies in its output; None where there is none.
+        macs: Multiply-adds of one image from its pixels up to and with this module.
+        is_block: Whether an exit may follow it.
+        writes_input: Whether it changes its input in place (an in-place ReLU, say).
+    """
+
+    name: str
+    layout: Optional[MapLayout]
+    macs: int
+    is_block: bool
+    writes_input: bool = False
+
+
+class Call:
+    """One call of a module during the probe.
+
+    Attributes:
+        name: The module's path, empty for the backbone itself.
+        module: The module.
+        children: The calls inside this one, in order.
+        input: Its input, where that is one tensor and nothing else.
+        output: What it returned.
+        macs: Multiply-adds of one image until it returned.
+        layout: Where the map lies in its output.
+    """
+
+    def __init__(self, name: str, module: nn.Module, image_size: Sequence[int], channels_last: bool):
+        self.name = name
+        self.module = module
+        self.image_size = image_size
+        self.channels_last = channels_last
+        self.children: List[Call] = []
+        self.input: Optional[torch.Tensor] = None
+        self.output: Any = None
+        self.input_version = self.input_version_after = self.output_version = 0
+        self.macs = 0
+
+    def ended(self) -> Iterator['Call']:
+        """All calls below this one, in the order in which they returned."""
+        for child in self.children:
+            yield from child.ended()
+            yield child
+
+    @cached_property
+    def layout(self) -> Optional[MapLayout]:
+        return find_map(self.output, BATCH, self.image_size, self.channels_last)
+
+    def take(self, args: Tuple, kwargs: dict) -> None:
+        if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+            self.input, self.input_version = args[0], args[0]._version
+
+    def give(self, output: Any, flops: int) -> None:
+        self.output = output
+        self.macs = flops // (2 * BATCH)
+        if isinstance(output, torch.Tensor):
+            self.output_version = output._version
+        if self.input is not None:
+            self.input_version_after = self.input._version
+
+
+@torch.inference_mode(False)  # tensors made in inference mode have no version to compare
+def probe(backbone: nn.Module, input_size: Sequence[int]) -> Call:
+    """Run ``backbone.forward_features`` in evaluation mode and record every call.
+
+    It runs on the meta device; for real where the backbone has tensors that cannot follow it there.
+
+    Args:
+        backbone: A timm model.
+        input_size: (C, H, W) of the probe images.
+
+    Returns:
+        The call of the backbone itself, with all others below it.
+    """
+    try:
+        return _watch(backbone, input_size, OnMeta(backbone))
+    except RuntimeError as e:
+        if 'meta' not in str(e):
+            raise
+    weight = next(backbone.parameters())
+
+    def run(method: str, images: torch.Tensor) -> Any:
+        with torch.no_grad(), evaluating(backbone):
+            return getattr(backbone, method)(torch.zeros_like(images, device=weight.device, dtype=weight.dtype))
+
+    return _watch(backbone, input_size, run)
+
+
+def _watch(backbone: nn.Module, input_size: Sequence[int], run: Callable[[str, torch.Tensor], Any]) -> Call:
+    channels_last = getattr(backbone, 'output_fmt', None) == 'NHWC'
+    root = Call('', backbone, input_size[1:], channels_last)
+    stack = [root]
+    names = {module: name for name, module in backbone.named_modules()}
+    counter = FlopCounterMode(display=False)
+
+    def enter(module, args, kwargs):
+        call = Call(names[module], module, input_size[1:], channels_last)
+        stack[-1].children.append(call)
+        stack.append(call)
+        call.take(args, kwargs)
+
+    def leave(module, args, kwargs, output):
+        stack.pop().give(output, counter.get_total_flops())
+
+    handles = []
+    for module in backbone.modules():
+        if module is not backbone:
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+    images = torch.empty(BATCH, *input_size, device='meta')
+    try:
+        root.take((images,), {})
+        with counter:
+            output = run('forward_features', images)
+        root.give(output, counter.get_total_flops())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return root
+
+
+def list_places(root: Call, blocks: Set[str], group_ends: Set[str]) -> List[Place]:
+    """The blocks whose map an exit can read while the backbone runs as a whole, in the order in which they end.
+
+    Of blocks that end at the same multiply-add (a stage and its last block) the end of a resolution group stands for
+    all, or else the first. A block that runs twice has no single place; a map that is written to later isn't what the
+    block returned.
+
+    Args:
+        root: What `probe` recorded.
+        blocks: Names of the blocks.
+        group_ends: Names of the modules at which resolution groups end.
+    """
+    runs = Counter(call.name for call in root.ended())
+    places = []
+    for call in root.ended():
+        if call.name not in blocks or runs[call.name] > 1 or call.layout is None:
+            continue
+        untouched = not isinstance(call.output, torch.Tensor) or call.output._version == call.output_version
+        if not untouched:
+            continue
+        place = Place(call.name, call.layout, call.macs, is_block=True)
+        if not places or places[-1].macs < call.macs:
+            places.append(place)
+        elif call.name in group_ends:
+            places[-1] = place
+    return places

@@ -1,0 +1,152 @@
+"""The two ways to run a backbone in stages."""
+
+import threading
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from timm.models import checkpoint_seq
+
+from .graph import CutError, CutGraph, export_whole
+from .layout import MapLayout
+from .plan import Plan
+from .taps import Taps
+
+if TYPE_CHECKING:
+    from .backbone import MultiExitBackbone
+
+__all__ = ['ChainProgram', 'GraphProgram']
+
+
+class ChainProgram:
+    """A chain of modules: stages are runs of modules, in training and in evaluation mode.
+
+    Args:
+        backbone: A timm model.
+        plan: How it is cut.
+        layouts: Where the map lies in each tap's output.
+    """
+
+    stages_train = True
+
+    def __init__(self, backbone: nn.Module, plan: Plan, layouts: Sequence[MapLayout]):
+        names = [place.name for place in plan.places]
+        starts = [0] + [tap + 1 for tap in plan.taps[:-1]]
+        self.stages = [names[i : tap + 1] for i, tap in zip(starts, plan.taps)]
+        self.tail = names[plan.taps[-1] + 1 :]
+        self.blocks = {place.name for place in plan.places if place.is_block}
+        self.layouts = layouts
+        self.grad_checkpointing = False
+
+    def why_not(self, model: 'MultiExitBackbone') -> Optional[str]:
+        return None
+
+    def set_grad_checkpointing(self, model: 'MultiExitBackbone', enable: bool) -> None:
+        self.grad_checkpointing = enable
+
+    def run_stage(self, model: 'MultiExitBackbone', k: int, state: torch.Tensor) -> torch.Tensor:
+        for name in self.stages[k]:
+            module = model.backbone.get_submodule(name)
+            # blocks only, as timm does: a stem's in-place activations must not run twice on one input
+            if self.grad_checkpointing and model.training and name in self.blocks:
+                state = checkpoint_seq([module], state)
+            else:
+                state = module(state)
+        return state
+
+    def read_tap(self, k: int, state: torch.Tensor) -> torch.Tensor:
+        return self.layouts[k].read(state)
+
+    def run_end(self, model: 'MultiExitBackbone', state: torch.Tensor) -> torch.Tensor:
+        for name in self.tail:
+            state = model.backbone.get_submodule(name)(state)
+        return model.backbone.forward_head(state)
+
+
+class GraphProgram:
+    """Any other backbone: it trains as a whole, and its exported graph is cut for evaluation.
+
+    Args:
+        backbone: A timm model.
+        plan: How it is cut.
+        layouts: Where the map lies in each tap's output.
+    """
+
+    stages_train = False
+
+    def __init__(self, backbone: nn.Module, plan: Plan, layouts: Sequence[MapLayout]):
+        self.taps = Taps(backbone, [plan.places[tap].name for tap in plan.taps], layouts)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.exports: Dict[Tuple, Any] = {}
+        self.cuts: Dict[Tuple, CutGraph] = {}
+        self.sizes: Dict[Tuple, Sequence[int]] = {}
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {'taps': self.taps}  # a copy of the model cuts its own backbone
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def why_not(self, model: 'MultiExitBackbone') -> Optional[str]:
+        try:
+            self.cut(model, model.probe_size)
+        except CutError as e:
+            return str(e)
+        return None
+
+    def set_grad_checkpointing(self, model: 'MultiExitBackbone', enable: bool) -> None:
+        model.backbone.set_grad_checkpointing(enable)
+
+    def run_whole(self, model: 'MultiExitBackbone', images: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        return self.taps.run(model.backbone, images)
+
+    def cut(self, model: 'MultiExitBackbone', input_size: Sequence[int]) -> CutGraph:
+        """The pieces for images of `input_size` on the model's device; made once.
+
+        Raises:
+            CutError: The backbone cannot be cut.
+        """
+        weight = next(model.backbone.parameters())
+        key = (*input_size, weight.dtype)
+        with self.lock:
+            if key not in self.exports:
+                try:
+                    self.exports[key] = export_whole(model.backbone, self.taps, input_size)
+                except CutError as e:
+                    self.exports[key] = e
+            if isinstance(self.exports[key], CutError):
+                raise self.exports[key]
+            if (*key, weight.device) not in self.cuts:
+                cut = CutGraph(self.exports[key], model.backbone, len(self.taps), weight.device)
+                if weight.device.type != 'meta':
+                    cut.prove(model.backbone, input_size)
+                self.cuts[(*key, weight.device)] = cut
+            return self.cuts[(*key, weight.device)]
+
+    def run_stage(self, model: 'MultiExitBackbone', k: int, state: Any) -> Tuple[torch.Tensor, ...]:
+        if model.training:
+            raise RuntimeError(
+                f'{type(model.backbone).__name__} is no chain of modules: in training mode it runs as a whole '
+                f'(forward_exits), in stages only in evaluation mode; call model.eval().'
+            )
+        state = (state,) if k == 0 else state
+        size = state[0].shape[1:] if k == 0 else self.sizes[_signature(k - 1, state)]
+        state = self.cut(model, size).run(k, state)
+        self.sizes[_signature(k, state)] = size
+        return state
+
+    def read_tap(self, k: int, state: Tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return state[0]
+
+    def run_end(self, model: 'MultiExitBackbone', state: Tuple[torch.Tensor, ...]) -> torch.Tensor:
+        size = self.sizes[_signature(model.num_exits - 1, state)]
+        return self.cut(model, size).run(-1, state)[0]
+
+
+def _signature(k: int, state: Tuple[torch.Tensor, ...]) -> Tuple:
+    """What tells states of differently sized images apart."""
+    return (k, *(tuple(t.shape[1:]) for t in state))
