@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""Which of timm's architectures work as multi-exit networks, family by family: docs/coverage.md.
+
+For the smallest and one mid-size member of every family: is it made, does the last exit equal the backbone bit for
+bit, do all parameters get finite gradients from one training step, do its stages one by one give what the whole gives
+bit for bit, does `forward_exits` compile without a graph break and export. Rows are kept in a JSON lines file, so that
+a stopped run goes on where it was.
+
+    python benchmarks/coverage.py --rows output/coverage.jsonl --table docs/coverage.md
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import time
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import timm
+import torch
+import torch.nn as nn
+
+from timm_mlcsd import MLCSDLoss, create_multi_exit
+from timm_mlcsd.models import MultiExitBackbone
+from timm_mlcsd.report import format_table
+
+CHECKS = ('last exit', 'trains', 'stages', 'compiles', 'exports')
+
+
+def members(family: str, count: int) -> List[str]:
+    """The smallest member of a family, and the one in the middle by number of parameters."""
+    sizes = {}
+    for name in timm.list_models(module=family):
+        with torch.device('meta'):
+            sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+    names = sorted(sizes, key=lambda name: (sizes[name], name))
+    return list(dict.fromkeys([names[0], names[(len(names) - 1) // 2]]))[:count]
+
+
+def check(name: str) -> Dict[str, Any]:
+    """Try everything on one architecture; a check's value is True or the reason why not."""
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    try:
+        model = create_multi_exit(name, num_classes=10).eval()
+    except Exception as e:
+        return dict(model=name, made=_reason(e))
+    row = dict(model=name, made=True, seconds_to_make=time.perf_counter() - start)
+    row['params'] = sum(p.numel() for p in model.backbone.parameters())
+    row.update(exits=model.num_exits, how='chain' if model.plan.is_chain else 'graph')
+    images = torch.randn(2, *model.probe_size)
+    checks = (_last_exit, _trains, _stages, _compiles, _exports)
+    for column, run in zip(CHECKS, checks):
+        row[column] = _attempt(run, model, images)
+    return row
+
+
+def _attempt(run: Callable, model: MultiExitBackbone, images: torch.Tensor) -> Any:
+    try:
+        return run(model, images)
+    except Exception as e:
+        return _reason(e)
+    finally:
+        model.zero_grad()
+        model.eval()
+
+
+def _reason(error: Exception) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+
+
+@torch.no_grad()
+def _last_exit(model: MultiExitBackbone, images: torch.Tensor) -> Any:
+    expected = model.backbone(images)
+    same = torch.equal(model(images), expected) and torch.equal(model.forward_exits(images).logits[-1], expected)
+    return same or 'other logits'
+
+
+def _trains(model: MultiExitBackbone, images: torch.Tensor) -> Any:
+    model.train()
+    criterion = MLCSDLoss(model.num_exits, model.feature_dim)
+    criterion(model(images), torch.tensor([1, 2])).backward()
+    named = (*model.named_parameters(), *criterion.named_parameters())
+    bad = [n for n, p in named if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+    return not bad or f'no finite gradient: {", ".join(bad[:3])}'
+
+
+@torch.no_grad()
+def _stages(model: MultiExitBackbone, images: torch.Tensor) -> Any:
+    if not model.resumable:
+        return model.why_not_resumable
+    expected = model.forward_exits(images)
+    return all(torch.equal(z, y) for (_, z), y in zip(model.iter_exits(images), expected.logits)) or 'other logits'
+
+
+@torch.no_grad()
+def _compiles(model: MultiExitBackbone, images: torch.Tensor) -> Any:
+    torch.compiler.reset()
+    output = torch.compile(model.forward_exits, backend='aot_eager', fullgraph=True)(images)
+    for z, y in zip(output.logits, model.forward_exits(images).logits):
+        torch.testing.assert_close(z, y, rtol=1e-3, atol=1e-3)
+    return True
+
+
+@torch.no_grad()
+def _exports(model: MultiExitBackbone, images: torch.Tensor) -> Any:
+    output = torch.export.export(_Exits(model), (images,), strict=False).module()(images)
+    for z, y in zip(output, model.forward_exits(images).logits):
+        torch.testing.assert_close(z, y, rtol=1e-3, atol=1e-3)
+    return True
+
+
+class _Exits(nn.Module):
+    """What export takes: a module whose forward answers at all exits."""
+
+    def __init__(self, model: MultiExitBackbone):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.model.forward_exits(images).logits
+
+
+def table(rows: List[Dict[str, Any]]) -> str:
+    """The page."""
+    cells = [
+        (
+            row['family'],
+            row['model'],
+            f'{row.get("params", 0) / 1e6:.1f}',
+            row.get('exits', ''),
+            row.get('how', ''),
+            *('yes' if row.get(c) is True else 'no' for c in ('made', *CHECKS)),
+        )
+        for row in rows
+    ]
+    header = ('Family', 'Model', 'M params', 'Exits', 'How', 'Made', *(c.capitalize() for c in CHECKS))
+    lines = [f'| {" | ".join(map(str, r))} |' for r in (header, ['---'] * len(header), *cells)]
+    exceptions = [
+        f'- {row["model"]}, {c}: {row[c]}' for row in rows for c in ('made', *CHECKS) if c in row and row[c] is not True
+    ]
+    families = defaultdict(list)
+    for row in rows:
+        families[row['family']].append(row)
+    counts = [
+        (c, sum(all(r.get(c) is True for r in members) for members in families.values()), len(families))
+        for c in ('made', *CHECKS)
+    ]
+    return '\n'.join(
+        [
+            '# Coverage',
+            '',
+            'Written by `benchmarks/coverage.py`: the smallest and a mid-size member of every family of timm, as '
+            '`create_multi_exit(name)` with nothing else said. *Last exit*: its logits equal the backbone\'s bit for '
+            'bit in evaluation mode. *Trains*: one step of all-for-all gives every parameter a finite gradient. '
+            '*Stages*: run one by one they give every exit\'s logits bit for bit, as a chain of modules or out of the '
+            'exported graph (*How*). *Compiles*: `forward_exits` in one graph (aot_eager). *Exports*: `torch.export` '
+            'of `forward_exits`.',
+            '',
+            f'{datetime.date.today()}, timm {timm.__version__}, torch {torch.__version__}, Python '
+            f'{platform.python_version()}, CPU.',
+            '',
+            format_table(('Check', 'Families', 'of'), counts).replace('\n', '\n    ').join(['    ', '']),
+            '',
+            *lines,
+            '',
+            '## Why not',
+            '',
+            *(exceptions or ['No exceptions.']),
+            '',
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('families', nargs='*', help='default: all')
+    parser.add_argument('--members', type=int, default=2, choices=(1, 2), help='per family')
+    parser.add_argument('--rows', type=Path, default=Path('output/coverage.jsonl'), help='results so far')
+    parser.add_argument('--table', type=Path, help='page to write')
+    args = parser.parse_args()
+    warnings.simplefilter('ignore')
+    args.rows.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    known = [
+        m for m in timm.list_modules() if timm.list_models(module=m) and 'mlcsd' not in timm.list_models(module=m)[0]
+    ]
+    for family in args.families or known:
+        done = {row['model'] for row in rows if row['family'] == family}
+        if len(done) >= args.members:
+            continue
+        for name in members(family, args.members):
+            if name in done:
+                continue
+            row = dict(family=family, **check(name))
+            rows.append(row)
+            with args.rows.open('a') as f:
+                f.write(json.dumps(row) + '\n')
+            problems = {c: row[c] for c in ('made', *CHECKS) if row.get(c) is not True}
+            print(family, name, problems or 'all', flush=True)
+    if args.table:
+        args.table.write_text(table(sorted(rows, key=lambda row: (row['family'], row.get('params', 0)))))
+
+
+if __name__ == '__main__':
+    main()
