@@ -154,10 +154,12 @@ def exit_times(
 
 def plan(args: argparse.Namespace) -> str:
     """Compare all exit heads on one network before anyone trains it; returns the report."""
-    input_size = tuple(args.input_size)
-    model_args = dict(num_classes=args.num_classes, in_chans=input_size[0], small_input=args.small_input)
+    model_args = dict(num_classes=args.num_classes, small_input=args.small_input)
+    if args.input_size:
+        model_args['in_chans'] = args.input_size[0]
     model_args.update(args.model_kwargs)
     models = {None: create_named(args.model, exits=1, **model_args)}
+    input_size = tuple(args.input_size or models[None].probe_size)
     for head in EXIT_HEADS:
         models[head] = create_named(
             args.model, exits=args.exits, exit_head=head, exit_pool=args.exit_pool, **model_args
@@ -208,9 +210,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Entry point of ``python -m timm_mlcsd.cost``."""
     parser = ScriptParser(prog='timm_mlcsd.cost', description='What the exits of a network will cost, head by head')
     parser.add_argument('model', help='a multi-exit model, such as mlcsd_resnet50')
-    parser.add_argument('--exits', type=exits, default=8, help='number, or comma-separated modules to tap')
+    parser.add_argument('--exits', type=exits, help='number, or comma-separated modules to tap (default: 8)')
     parser.add_argument('--exit-pool', default=DEFAULT_EXIT_POOL, choices=EXIT_POOLS)
-    parser.add_argument('--input-size', type=positive_int, nargs=3, default=[3, 224, 224], metavar='N')
+    parser.add_argument(
+        '--input-size', type=positive_int, nargs=3, metavar='N', help='C H W (default: the model\'s own)'
+    )
     parser.add_argument('--small-input', action='store_true', help='take the first two downsamplings out')
     parser.add_argument('--num-classes', type=positive_int, default=1000, metavar='N')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')

@@ -7,7 +7,6 @@ import torch.nn as nn
 from timm_mlcsd.models.chain import read_chain
 from timm_mlcsd.models.probe import probe
 
-
 BLOCKS = {'body.0', 'body.1'}
 
 

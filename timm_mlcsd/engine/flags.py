@@ -95,7 +95,8 @@ def train_parser() -> argparse.ArgumentParser:
         type=exits,
         default=None,
         metavar='N',
-        help='number of exits, or comma-separated modules to tap; 1 is the plain backbone (default: 8)',
+        help='number of exits, or comma-separated modules to tap; 1 is the plain backbone (default: 8, or as many '
+        'as there are blocks)',
     )
     group.add_argument('--exit-head', choices=tuple(EXIT_HEADS), help=f'(default: {DEFAULT_EXIT_HEAD})')
     group.add_argument('--exit-pool', choices=EXIT_POOLS, help=f'(default: {DEFAULT_EXIT_POOL})')

@@ -156,6 +156,8 @@ def train(args: argparse.Namespace) -> Path:
                 args=vars(args),
                 data_config=data_config,
                 class_names=names,
+                results=[metrics._asdict() for metrics in result.exits],
+                measured_on=f'the {len(val_data)} images that chose the epoch',
                 optimizer=optimizer.state_dict(),
                 **({NativeScaler.state_dict_key: scaler.state_dict()} if scaler else {}),
                 **task.get_checkpoint_state(),

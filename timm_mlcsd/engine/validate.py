@@ -22,6 +22,7 @@ from .config import parse_args
 from .evaluate import Evaluation, evaluate
 from .flags import validate_parser
 from .loaders import check_classes, class_names, eval_loader, load_dataset
+from .network import model_of
 
 __all__ = ['data_flags_from', 'load_model', 'load_split', 'main', 'validate']
 
@@ -49,7 +50,9 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
     model = load_model(args, checkpoint)
     data_flags_from(args, checkpoint)
     data_config = data_config_of(args, model, checkpoint.get('data_config'))
-    costs = exit_costs(model, data_config['input_size'])
+    if args.plot and not model.resumable:
+        raise UserError(f'--plot: the exits have no cost of their own: {model.why_not_resumable}.')
+    costs = exit_costs(model, data_config['input_size']) if model.resumable else [None] * model.num_exits
 
     dataset, split = load_split(args, checkpoint)
     names = class_names(dataset)
@@ -103,14 +106,9 @@ def load_model(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> MultiExi
         if args.use_ema:
             raise UserError('--use-ema needs --checkpoint: a --model has one set of weights.')
         return build_model(args.model, pretrained=True)
-    key = 'state_dict_ema' if args.use_ema else 'state_dict'
-    if key not in checkpoint:
-        raise UserError(f'--use-ema: {args.checkpoint!r} was trained without --model-ema and has no averaged weights.')
+    model = model_of(checkpoint, args.checkpoint, args.use_ema)
     if 'state_dict_ema' in checkpoint and not args.use_ema:
         _logger.warning('The checkpoint also has averaged weights, which chose its epoch: --use-ema evaluates them.')
-    model = build_model(checkpoint['arch'], **checkpoint['model_args'])
-    with blame(f'{args.checkpoint!r} does not fit {checkpoint["arch"]}'):
-        model.load_state_dict(checkpoint[key])
     return model
 
 
@@ -142,9 +140,14 @@ def load_split(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[An
     return TransformSubset(dataset, indices), f'the held-out part of {split}'
 
 
-def _rows(model: MultiExitModel, result: Evaluation, costs: Sequence[ExitCost]) -> List[Dict[str, Any]]:
+def _rows(model: MultiExitModel, result: Evaluation, costs: Sequence[Optional[ExitCost]]) -> List[Dict[str, Any]]:
     return [
-        dict(exit=f'Ex{k}', tap=tap, **metrics._asdict(), macs=cost.macs, params=cost.params, depth=cost.depth)
+        dict(
+            exit=f'Ex{k}',
+            tap=tap,
+            **metrics._asdict(),
+            **{name: getattr(cost, name, None) for name in ('macs', 'params', 'depth')},
+        )
         for k, (tap, metrics, cost) in enumerate(zip(model.exit_names, result.exits, costs), 1)
     ]
 
@@ -152,7 +155,11 @@ def _rows(model: MultiExitModel, result: Evaluation, costs: Sequence[ExitCost]) 
 def _table(rows: Sequence[Dict[str, Any]], result: Evaluation) -> str:
     headers = ('Exit', 'Tap', 'Top-1 %', 'Top-5 %', 'Loss', 'MMACs', 'Params M', 'Right here, wrong at the last %')
     lines = [
-        (r['exit'], r['tap'], r['top1'], r['top5'], r['loss'], r['macs'] / 1e6, r['params'] / 1e6, r['rescued'])
+        (
+            *(r[key] for key in ('exit', 'tap', 'top1', 'top5', 'loss')),
+            *(r[key] and r[key] / 1e6 for key in ('macs', 'params')),
+            r['rescued'],
+        )
         for r in rows
     ]
     return format_table(headers, [*lines, ('Mean', None, result.mean_top1, *[None] * 5)])

@@ -1,12 +1,14 @@
 """``mlcsd_<arch>``: multi-exit networks by name, for ``timm.create_model``."""
 
 import difflib
+import pickle
 import re
 from functools import partial
 from typing import Any, Callable, Dict
 
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 
 from .backbone import MultiExitBackbone, create_multi_exit, without_weights
@@ -37,7 +39,7 @@ def create_named(name: str, **kwargs: Any) -> MultiExitModel:
         raise ValueError(f'unknown model {name!r}; {hint}.')
     try:
         model = timm.create_model(name, **kwargs)
-    except (TypeError, RuntimeError, AssertionError, OSError) as e:
+    except (TypeError, RuntimeError, AssertionError, OSError, HfHubHTTPError, pickle.UnpicklingError) as e:
         raise ValueError(f'{name} cannot be made: {e}') from e
     if not isinstance(model, MultiExitModel):
         raise ValueError(f'{name} is no multi-exit network.')

@@ -1,6 +1,7 @@
-"""Results for people: tables and figures."""
+"""What people read: tables, plots, model cards."""
 
+from .model_card import model_card
 from .plots import plot_accuracy_against_cost
 from .tables import format_table
 
-__all__ = ['format_table', 'plot_accuracy_against_cost']
+__all__ = ['format_table', 'model_card', 'plot_accuracy_against_cost']

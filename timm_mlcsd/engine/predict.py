@@ -1,0 +1,105 @@
+"""Labels for images on the command line: ``mlcsd-predict CHECKPOINT|hf-hub:REPO|FOLDER IMAGE...``."""
+
+import argparse
+import sys
+import time
+from typing import List, NamedTuple, Optional, Sequence
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from ..arguments import ScriptParser, positive_int
+from ..errors import UserError, blame, run_script
+from ..models import MultiExitModel
+from ..report import format_table
+from .network import load_network
+
+__all__ = ['Answer', 'answer', 'main', 'predict']
+
+
+class Answer(NamedTuple):
+    """What a network says of one image.
+
+    Attributes:
+        probabilities: [C].
+        exit: The exit that answered, from 0.
+        milliseconds: From the first stage to the answer.
+    """
+
+    probabilities: torch.Tensor
+    exit: int
+    milliseconds: float
+
+
+def predict_parser() -> ScriptParser:
+    """The flags of mlcsd-predict."""
+    parser = ScriptParser(prog='mlcsd-predict', description='Label images with a multi-exit network')
+    parser.add_argument('network', help='a checkpoint of train.py or the folder of a run, hf-hub:REPO, a saved folder')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
+    parser.add_argument(
+        '--threshold',
+        type=float,
+        metavar='P',
+        help='leave at the first exit whose top probability is at least this (default: the last exit answers)',
+    )
+    parser.add_argument('--topk', type=positive_int, default=3, metavar='N', help='labels to show')
+    parser.add_argument('--use-ema', action='store_true', help='use the averaged weights of a checkpoint')
+    parser.add_argument('--device', default='cpu', help='where to run')
+    return parser
+
+
+@torch.inference_mode()
+def answer(model: MultiExitModel, image: torch.Tensor, threshold: Optional[float] = None) -> Answer:
+    """Run a network on one image [1, C, H, W] until it is sure.
+
+    Args:
+        model: A network in evaluation mode.
+        image: The image, on the network's device.
+        threshold: The top probability at which an exit answers; None for the last exit.
+    """
+    start = time.perf_counter()
+    if threshold is None or not model.resumable:
+        k, logits = model.num_exits - 1, model(image)
+        probabilities = logits[0].float().softmax(-1)
+    else:
+        for exit, logits in model.iter_exits(image):
+            k, probabilities = exit, logits[0].float().softmax(-1)
+            if probabilities.amax().item() >= threshold:
+                break
+    return Answer(probabilities.cpu(), k, 1000 * (time.perf_counter() - start))
+
+
+def predict(args: argparse.Namespace) -> List[Answer]:
+    """Label the images that the flags name; prints a table."""
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise UserError(f'--threshold {args.threshold} must lie between 0 and 1.')
+    network = load_network(args.network, args.use_ema)
+    model, names = network.model, network.class_names
+    with blame(f'--device {args.device} cannot be used'):
+        model.to(args.device)
+    transform = create_transform(**network.data_config, is_training=False)
+    mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}.get(model.in_chans, 'RGB')
+    answers, rows = [], []
+    for path in args.images:
+        with blame(f'{path!r} cannot be read as an image'), Image.open(path) as file:
+            image = transform(file.convert(mode)).unsqueeze(0).to(args.device)
+        if not answers:
+            answer(model, image, args.threshold)  # the first run pays for what is set up once
+        answers.append(answer(model, image, args.threshold))
+        top = answers[-1].probabilities.topk(min(args.topk, model.num_classes))
+        labels = [
+            f'{names[i] if names else i} {100 * p:.1f}%' for p, i in zip(top.values.tolist(), top.indices.tolist())
+        ]
+        rows.append((path, ', '.join(labels), f'Ex{answers[-1].exit + 1}', f'{answers[-1].milliseconds:.1f}'))
+    print(format_table(('Image', 'Labels', 'Exit', 'ms'), rows))
+    return answers
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Entry point of mlcsd-predict."""
+    run_script('mlcsd-predict', lambda: predict(predict_parser().parse_args(argv)))
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
