@@ -5,7 +5,7 @@ Importing this package registers its models with timm: ``timm.create_model('mlcs
 
 from .hub import from_pretrained, push_to_hub, save_pretrained
 from .losses import MLCSDLoss
-from .models import MultiExitModel, MultiExitOutput, create_multi_exit
+from .models import MultiExitModel, MultiExitOutput, create_multi_exit, load_backbone
 from .task import MLCSDTask
 from .version import __version__
 
@@ -17,6 +17,7 @@ __all__ = [
     '__version__',
     'create_multi_exit',
     'from_pretrained',
+    'load_backbone',
     'push_to_hub',
     'save_pretrained',
 ]

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from timm_mlcsd import MultiExitModel, MultiExitOutput, create_multi_exit
+from timm_mlcsd import MultiExitModel, MultiExitOutput, create_multi_exit, load_backbone
 from timm_mlcsd.cost import exit_costs
 
 ARCHS = ['resnet18', 'resnet34', 'resnet50', 'resnet101', 'mobilenetv2_100']
@@ -284,17 +284,20 @@ def test_instance_is_wrapped_not_copied():
         create_multi_exit(plain, exits=4, num_classes=3)
 
 
-def test_load_backbone_takes_plain_and_multi_exit_weights():
+def test_weights_go_from_plain_to_multi_exit_and_back(tmp_path):
     plain = timm.create_model('resnet18', num_classes=7, channels=(8, 16, 24, 32)).eval()
     x = torch.randn(2, 3, 64, 64)
-    for exits in (1, 8):
-        source = create_multi_exit(plain, exits=exits)
-        for state in (plain.state_dict(), source.state_dict()):
-            model = make().eval()
-            model.load_backbone(state)
-            assert torch.equal(model(x), plain(x))
+    for i, source in enumerate((plain, create_multi_exit(plain, exits=1), create_multi_exit(plain, exits=8))):
+        path = tmp_path / f'{i}.pth'
+        torch.save(dict(state_dict=source.state_dict()), path)
+        for weights in (source.state_dict(), path):
+            for target in (make(), timm.create_model('resnet18', num_classes=7, channels=(8, 16, 24, 32))):
+                load_backbone(target, weights)
+                assert torch.equal(target.eval()(x), plain(x))
     with pytest.raises(ValueError, match='weights of another network'):
-        make('resnet50').load_backbone(plain.state_dict())
+        load_backbone(make('resnet50'), plain.state_dict())
+    with pytest.raises(ValueError, match='cannot be read as weights'):
+        load_backbone(plain, tmp_path / 'nothing.pth')
 
 
 def test_too_small_images_are_named():

@@ -13,7 +13,7 @@ from timm.models import load_state_dict
 
 from ..errors import UserError, blame
 from ..losses import MLCSDLoss
-from ..models import MultiExitModel, create_named
+from ..models import MultiExitModel, create_named, load_backbone
 from .loaders import mixup_active
 
 __all__ = [
@@ -111,7 +111,7 @@ def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:
         if model.num_exits > 1 and any(name.startswith('heads.') for name in state_dict):
             model.load_state_dict(state_dict)
         else:
-            model.load_backbone(state_dict)
+            load_backbone(model, state_dict)
     _logger.info(f'Starting from {path}')
 
 

@@ -5,6 +5,8 @@ from .heads import EXIT_HEADS, EXIT_POOLS, ExitHead
 from .meta import OnMeta
 from .multi_exit import MultiExitModel, MultiExitOutput
 from .registry import create_named  # registers mlcsd_* with timm
+from .shufflenetv2 import ShuffleNetV2
+from .weights import load_backbone
 
 __all__ = [
     'DEFAULT_EXIT_HEAD',
@@ -16,6 +18,8 @@ __all__ = [
     'MultiExitModel',
     'MultiExitOutput',
     'OnMeta',
+    'ShuffleNetV2',
     'create_multi_exit',
     'create_named',
+    'load_backbone',
 ]

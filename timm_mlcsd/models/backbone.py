@@ -10,7 +10,6 @@ import torch.nn as nn
 from timm.layers import to_2tuple
 from timm.models import group_parameters
 
-from ..errors import shortened
 from .heads import ExitHead, head_style
 from .multi_exit import MultiExitModel, MultiExitOutput
 from .plan import plan_stages
@@ -233,7 +232,13 @@ class MultiExitBackbone(MultiExitModel):
         return {f'backbone.{name}' for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layer group of every parameter or module by name; a head belongs to the group of its tap."""
+        """Layer group of every parameter or module by name; a head belongs to the group of its tap.
+
+        Raises:
+            ValueError: timm gives this backbone no layer groups.
+        """
+        if not hasattr(self.backbone, 'group_matcher'):
+            raise ValueError(f'{type(self.backbone).__name__} has no group_matcher in timm, hence no layer groups.')
         layers: Dict[str, int] = group_parameters(self.backbone, self.backbone.group_matcher(coarse), reverse=True)
         groups = {f'backbone.{name}': layer for name, layer in layers.items()}
         modules = [place.name for place in self.plan.places]
@@ -250,23 +255,6 @@ class MultiExitBackbone(MultiExitModel):
             return max(below) if below else match(name.rpartition('.')[0])
 
         return match
-
-    def load_backbone(self, state_dict: Dict[str, torch.Tensor]) -> None:
-        """Load the weights of a plain backbone, its classifier included.
-
-        Args:
-            state_dict: Weights named as in the backbone, or below ``backbone.`` as in a multi-exit checkpoint.
-
-        Raises:
-            ValueError: They are the weights of another network.
-        """
-        prefix = 'backbone.'
-        if any(name.startswith(prefix) for name in state_dict):
-            state_dict = {n[len(prefix) :]: t for n, t in state_dict.items() if n.startswith(prefix)}
-        try:
-            self.backbone.load_state_dict(state_dict)
-        except RuntimeError as e:
-            raise ValueError(f'these are weights of another network than the backbone: {shortened(e)}') from None
 
 
 def without_weights(cfg: Dict[str, Any]) -> Dict[str, Any]:

@@ -11,6 +11,8 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 
+# registers names that get exits too
+from . import shufflenetv2  # noqa: F401
 from .backbone import MultiExitBackbone, create_multi_exit, without_weights
 from .multi_exit import MultiExitModel
 

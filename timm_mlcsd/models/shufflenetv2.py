@@ -1,0 +1,208 @@
+"""ShuffleNetV2 (Ma et al. 2018, "Practical Guidelines for Efficient CNN Architecture Design") as a timm model.
+
+timm has none. The layers and the pretrained weights are torchvision's, the parameter names too; what is added is what
+timm expects of a backbone.
+"""
+
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torchvision
+from timm.layers import create_classifier
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+
+__all__ = ['ShuffleNetV2']  # timm's register_model adds the models
+
+_WIDTHS = {
+    'shufflenetv2_050': (24, 48, 96, 192, 1024),
+    'shufflenetv2_100': (24, 116, 232, 464, 1024),
+    'shufflenetv2_150': (24, 176, 352, 704, 1024),
+    'shufflenetv2_200': (24, 244, 488, 976, 2048),
+}
+
+
+class ShuffleNetV2(torchvision.models.ShuffleNetV2):
+    """torchvision's network with timm's interface.
+
+    Args:
+        widths: Channels of the stem, the three stages and the last conv.
+        num_classes: C, 0 for pooled features.
+        in_chans: Channels of the images.
+        global_pool: Pool ahead of the classifier.
+        drop_rate: Dropout ahead of the classifier.
+        device: Where the weights are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        drop_rate: float = 0.0,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ):
+        super().__init__([4, 8, 4], list(widths), num_classes=max(num_classes, 1))
+        if in_chans != 3:
+            self.conv1[0] = nn.Conv2d(in_chans, widths[0], 3, stride=2, padding=1, bias=False)
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.feature_info = [
+            dict(num_chs=width, reduction=2 ** (i + 1), module=module)
+            for i, (width, module) in enumerate(zip((24, *widths), ('conv1', 'maxpool', 'stage2', 'stage3', 'stage4')))
+        ]
+        self.grad_checkpointing = False
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        self.to(device=device, dtype=dtype)
+
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Layer groups for layer-wise learning rates."""
+        blocks = r'^stage(\d)' if coarse else [(r'^stage(\d)\.(\d+)', None), (r'^conv5', (99999,))]
+        return dict(stem=r'^conv1', blocks=blocks)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the stages in the backward pass instead of keeping what is inside them."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Make a new linear layer for `num_classes`, none for 0; `global_pool` changes the pool."""
+        self.num_classes = num_classes
+        weight = self.conv1[0].weight
+        self.global_pool, self.fc = create_classifier(
+            self.num_features,
+            num_classes,
+            pool_type=global_pool if global_pool is not None else self.global_pool.pool_type,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    def _stage(self, stage: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(stage, x)
+        return stage(x)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, C, H, W] to unpooled features [B, D, H/32, W/32]."""
+        x = self.maxpool(self.conv1(x))
+        for stage in (self.stage2, self.stage3, self.stage4):
+            x = self._stage(stage, x)
+        return self.conv5(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Unpooled features to logits [B, C], or to pooled features with `pre_logits`."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, C, H, W] to logits [B, C]."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Features on the way.
+
+        Args:
+            x: Images [B, C, H, W].
+            indices: Which of `feature_info`: a list, or how many of the last; None for all.
+            norm: For compatibility; the features are normalised.
+            stop_early: Run no further than the last of them.
+            output_fmt: Must be ``NCHW``.
+            intermediates_only: Return them without the final features.
+        """
+        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        intermediates = []
+        for i, info in enumerate(self.feature_info):
+            if stop_early and i > last:
+                break
+            module = getattr(self, info['module'])
+            x = self._stage(module, x) if info['module'].startswith('stage') else module(x)
+            if i in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (self.conv5(x), intermediates)
+
+    def prune_intermediate_layers(
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> List[int]:
+        """Take out what the features at `indices` don't need; returns the indices."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        for info in self.feature_info[last + 1 :]:
+            setattr(self, info['module'], nn.Identity())
+        if prune_head:
+            self.conv5 = nn.Identity()
+            self.reset_classifier(0, '')
+        return take
+
+
+def _cfg(weights: torchvision.models.WeightsEnum) -> Dict[str, Any]:
+    preset = weights.transforms.keywords
+    return dict(
+        url=weights.url,
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(7, 7),
+        crop_pct=preset['crop_size'] / preset.get('resize_size', 256),
+        interpolation='bilinear',
+        first_conv='conv1.0',
+        classifier='fc',
+        license='bsd-3-clause',
+        paper_ids='arXiv:1807.11164',
+        origin_url='https://github.com/pytorch/vision',
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'shufflenetv2_050.tv_in1k': _cfg(torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT),
+        'shufflenetv2_100.tv_in1k': _cfg(torchvision.models.ShuffleNet_V2_X1_0_Weights.DEFAULT),
+        'shufflenetv2_150.tv_in1k': _cfg(torchvision.models.ShuffleNet_V2_X1_5_Weights.DEFAULT),
+        'shufflenetv2_200.tv_in1k': _cfg(torchvision.models.ShuffleNet_V2_X2_0_Weights.DEFAULT),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> ShuffleNetV2:
+    return build_model_with_cfg(ShuffleNetV2, variant, pretrained, widths=_WIDTHS[variant], **kwargs)
+
+
+@register_model
+def shufflenetv2_050(pretrained: bool = False, **kwargs: Any) -> ShuffleNetV2:
+    """ShuffleNetV2 0.5x."""
+    return _create('shufflenetv2_050', pretrained, **kwargs)
+
+
+@register_model
+def shufflenetv2_100(pretrained: bool = False, **kwargs: Any) -> ShuffleNetV2:
+    """ShuffleNetV2 1x, the paper's."""
+    return _create('shufflenetv2_100', pretrained, **kwargs)
+
+
+@register_model
+def shufflenetv2_150(pretrained: bool = False, **kwargs: Any) -> ShuffleNetV2:
+    """ShuffleNetV2 1.5x."""
+    return _create('shufflenetv2_150', pretrained, **kwargs)
+
+
+@register_model
+def shufflenetv2_200(pretrained: bool = False, **kwargs: Any) -> ShuffleNetV2:
+    """ShuffleNetV2 2x."""
+    return _create('shufflenetv2_200', pretrained, **kwargs)

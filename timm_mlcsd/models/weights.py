@@ -1,0 +1,43 @@
+"""Weights that go from a plain backbone to its multi-exit network and back."""
+
+from pathlib import Path
+from typing import Dict, Union
+
+import torch
+import torch.nn as nn
+from timm.models import load_state_dict
+
+from ..errors import shortened
+
+__all__ = ['load_backbone']
+
+_PREFIX = 'backbone.'
+
+
+def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Tensor]]) -> None:
+    """Load a backbone's weights, its classifier included, from and into either kind of network.
+
+    Args:
+        model: A multi-exit network, or the plain timm model.
+        source: A checkpoint file of either kind (read without running code in it), or its weights by name.
+
+    Raises:
+        ValueError: The file holds no weights, or they are another network's.
+
+    Examples:
+        ```python
+        load_backbone(timm.create_model('mlcsd_resnet50'), 'resnet50.safetensors')
+        load_backbone(timm.create_model('resnet50'), 'output/train/run/model_best.pth.tar')
+        ```
+    """
+    if not isinstance(source, dict):
+        try:
+            source = load_state_dict(str(source))
+        except Exception as e:  # unpickling fails in as many ways as there are files
+            raise ValueError(f'{str(source)!r} cannot be read as weights: {shortened(e)}') from e
+    if any(name.startswith(_PREFIX) for name in source):
+        source = {name.removeprefix(_PREFIX): t for name, t in source.items() if name.startswith(_PREFIX)}
+    try:
+        getattr(model, 'backbone', model).load_state_dict(source)
+    except RuntimeError as e:
+        raise ValueError(f'these are weights of another network than the backbone: {shortened(e)}') from None
