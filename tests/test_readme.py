@@ -7,6 +7,8 @@ import torch
 
 from timm_mlcsd.arguments import ScriptParser
 from timm_mlcsd.engine.flags import train_parser, validate_parser
+from timm_mlcsd.engine.predict import predict_parser
+from timm_mlcsd.engine.push import push_parser
 
 README = (Path(__file__).parents[1] / 'README.md').read_text()
 
@@ -22,7 +24,7 @@ def test_python_examples_run_in_order():
 
 
 def test_flags_exist():
-    parsers = [train_parser(), validate_parser(), ScriptParser()]
+    parsers = [train_parser(), validate_parser(), predict_parser(), push_parser(), ScriptParser()]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {'--input-size'}
     named = set(re.findall(r'(?<![\w-])--[a-z][a-z-]+', README))

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -140,6 +141,27 @@ def test_flags_that_leave_what_is_learned(small, tmp_path, plain_weights, flags)
     for name, t in trained_weights(small, tmp_path, flags).items():
         # bit for bit, but where the compiler reorders sums: 10 steps of float32 rounding
         torch.testing.assert_close(t, plain_weights[name], rtol=0, atol=1e-4 if 'compile' in flags else 0)
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        '--model mlcsd_test_vit --img-size 160',  # runs as a whole
+        '--model mlcsd_test_convnext --img-size 32 --small-input',
+        '--model mlcsd_shufflenetv2_050 --img-size 32 --exits 4',
+    ],
+)
+def test_any_backbone_trains_resumes_and_validates(folder, tmp_path, flags):
+    where = ['--output', tmp_path, '--experiment', 'run']
+    schedule = '--batch-size 8 --workers 0 --crop-pct 1 --layer-decay 0.9'.split()
+    argv = [folder, *flags.split(), *schedule, *where]
+    assert run(train.main, [*argv, '--epochs', 1]) == 0
+    assert run(train.main, [*argv, '--epochs', 2, '--resume', tmp_path / 'run']) == 0
+    results = tmp_path / 'r.json'
+    argv = ['--checkpoint', tmp_path / 'run', '--split', 'test', '--workers', 0, '--results-file', results]
+    assert run(validate.main, argv) == 0
+    rows = json.loads(results.read_text())['exits']
+    assert len(rows) > 3 and all(a['macs'] < b['macs'] for a, b in zip(rows, rows[1:]))
 
 
 def test_gradient_accumulation_averages_groups_and_the_short_last_one(small):
