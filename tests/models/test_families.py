@@ -77,6 +77,17 @@ def test_stages_read_the_live_weights():
         assert torch.equal(last, model.backbone(images))
 
 
+def test_new_classifiers_are_in_the_stages():
+    model, images = make('test_vit', exits=2)
+    with torch.no_grad():
+        list(model.iter_exits(images))
+        model.reset_classifier(3)
+        assert torch.equal([z for _, z in model.iter_exits(images)][-1], model.backbone(images))
+        model.backbone.head.weight.zero_()
+        model.backbone.head.bias.zero_()
+        assert [z for _, z in model.iter_exits(images)][-1].abs().max() == 0
+
+
 def test_a_copy_has_taps_and_stages_of_its_own():
     model, images = make('test_vit', exits=2)
     assert model.resumable

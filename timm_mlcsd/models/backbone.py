@@ -221,6 +221,7 @@ class MultiExitBackbone(MultiExitModel):
         weight = next(self.backbone.parameters())
         for head in self.heads:
             head.reset_classifier(num_classes, device=weight.device, dtype=weight.dtype)
+        self.program.forget()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping what is inside them."""

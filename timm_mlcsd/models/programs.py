@@ -44,6 +44,9 @@ class ChainProgram:
     def set_grad_checkpointing(self, model: 'MultiExitBackbone', enable: bool) -> None:
         self.grad_checkpointing = enable
 
+    def forget(self) -> None:
+        """Modules are looked up by name whenever they run: there is nothing to forget."""
+
     def run_stage(self, model: 'MultiExitBackbone', k: int, state: torch.Tensor) -> torch.Tensor:
         for name in self.stages[k]:
             module = model.backbone.get_submodule(name)
@@ -76,9 +79,10 @@ class GraphProgram:
 
     def __init__(self, backbone: nn.Module, plan: Plan, layouts: Sequence[MapLayout]):
         self.taps = Taps(backbone, [plan.places[tap].name for tap in plan.taps], layouts)
-        self._reset()
+        self.forget()
 
-    def _reset(self) -> None:
+    def forget(self) -> None:
+        """Cut anew when next asked: the backbone's modules have changed."""
         self.exports: Dict[Tuple, Any] = {}
         self.cuts: Dict[Tuple, CutGraph] = {}
         self.sizes: Dict[Tuple, Sequence[int]] = {}
@@ -89,7 +93,7 @@ class GraphProgram:
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._reset()
+        self.forget()
 
     def why_not(self, model: 'MultiExitBackbone') -> Optional[str]:
         try:
