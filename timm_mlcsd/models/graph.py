@@ -8,7 +8,7 @@ the live model's parameters, so training goes on changing what they compute.
 import math
 import operator
 import warnings
-from typing import Any, Dict, List, NamedTuple, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.fx as fx
@@ -114,9 +114,9 @@ class CutGraph:
         weight = next(backbone.parameters())
         count = math.prod(input_size)
         images = torch.arange(count, device=weight.device, dtype=torch.float32).sin().view(1, *input_size)
-        state = images = images.to(weight.dtype)
+        state = (images.to(weight.dtype),)
         with evaluating(backbone):
-            expected, state = backbone(images), (images,)
+            expected = backbone(*state)
             for index in range(len(self.pieces)):
                 state = self.run(index, state)
         # the same operations in the same order; only GPU kernels may sum in another order from call to call
@@ -250,7 +250,7 @@ class _Cutter:
             return int(size)
         return batch if factor == 1 else graph.call_function(operator.mul, (batch, factor))
 
-    def _factor(self, size: Any) -> Any:
+    def _factor(self, size: Any) -> Optional[int]:
         """How many times the batch a size is; None for a plain number.
 
         Raises:
@@ -258,9 +258,9 @@ class _Cutter:
         """
         if not isinstance(size, torch.SymInt):
             return None
-        ratio = size.node.expr / self.batch.node.expr
         if size.node.expr.is_number:
             return None
+        ratio = size.node.expr / self.batch.node.expr
         if not ratio.is_integer:
             raise CutError(f'a value of size {size} would cross a cut, which is no multiple of the batch')
         return int(ratio)

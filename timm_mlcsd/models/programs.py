@@ -1,7 +1,7 @@
 """The two ways to run a backbone in stages."""
 
 import threading
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -83,8 +83,8 @@ class GraphProgram:
 
     def forget(self) -> None:
         """Cut anew when next asked: the backbone's modules have changed."""
-        self.exports: Dict[Tuple, Any] = {}
-        self.cuts: Dict[Tuple, CutGraph] = {}
+        self.exports: Dict[Tuple, torch.export.ExportedProgram] = {}
+        self.cuts: Dict[Tuple, Union[CutGraph, CutError]] = {}
         self.sizes: Dict[Tuple, Sequence[int]] = {}
         self.lock = threading.RLock()
 
@@ -115,21 +115,26 @@ class GraphProgram:
             CutError: The backbone cannot be cut.
         """
         weight = next(model.backbone.parameters())
-        key = (*input_size, weight.dtype)
+        key = (*input_size, weight.dtype, weight.device)
         with self.lock:
-            if key not in self.exports:
+            if key not in self.cuts:
                 try:
-                    self.exports[key] = export_whole(model.backbone, self.taps, input_size)
+                    self.cuts[key] = self._make(model, key)
                 except CutError as e:
-                    self.exports[key] = e
-            if isinstance(self.exports[key], CutError):
-                raise self.exports[key]
-            if (*key, weight.device) not in self.cuts:
-                cut = CutGraph(self.exports[key], model.backbone, len(self.taps), weight.device)
-                if weight.device.type != 'meta':
-                    cut.prove(model.backbone, input_size)
-                self.cuts[(*key, weight.device)] = cut
-            return self.cuts[(*key, weight.device)]
+                    self.cuts[key] = e
+            if isinstance(self.cuts[key], CutError):
+                raise self.cuts[key]
+            return self.cuts[key]
+
+    def _make(self, model: 'MultiExitBackbone', key: Tuple) -> CutGraph:
+        *input_size, dtype, device = key
+        exported = (*input_size, dtype)
+        if exported not in self.exports:
+            self.exports[exported] = export_whole(model.backbone, self.taps, input_size)
+        cut = CutGraph(self.exports[exported], model.backbone, len(self.taps), device)
+        if device.type != 'meta':
+            cut.prove(model.backbone, input_size)
+        return cut
 
     def run_stage(self, model: 'MultiExitBackbone', k: int, state: Any) -> Tuple[torch.Tensor, ...]:
         if model.training:
