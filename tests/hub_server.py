@@ -58,10 +58,15 @@ class _Handler(BaseHTTPRequestHandler):
         repo = repos.get('/'.join(parts[2:4]))
         if repo is None:
             return self._missing('RepoNotFound')
+        if parts[4] == 'branch':
+            repo.setdefault('branches', []).append(parts[5])
+            return self._send(200, {})
         if parts[4] == 'preupload':
             files = [dict(path=f['path'], uploadMode='regular', shouldIgnore=False) for f in json.loads(body)['files']]
             return self._send(200, dict(files=files))
         if parts[4] == 'commit':
+            if parts[5] not in ('main', *repo.get('branches', [])):
+                return self._missing('RevisionNotFound')
             for line in map(json.loads, body.splitlines()):
                 if line['key'] == 'file':
                     repo['files'][line['value']['path']] = base64.b64decode(line['value']['content'])

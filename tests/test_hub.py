@@ -60,6 +60,41 @@ def test_stored_pretrained_backbone_is_not_downloaded_again(tmp_path, monkeypatc
     assert same_answers(model, from_pretrained(tmp_path), torch.randn(2, 3, 32, 32))
 
 
+@pytest.mark.parametrize(
+    'name, kwargs', [('resnet18', dict(in_chans=1, channels=(8, 8, 8, 8))), ('test_vit', dict(img_size=(160, 96)))]
+)
+def test_preprocessing_of_its_own(name, kwargs, tmp_path):
+    model = timm.create_model(f'mlcsd_{name}', num_classes=3, exits=3, **kwargs)
+    save_pretrained(model, tmp_path)
+    config = timm.data.resolve_data_config(model=from_pretrained(tmp_path))
+    assert tuple(config['input_size']) == model.probe_size and len(config['mean']) == model.in_chans
+
+
+def test_pool_as_it_is_now(tmp_path):
+    model = timm.create_model('mlcsd_resnet18', exits=2, **NARROW)
+    model.reset_classifier(3, 'max')
+    save_pretrained(model, tmp_path)
+    assert same_answers(model, from_pretrained(tmp_path), torch.randn(2, 3, 32, 32))
+
+
+def test_broken_folders(tmp_path):
+    save_pretrained(timm.create_model('mlcsd_resnet18', exits=2, num_classes=3, **NARROW), tmp_path)
+    weights = tmp_path / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match='cannot be loaded'):
+        from_pretrained(tmp_path)
+    (tmp_path / 'config.json').write_text('{}')
+    with pytest.raises(ValueError, match='cannot be loaded'):
+        from_pretrained(tmp_path)
+
+
+def test_nothing_is_written_for_wrong_results(tmp_path):
+    model = timm.create_model('mlcsd_resnet18', exits=2, num_classes=3, **NARROW)
+    with pytest.raises(ValueError, match='results has 1 entries for 2 exits'):
+        save_pretrained(model, tmp_path / 'new', results=[dict(top1=1.0)])
+    assert not (tmp_path / 'new').exists()
+
+
 def test_wrong_class_names(tmp_path):
     model = timm.create_model('mlcsd_resnet18', exits=4, num_classes=2, **NARROW)
     with pytest.raises(ValueError, match='class_names has 1 names for 2 classes'):
@@ -99,7 +134,8 @@ import sys, timm, torch, timm_mlcsd
 from timm_mlcsd import push_to_hub
 torch.manual_seed(0)
 model = timm.create_model('mlcsd_resnet18', exits=4, num_classes=2, channels=(8, 8, 8, 8), small_input=True).eval()
-address = push_to_hub(model, 'me/small', private=True, class_names=['cat', 'dog'], token='hf_' + 'x' * 34)
+names, branch = ['cat', 'dog'], sys.argv[1] or None
+address = push_to_hub(model, 'me/small', private=True, revision=branch, class_names=names, token='hf_' + 'x' * 34)
 assert '/me/small/' in address, address
 again = timm.create_model('hf-hub:me/small', pretrained=True).eval()
 x = torch.randn(2, 3, 32, 32)
@@ -117,9 +153,12 @@ def hub(tmp_path):
         yield server, environment
 
 
-def test_real_client_pushes_and_pulls(hub):
+@pytest.mark.parametrize('branch', ['', 'epoch-9'])
+def test_real_client_pushes_and_pulls(hub, branch):
     server, environment = hub
-    run = subprocess.run([sys.executable, '-c', SESSION], env=environment, capture_output=True, text=True, timeout=180)
+    run = subprocess.run(
+        [sys.executable, '-c', SESSION, branch], env=environment, capture_output=True, text=True, timeout=180
+    )
     assert run.returncode == 0, run.stderr
     repo = server.repos['me/small']
     assert repo['private']
@@ -131,7 +170,10 @@ def test_real_client_pushes_and_pulls(hub):
 def test_a_card_that_is_there_stays(hub):
     server, environment = hub
     server.repos['me/small'] = dict(files={'README.md': b'mine'}, private=True)
-    run = subprocess.run([sys.executable, '-c', SESSION], env=environment, capture_output=True, text=True, timeout=180)
+    branch = ''
+    run = subprocess.run(
+        [sys.executable, '-c', SESSION, branch], env=environment, capture_output=True, text=True, timeout=180
+    )
     assert run.returncode == 0, run.stderr
     assert server.repos['me/small']['files']['README.md'] == b'mine'
 

@@ -89,13 +89,13 @@ def exit_costs(model: MultiExitModel, input_size: Sequence[int]) -> List[ExitCos
         ValueError: The images are too small for the network, or it is not resumable.
     """
     _check_resumable(model)
-    if hasattr(model, 'check_input_size'):
-        model.check_input_size(*input_size[1:])
+    if hasattr(model, 'prepare'):
+        model.prepare(input_size)
     on_meta = OnMeta(model)
     params = {id(on_meta.tensors[name]): p.numel() for name, p in model.named_parameters()}
     path, counter = _PathMode(), FlopCounterMode(display=False)
     costs, total = [], 0
-    state = torch.empty(1, *input_size, device='meta')
+    state = torch.empty(1, *input_size, device='meta', dtype=next(model.parameters()).dtype)
     with counter, path:
         for k in range(model.num_exits):
             before = counter.get_total_flops() // 2
@@ -137,7 +137,7 @@ def exit_times(
         Median milliseconds per exit, the network's computation alone in the clock.
     """
     _check_resumable(model)
-    device = device or next(model.parameters()).device
+    device = torch.device(device or next(model.parameters()).device)
     model.to(device).eval()
     images = torch.randn(batch_size, *input_size, device=device)
     synchronize = torch.cuda.synchronize if device.type == 'cuda' else lambda: None

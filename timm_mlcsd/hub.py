@@ -7,10 +7,11 @@ from typing import Any, Dict, Optional, Sequence, Union
 import safetensors.torch
 import torch
 from huggingface_hub import HfApi
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
+from timm.data import resolve_data_config
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, _get_global_pool, save_config_for_hf
 
-from .cost import exit_costs
-from .models import MultiExitModel, create_named
+from .errors import shortened
+from .models import MultiExitBackbone, MultiExitModel, create_named
 from .report import model_card
 from .version import __version__
 
@@ -18,10 +19,12 @@ __all__ = ['from_pretrained', 'push_to_hub', 'save_pretrained']
 
 CONFIG = 'config.json'
 CARD = 'README.md'
+# what a name starts with that is no path
+SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')
 
 
 def save_pretrained(
-    model: MultiExitModel,
+    model: MultiExitBackbone,
     directory: Union[str, Path],
     *,
     data_config: Optional[Dict[str, Any]] = None,
@@ -45,16 +48,20 @@ def save_pretrained(
             ``measured_on``, ``training``, ``license``.
 
     Raises:
-        ValueError: The number of class names is not that of the classes; or the network has arguments that cannot be
-            written as JSON.
+        ValueError: The number of class names or results doesn't fit; or the network has arguments that cannot be
+            written as JSON. Nothing is written then.
     """
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f'class_names has {len(class_names)} names for {model.num_classes} classes.')
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    data_config = data_config or {}
+    data_config = dict(_own_data_config(model), **(data_config or {}))
+    card = _card(model, directory.name, source or f'local-dir:{directory}', data_config['input_size'], **card)
     # a backbone that was made first keeps its own arguments; the stored weights hold timm's already
     model_args = {**_own_args(model.backbone), **_own_args(model), **model.exit_args, 'pretrained_backbone': False}
+    pool = _get_global_pool(model.backbone)
+    if isinstance(pool, str):
+        model_args['global_pool'] = pool  # as it is now
+    directory.mkdir(parents=True, exist_ok=True)
     save_config_for_hf(
         model,
         str(directory / CONFIG),
@@ -65,13 +72,11 @@ def save_pretrained(
     # a module that sits in two places would be refused: each name gets a tensor of its own
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
     safetensors.torch.save_file(tensors, directory / HF_SAFE_WEIGHTS_NAME, metadata={'format': 'pt'})
-    source = source or f'local-dir:{directory}'
-    input_size = data_config.get('input_size') or model.default_cfg['input_size']
-    (directory / CARD).write_text(_card(model, directory.name, source, input_size, **card), encoding='utf-8')
+    (directory / CARD).write_text(card, encoding='utf-8')
 
 
 def push_to_hub(
-    model: MultiExitModel,
+    model: MultiExitBackbone,
     repo_id: str,
     *,
     private: bool = False,
@@ -96,6 +101,8 @@ def push_to_hub(
     """
     api = HfApi(token=token, library_name='timm_mlcsd', library_version=__version__)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / repo_id.rpartition('/')[2]
         save_pretrained(model, directory, source=f'hf-hub:{repo_id}', **kwargs)
@@ -118,11 +125,25 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
         ValueError: There is no such network, or what is there is no multi-exit network.
     """
     name = str(source)
-    if ':' not in name:
+    if not name.startswith(SOURCES):
         if not (Path(name) / CONFIG).is_file():
             raise ValueError(f'{name!r} is no folder with a {CONFIG}; give one, or hf-hub:OWNER/NAME.')
         name = f'local-dir:{name}'
-    return create_named(name, pretrained=True, **kwargs).eval()
+    try:
+        return create_named(name, pretrained=True, **kwargs).eval()
+    except ValueError:
+        raise
+    except Exception as e:  # files that others made are broken in as many ways as there are files
+        raise ValueError(f'{name} cannot be loaded: {shortened(e)}') from e
+
+
+def _own_data_config(model: MultiExitBackbone) -> Dict[str, Any]:
+    """The network's own preprocessing, for the images that it was made for."""
+    cfg = dict(model.default_cfg, input_size=model.probe_size)
+    for key in ('mean', 'std'):
+        if len(cfg[key]) != model.in_chans:
+            cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * model.in_chans
+    return resolve_data_config({}, pretrained_cfg=cfg)
 
 
 def _own_args(model: torch.nn.Module) -> Dict[str, Any]:
@@ -132,18 +153,22 @@ def _own_args(model: torch.nn.Module) -> Dict[str, Any]:
 
 
 def _card(
-    model: MultiExitModel,
+    model: MultiExitBackbone,
     name: str,
     source: str,
     input_size: Sequence[int],
     results: Optional[Sequence[Dict[str, Any]]] = None,
     **kwargs: Any,
 ) -> str:
+    from .cost import exit_costs  # here, so that `python -m timm_mlcsd.cost` finds it not yet imported
+
     costs = exit_costs(model, input_size) if model.resumable else [None] * model.num_exits
     rows = [
         dict(exit=f'Ex{k}', tap=tap, **(dict(macs=cost.macs, params=cost.params) if cost else {}))
         for k, (tap, cost) in enumerate(zip(model.exit_names, costs), 1)
     ]
-    if results:
+    if results is not None:
+        if len(results) != len(rows):
+            raise ValueError(f'results has {len(results)} entries for {len(rows)} exits.')
         rows = [dict(row, top1=result['top1']) for row, result in zip(rows, results)]
     return model_card(name, source, model.default_cfg['architecture'], input_size, rows, **kwargs)

@@ -87,6 +87,11 @@ def test_taps_by_name():
         (9, 'exits=9 is impossible: .* choose 1 to 8'),
         (['layer9'], "names 'layer9', which is no place .* Choose among: conv1"),
         (['layer2', 'layer1'], 'must be different places in the order'),
+        (True, 'neither a number of exits nor a list of names'),
+        ([], 'neither a number of exits nor a list of names'),
+        (4.0, 'neither a number of exits nor a list of names'),
+        ([3], 'neither a number of exits nor a list of names'),
+        ('layer9', "names 'layer9', which is no place"),
         (['bn1'], r"overwrites that map in place; tap 'act1'"),
     ],
 )
@@ -101,13 +106,30 @@ def test_unknown_choices_name_the_known_ones(kwargs):
         make(**kwargs)
 
 
+def test_exits_upon_exits_are_refused():
+    with pytest.raises(ValueError, match='has exits already'):
+        create_multi_exit('mlcsd_test_resnet')
+    with pytest.raises(ValueError, match='pass pretrained_backbone=True'):
+        create_multi_exit('test_resnet', pretrained=True)
+
+
 def test_other_modules_are_refused():
     with pytest.raises(ValueError, match='Sequential is no timm model with features: it has no default_cfg'):
         create_multi_exit(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize(
-    'name', ['resnet18d', 'regnetx_002', 'test_convnext', 'test_nfnet', 'inception_v3', 'vgg11', 'hrnet_w18_small']
+    'name',
+    [
+        'resnet18d',
+        'regnetx_002',
+        'xception41',
+        'test_convnext',
+        'test_nfnet',
+        'inception_v3',
+        'vgg11',
+        'hrnet_w18_small',
+    ],
 )
 def test_small_input_keeps_four_times_the_resolution(name):
     with torch.device('meta'):
@@ -115,7 +137,7 @@ def test_small_input_keeps_four_times_the_resolution(name):
     before, after = (model.plan.places[model.plan.taps[-1]].layout for model in (plain, small))
     assert after.channels == before.channels
     # odd sizes and unpadded convs: 299 pixels end at 8, and at 35
-    assert after.width == (35 if name == 'inception_v3' else 4 * before.width)
+    assert after.width == {'inception_v3': 35, 'xception41': 38}.get(name, 4 * before.width)
 
 
 @pytest.mark.parametrize(

@@ -95,10 +95,16 @@ def data_config_of(
         raise UserError(f'--in-chans {args.in_chans}: the model takes {model.in_chans} channels.')
     with blame('the data flags do not fit the model'):
         config = resolve_data_config(
-            dict(vars(args), in_chans=model.in_chans), pretrained_cfg=stored or model.default_cfg
+            dict(vars(args), in_chans=model.in_chans), pretrained_cfg=stored or _own_cfg(model)
         )
         model.check_input_size(*config['input_size'][1:])
     return config
+
+
+def _own_cfg(model: MultiExitModel) -> Dict[str, Any]:
+    """The model's default cfg, with the size of the images that it was made for."""
+    size = getattr(model, 'probe_size', model.default_cfg['input_size'])
+    return dict(model.default_cfg, input_size=(model.default_cfg['input_size'][0], *size[1:]))
 
 
 def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:

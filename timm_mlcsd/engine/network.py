@@ -6,7 +6,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 from timm.data import resolve_data_config
 
 from ..errors import UserError, blame
-from ..hub import CONFIG, from_pretrained
+from ..hub import CONFIG, SOURCES, from_pretrained
 from ..models import MultiExitModel
 from .build import build_model
 from .checkpoint import load_checkpoint
@@ -40,7 +40,7 @@ def load_network(source: str, use_ema: bool = False) -> Network:
     Raises:
         UserError: There is no such network.
     """
-    if ':' in source or (Path(source) / CONFIG).is_file():
+    if source.startswith(SOURCES) or (Path(source) / CONFIG).is_file():
         if use_ema:
             raise UserError(f'--use-ema: {source!r} has one set of weights.')
         with blame(f'{source!r} cannot be loaded'):

@@ -6,16 +6,19 @@ import time
 from typing import List, NamedTuple, Optional, Sequence
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
 
 from ..arguments import ScriptParser, positive_int
-from ..errors import UserError, blame, run_script
+from ..errors import UserError, blame, run_script, shortened
 from ..models import MultiExitModel
 from ..report import format_table
 from .network import load_network
 
 __all__ = ['Answer', 'answer', 'main', 'predict']
+
+# how an image file is read for a number of channels
+_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
 
 class Answer(NamedTuple):
@@ -59,7 +62,7 @@ def answer(model: MultiExitModel, image: torch.Tensor, threshold: Optional[float
         threshold: The top probability at which an exit answers; None for the last exit.
     """
     start = time.perf_counter()
-    if threshold is None or not model.resumable:
+    if threshold is None:
         k, logits = model.num_exits - 1, model(image)
         probabilities = logits[0].float().softmax(-1)
     else:
@@ -76,23 +79,36 @@ def predict(args: argparse.Namespace) -> List[Answer]:
         raise UserError(f'--threshold {args.threshold} must lie between 0 and 1.')
     network = load_network(args.network, args.use_ema)
     model, names = network.model, network.class_names
+    if not model.num_classes:
+        raise UserError(f'{args.network!r} has no classes to tell apart (num_classes=0).')
+    if args.threshold is not None and not model.resumable:
+        raise UserError(f'--threshold: the network answers at its last exit only: {model.why_not_resumable}.')
+    if model.in_chans not in _MODES:
+        raise UserError(f'{args.network!r} takes images of {model.in_chans} channels, which image files do not have.')
     with blame(f'--device {args.device} cannot be used'):
         model.to(args.device)
     transform = create_transform(**network.data_config, is_training=False)
-    mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}.get(model.in_chans, 'RGB')
-    answers, rows = [], []
+    answers, rows, unreadable = [], [], []
     for path in args.images:
-        with blame(f'{path!r} cannot be read as an image'), Image.open(path) as file:
-            image = transform(file.convert(mode)).unsqueeze(0).to(args.device)
+        try:
+            with Image.open(path) as file:
+                picture = ImageOps.exif_transpose(file).convert(_MODES[model.in_chans])
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            unreadable.append(f'{path!r} cannot be read as an image: {shortened(e)}')
+            continue
+        image = transform(picture).unsqueeze(0).to(args.device)
         if not answers:
-            answer(model, image, args.threshold)  # the first run pays for what is set up once
+            answer(model, image, None if args.threshold is None else 2.0)  # all exits: setting up isn't timed
         answers.append(answer(model, image, args.threshold))
         top = answers[-1].probabilities.topk(min(args.topk, model.num_classes))
         labels = [
             f'{names[i] if names else i} {100 * p:.1f}%' for p, i in zip(top.values.tolist(), top.indices.tolist())
         ]
         rows.append((path, ', '.join(labels), f'Ex{answers[-1].exit + 1}', f'{answers[-1].milliseconds:.1f}'))
-    print(format_table(('Image', 'Labels', 'Exit', 'ms'), rows))
+    if rows:
+        print(format_table(('Image', 'Labels', 'Exit', 'ms'), rows))
+    if unreadable:
+        raise UserError('; '.join(unreadable))
     return answers
 
 

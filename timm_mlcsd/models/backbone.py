@@ -57,10 +57,15 @@ def create_multi_exit(
         logits, features = model(images)  # in training mode
         ```
     """
+    if 'pretrained' in kwargs:
+        raise ValueError('pretrained is not for the backbone; pass pretrained_backbone=True, or a tag.')
+    img_size = kwargs.get('img_size')
     if isinstance(backbone, str):
-        name = f'{backbone}.{pretrained_backbone}' if isinstance(pretrained_backbone, str) else backbone
+        name = backbone
+        if isinstance(pretrained_backbone, str):
+            name = f'{backbone.partition(".")[0]}.{pretrained_backbone}'
         backbone = timm.create_model(name, pretrained=bool(pretrained_backbone), **kwargs)
-    elif kwargs or pretrained_backbone:
+    elif set(kwargs) - {'img_size'} or pretrained_backbone:
         given = sorted(kwargs) + ['pretrained_backbone'] * bool(pretrained_backbone)
         raise ValueError(f'{given} cannot be applied to a backbone that is already made; pass its name instead.')
     if small_input and pretrained_backbone:
@@ -68,7 +73,7 @@ def create_multi_exit(
             'small_input=True with pretrained weights: a large stem conv is new and untrained, and the rest was '
             'trained at a quarter of the resolution that it now works at.'
         )
-    return MultiExitBackbone(backbone, exits, exit_head, exit_pool, small_input, img_size=kwargs.get('img_size'))
+    return MultiExitBackbone(backbone, exits, exit_head, exit_pool, small_input, img_size=img_size)
 
 
 class MultiExitBackbone(MultiExitModel):
@@ -98,6 +103,8 @@ class MultiExitBackbone(MultiExitModel):
         img_size: Optional[Sequence[int]] = None,
     ):
         super().__init__()
+        if isinstance(backbone, MultiExitModel):
+            raise ValueError(f'{type(backbone).__name__} has exits already; pass a plain backbone.')
         self.backbone = backbone
         missing = [
             n for n in ('default_cfg', 'feature_info', 'forward_features', 'forward_head') if not hasattr(backbone, n)
@@ -168,6 +175,16 @@ class MultiExitBackbone(MultiExitModel):
         """All exits in training mode; in evaluation mode what the backbone gives: the last exit's logits [B, C]."""
         return self.forward_exits(x) if self.training else self.backbone(x)
 
+    def prepare(self, input_size: Sequence[int]) -> None:
+        """Make the stages for images of (C, H, W) now rather than when they first come.
+
+        Raises:
+            ValueError: The backbone doesn't take such images, or cannot be cut.
+        """
+        self.check_input_size(*input_size[1:])
+        if not self.program.stages_train:
+            self.program.cut(self, tuple(input_size))
+
     def check_input_size(self, height: int, width: int) -> None:
         """Raise a ValueError for images too small to be reduced as often as the backbone does."""
         if min(height, width) < self.reduction:
@@ -200,11 +217,11 @@ class MultiExitBackbone(MultiExitModel):
         return self.backbone.feature_info
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The backbone's unpooled features [B, C, H, W]."""
+        """The backbone's unpooled features, in its own layout: [B, C, H, W], say."""
         return self.backbone.forward_features(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The backbone's own end: features to logits [B, C], or to pooled features with `pre_logits`."""
+        """The backbone's own end: its features to logits [B, C], or to pooled features with `pre_logits`."""
         return self.backbone.forward_head(x, pre_logits=pre_logits)
 
     def forward_intermediates(self, x: torch.Tensor, **kwargs: Any) -> Any:

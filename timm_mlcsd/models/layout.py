@@ -22,6 +22,7 @@ class MapLayout(NamedTuple):
         height: H for the probe image.
         width: W for the probe image.
         prefix: Tokens ahead of the map's, of ``NLC``.
+        image_size: (height, width) of the probe image.
     """
 
     path: Tuple[int, ...]
@@ -30,34 +31,43 @@ class MapLayout(NamedTuple):
     height: int
     width: int
     prefix: int = 0
+    image_size: Tuple[int, int] = (1, 1)
 
-    def read(self, output: Any) -> torch.Tensor:
-        """The map [B, C, H, W] in `output`, a view where possible.
-
-        Raises:
-            ValueError: The tokens form no grid of the probe's proportions.
-        """
+    def of(self, output: Any) -> torch.Tensor:
+        """The tensor in `output` that holds the map."""
         for index in self.path:
             output = output[index]
+        return output
+
+    def read(self, output: Any, image_size: Optional[Sequence[int]] = None) -> torch.Tensor:
+        """The map [B, C, H, W] in `output`, a view where possible.
+
+        Args:
+            output: What the module returned.
+            image_size: (height, width) of the images; default: something of the probe's proportions.
+
+        Raises:
+            ValueError: The tokens form no grid of these proportions.
+        """
+        output = self.of(output)
         if self.kind == 'NCHW':
             return output
         if self.kind == 'NHWC':
             return output.permute(0, 3, 1, 2)
         tokens = output[:, self.prefix :]
-        height, width = self._grid(tokens.shape[1])
+        height, width = self._grid(tokens.shape[1], image_size or self.image_size)
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
-    def _grid(self, count: int) -> Tuple[int, int]:
-        if count == self.height * self.width:
-            return self.height, self.width
-        scale = math.sqrt(count / (self.height * self.width))
-        height, width = round(self.height * scale), round(self.width * scale)
-        if height * width != count:
+    def _grid(self, count: int, image_size: Sequence[int]) -> Tuple[int, int]:
+        ratio = self.height / self.image_size[0] * image_size[0], self.width / self.image_size[1] * image_size[1]
+        scale = math.sqrt(count / (ratio[0] * ratio[1]))
+        height = round(ratio[0] * scale)
+        if height == 0 or count % height or abs(count // height - ratio[1] * scale) >= 1:
             raise ValueError(
-                f'{count} tokens form no grid with the proportions {self.height}:{self.width} that the network was '
-                f'made for; make it with img_size=(height, width) of these images.'
+                f'{count} tokens form no grid with the proportions of {image_size[0]}x{image_size[1]} images; make the '
+                f'network with img_size=(height, width) of these images.'
             )
-        return height, width
+        return height, count // height
 
 
 def find_map(output: Any, batch: int, image_size: Sequence[int], channels_last: bool = False) -> Optional[MapLayout]:
@@ -77,7 +87,7 @@ def find_map(output: Any, batch: int, image_size: Sequence[int], channels_last: 
         if tensor.ndim in (3, 4) and tensor.shape[0] == batch and tensor.is_floating_point():
             layout = _of_tensor(tuple(tensor.shape), image_size, channels_last)
             if layout is not None:
-                layouts.append(layout._replace(path=path))
+                layouts.append(layout._replace(path=path, image_size=tuple(image_size)))
     return max(layouts, key=lambda layout: (layout.channels, layout.kind != 'NLC'), default=None)
 
 

@@ -37,6 +37,10 @@ def place_exits(
     blocks = _block_ends(places, last)
     if exits is None:
         exits = min(DEFAULT_EXITS, len(blocks) + 1)
+    exits = [exits] if isinstance(exits, str) else exits
+    names = isinstance(exits, (list, tuple)) and exits and all(isinstance(name, str) for name in exits)
+    if not names and (isinstance(exits, bool) or not isinstance(exits, int)):
+        raise ValueError(f'exits={exits!r} is neither a number of exits nor a list of names of modules to tap.')
     if not isinstance(exits, int):
         return _by_name(places, exits, last)
     if not 1 <= exits <= len(blocks) + 1:

@@ -57,6 +57,7 @@ def plan_stages(
         if not fits:
             raise ValueError('small_input=True: the first two downsamplings of this backbone cannot be taken out.')
     chain, blocks = _read(backbone, root)
+    exits = [exits] if isinstance(exits, str) else exits
     info = backbone.feature_info
     if not blocks and not chain:
         raise ValueError(f'{type(backbone).__name__} has no blocks with a map that an exit could read.')
@@ -67,7 +68,7 @@ def plan_stages(
         wanted = min(exits or DEFAULT_EXITS, count_exits(blocks, info))
         if count_exits(chain, info) >= wanted:
             return Plan(chain, place_exits(chain, info, exits), is_chain=True)
-    elif chain:
+    elif chain and isinstance(exits, (list, tuple)):
         try:
             return Plan(chain, place_exits(chain, info, exits), is_chain=True)
         except ValueError:

@@ -55,7 +55,7 @@ class Call:
         self.children: List[Call] = []
         self.input: Optional[torch.Tensor] = None
         self.output: Any = None
-        self.input_version = self.input_version_after = self.output_version = 0
+        self.input_version = self.input_version_after = self.output_version = self.map_version = 0
         self.macs = 0
 
     def ended(self) -> Iterator['Call']:
@@ -77,6 +77,7 @@ class Call:
         self.macs = flops // (2 * BATCH)
         if isinstance(output, torch.Tensor):
             self.output_version = output._version
+        self.map_version = self.layout.of(output)._version if self.layout else 0
         if self.input is not None:
             self.input_version_after = self.input._version
 
@@ -103,7 +104,7 @@ def probe(backbone: nn.Module, input_size: Sequence[int]) -> Call:
 
     def run(method: str, images: torch.Tensor) -> Any:
         with torch.no_grad(), evaluating(backbone):
-            return getattr(backbone, method)(torch.zeros_like(images, device=weight.device, dtype=weight.dtype))
+            return getattr(backbone, method)(torch.zeros_like(images, device=weight.device))
 
     return _watch(backbone, input_size, run)
 
@@ -129,7 +130,8 @@ def _watch(backbone: nn.Module, input_size: Sequence[int], run: Callable[[str, t
         if module is not backbone:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
-    images = torch.empty(BATCH, *input_size, device='meta')
+    dtype = next(backbone.parameters()).dtype
+    images = torch.empty(BATCH, *input_size, device='meta', dtype=dtype)
     try:
         root.take((images,), {})
         with counter:
@@ -158,8 +160,7 @@ def list_places(root: Call, blocks: Set[str], group_ends: Set[str]) -> List[Plac
     for call in root.ended():
         if call.name not in blocks or runs[call.name] > 1 or call.layout is None:
             continue
-        untouched = not isinstance(call.output, torch.Tensor) or call.output._version == call.output_version
-        if not untouched:
+        if call.layout.of(call.output)._version != call.map_version:
             continue
         place = Place(call.name, call.layout, call.macs, is_block=True)
         if not places or places[-1].macs < call.macs:

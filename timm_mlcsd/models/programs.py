@@ -7,7 +7,8 @@ import torch
 import torch.nn as nn
 from timm.models import checkpoint_seq
 
-from .graph import CutError, CutGraph, export_whole
+from ..errors import shortened
+from .graph import CutError, CutGraph, copy_sharing_weights, export_whole
 from .layout import MapLayout
 from .plan import Plan
 from .taps import Taps
@@ -83,8 +84,8 @@ class GraphProgram:
 
     def forget(self) -> None:
         """Cut anew when next asked: the backbone's modules have changed."""
-        self.exports: Dict[Tuple, torch.export.ExportedProgram] = {}
-        self.cuts: Dict[Tuple, Union[CutGraph, CutError]] = {}
+        self.exports: Dict[Tuple, Union[torch.export.ExportedProgram, CutError]] = {}
+        self.cuts: Dict[Tuple, CutGraph] = {}
         self.sizes: Dict[Tuple, Sequence[int]] = {}
         self.lock = threading.RLock()
 
@@ -118,22 +119,27 @@ class GraphProgram:
         key = (*input_size, weight.dtype, weight.device)
         with self.lock:
             if key not in self.cuts:
-                try:
-                    self.cuts[key] = self._make(model, key)
-                except CutError as e:
-                    self.cuts[key] = e
-            if isinstance(self.cuts[key], CutError):
-                raise self.cuts[key]
+                self.cuts[key] = self._make(model, key)
             return self.cuts[key]
 
     def _make(self, model: 'MultiExitBackbone', key: Tuple) -> CutGraph:
         *input_size, dtype, device = key
         exported = (*input_size, dtype)
+        # other threads may be running the live modules
+        backbone, taps = copy_sharing_weights(model.backbone, self.taps)
         if exported not in self.exports:
-            self.exports[exported] = export_whole(model.backbone, self.taps, input_size)
+            try:
+                self.exports[exported] = export_whole(backbone, taps, input_size)
+            except CutError as e:
+                self.exports[exported] = e
+        if isinstance(self.exports[exported], CutError):
+            raise self.exports[exported]
         cut = CutGraph(self.exports[exported], model.backbone, len(self.taps), device)
         if device.type != 'meta':
-            cut.prove(model.backbone, input_size)
+            try:
+                cut.prove(backbone, input_size)
+            except (RuntimeError, AssertionError) as e:
+                raise CutError(f'it does not run on images of {"x".join(map(str, input_size))}: {shortened(e)}') from e
         return cut
 
     def run_stage(self, model: 'MultiExitBackbone', k: int, state: Any) -> Tuple[torch.Tensor, ...]:
@@ -142,8 +148,12 @@ class GraphProgram:
                 f'{type(model.backbone).__name__} is no chain of modules: in training mode it runs as a whole '
                 f'(forward_exits), in stages only in evaluation mode; call model.eval().'
             )
-        state = (state,) if k == 0 else state
-        size = state[0].shape[1:] if k == 0 else self.sizes[_signature(k - 1, state)]
+        if k == 0:
+            state, size = (state,), tuple(state.shape[1:])
+            if not self.cut(model, size).is_current():
+                self.forget()
+        else:
+            size = self._size_of(model, k - 1, state)
         state = self.cut(model, size).run(k, state)
         self.sizes[_signature(k, state)] = size
         return state
@@ -152,8 +162,12 @@ class GraphProgram:
         return state[0]
 
     def run_end(self, model: 'MultiExitBackbone', state: Tuple[torch.Tensor, ...]) -> torch.Tensor:
-        size = self.sizes[_signature(model.num_exits - 1, state)]
+        size = self._size_of(model, model.num_exits - 1, state)
         return self.cut(model, size).run(-1, state)[0]
+
+    def _size_of(self, model: 'MultiExitBackbone', k: int, state: Tuple[torch.Tensor, ...]) -> Sequence[int]:
+        """(C, H, W) of the images behind a state; one of another process is taken to be of the usual size."""
+        return self.sizes.get(_signature(k, state), model.probe_size)
 
 
 def _signature(k: int, state: Tuple[torch.Tensor, ...]) -> Tuple:

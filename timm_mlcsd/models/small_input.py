@@ -28,7 +28,7 @@ def remove_first_downsamplings(backbone: nn.Module, root: Call) -> None:
     found = False
     for call in root.ended():
         factor = _reduction(call)
-        if factor is None or 4 * call.input.shape[-1] <= image_width:
+        if factor is None or round(image_width / call.input.shape[-1]) >= 4:
             continue
         if factor > 4:
             raise ValueError(

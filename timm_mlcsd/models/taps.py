@@ -1,6 +1,7 @@
 """Read the maps of several modules while a backbone runs as a whole."""
 
-from typing import Any, List, Sequence, Tuple
+import threading
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -10,16 +11,39 @@ from .layout import MapLayout
 __all__ = ['Taps']
 
 
+class _Slot:
+    """What one thread reads at one tap."""
+
+    is_open = False
+    output: Any = None
+
+
+class _ThreadSlot(threading.local, _Slot):
+    pass
+
+
 class _Tap:
     """A forward hook that keeps its module's output while it is open; copied along with the model."""
 
     def __init__(self):
-        self.is_open = False
-        self.output: Any = None
+        self.in_graph = _Slot()
+        self.in_thread = _ThreadSlot()
+
+    @property
+    def slot(self) -> _Slot:
+        """A slot per thread; one for what a compiler traces, which knows no threads."""
+        return self.in_graph if torch.compiler.is_compiling() else self.in_thread
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.is_open:
-            self.output = output
+        slot = self.slot
+        if slot.is_open:
+            slot.output = output
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {'slots': None}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__init__()
 
 
 class Taps:
@@ -46,15 +70,13 @@ class Taps:
         Returns:
             Its own output, and the maps [B, C, H, W] at the taps.
         """
-        for tap in self.taps:
-            tap.is_open = True
+        slots = [tap.slot for tap in self.taps]
+        for slot in slots:
+            slot.is_open = True
         try:
             output = backbone(images)
+            maps = [layout.read(slot.output, images.shape[-2:]) for slot, layout in zip(slots, self.layouts)]
         finally:
-            for tap in self.taps:
-                tap.is_open = False
-        maps = []
-        for tap, layout in zip(self.taps, self.layouts):
-            maps.append(layout.read(tap.output))
-            tap.output = None
+            for slot in slots:
+                slot.is_open, slot.output = False, None
         return output, maps
