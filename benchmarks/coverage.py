@@ -93,7 +93,9 @@ def _stages(model: MultiExitBackbone, images: torch.Tensor) -> Any:
     if not model.resumable:
         return model.why_not_resumable
     expected = model.forward_exits(images)
-    return all(torch.equal(z, y) for (_, z), y in zip(model.iter_exits(images), expected.logits)) or 'other logits'
+    stages = [z for _, z in model.iter_exits(images)]
+    same = len(stages) == model.num_exits and all(torch.equal(z, y) for z, y in zip(stages, expected.logits))
+    return same or 'other logits'
 
 
 @torch.no_grad()
@@ -124,7 +126,7 @@ class _Exits(nn.Module):
         return self.model.forward_exits(images).logits
 
 
-def table(rows: List[Dict[str, Any]]) -> str:
+def table(rows: List[Dict[str, Any]], families_known: List[str]) -> str:
     """The page."""
     cells = [
         (
@@ -142,11 +144,12 @@ def table(rows: List[Dict[str, Any]]) -> str:
     exceptions = [
         f'- {row["model"]}, {c}: {row[c]}' for row in rows for c in ('made', *CHECKS) if c in row and row[c] is not True
     ]
+    missing = [family for family in families_known if family not in {row['family'] for row in rows}]
     families = defaultdict(list)
     for row in rows:
         families[row['family']].append(row)
     counts = [
-        (c, sum(all(r.get(c) is True for r in members) for members in families.values()), len(families))
+        (c, sum(all(r.get(c) is True for r in family) for family in families.values()), len(families))
         for c in ('made', *CHECKS)
     ]
     return '\n'.join(
@@ -170,6 +173,7 @@ def table(rows: List[Dict[str, Any]]) -> str:
             '## Why not',
             '',
             *(exceptions or ['No exceptions.']),
+            *(['', f'Not tried yet: {", ".join(missing)}.'] if missing else []),
             '',
         ]
     )
@@ -185,9 +189,8 @@ def main() -> None:
     warnings.simplefilter('ignore')
     args.rows.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
-    known = [
-        m for m in timm.list_modules() if timm.list_models(module=m) and 'mlcsd' not in timm.list_models(module=m)[0]
-    ]
+    ours = {'registry', 'shufflenetv2'}  # modules of this package that register models
+    known = sorted(set(timm.list_modules()) - ours)
     for family in args.families or known:
         done = {row['model'] for row in rows if row['family'] == family}
         if len(done) >= args.members:
@@ -202,7 +205,7 @@ def main() -> None:
             problems = {c: row[c] for c in ('made', *CHECKS) if row.get(c) is not True}
             print(family, name, problems or 'all', flush=True)
     if args.table:
-        args.table.write_text(table(sorted(rows, key=lambda row: (row['family'], row.get('params', 0)))))
+        args.table.write_text(table(sorted(rows, key=lambda row: (row['family'], row.get('params', 0))), known))
 
 
 if __name__ == '__main__':

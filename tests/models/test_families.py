@@ -168,6 +168,18 @@ def test_weights_that_are_not_finite_cost_no_stages():
     assert model.resumable
 
 
+def test_what_a_backbone_keeps_of_its_weights_is_not_cut_in():
+    model, images = make('levit_128s', exits=2)
+    with torch.no_grad():
+        model(images)  # LeViT keeps attention biases in evaluation mode
+        list(model.iter_exits(images))
+        for name, p in model.backbone.named_parameters():
+            if 'attention_biases' in name:
+                p.normal_()
+        model.train().eval()  # and drops them here
+        assert torch.equal([z for _, z in model.iter_exits(images)][-1], model(images))
+
+
 def test_replaced_modules_are_in_the_stages():
     model, images = make('test_vit', exits=2)
     with torch.no_grad():

@@ -52,7 +52,8 @@ def copy_sharing_weights(backbone: nn.Module, taps: Taps) -> Tuple[nn.Module, Ta
     """Modules and taps to trace in the place of live ones, in evaluation mode, around the same tensors."""
     tensors = (*backbone.parameters(), *backbone.buffers())
     backbone, taps = copy.deepcopy((backbone, taps), {id(t): t for t in tensors})
-    return backbone.eval(), taps
+    # training mode drops what a backbone keeps of its weights for evaluation (LeViT's attention biases)
+    return backbone.train().eval(), taps
 
 
 def export_whole(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> torch.export.ExportedProgram:
@@ -68,7 +69,7 @@ def export_whole(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> 
     """
     weight = next(backbone.parameters())
     images = torch.zeros(2, *input_size, device=weight.device, dtype=weight.dtype)
-    batch = torch.export.Dim('batch', min=1)
+    batch = torch.export.Dim('batch', min=1, max=2**20)
     try:
         with _plain(weight.device), warnings.catch_warnings():
             warnings.simplefilter('ignore')

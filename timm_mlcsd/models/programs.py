@@ -125,11 +125,10 @@ class GraphProgram:
     def _make(self, model: 'MultiExitBackbone', key: Tuple) -> CutGraph:
         *input_size, dtype, device = key
         exported = (*input_size, dtype)
-        # other threads may be running the live modules
-        backbone, taps = copy_sharing_weights(model.backbone, self.taps)
         if exported not in self.exports:
             try:
-                self.exports[exported] = export_whole(backbone, taps, input_size)
+                # a copy, because other threads may be running the live modules
+                self.exports[exported] = export_whole(*copy_sharing_weights(model.backbone, self.taps), input_size)
             except CutError as e:
                 self.exports[exported] = e
         if isinstance(self.exports[exported], CutError):
@@ -137,7 +136,8 @@ class GraphProgram:
         cut = CutGraph(self.exports[exported], model.backbone, len(self.taps), device)
         if device.type != 'meta':
             try:
-                cut.prove(backbone, input_size)
+                # another copy: the first may have kept tensors of the trace
+                cut.prove(copy_sharing_weights(model.backbone, self.taps)[0], input_size)
             except (RuntimeError, AssertionError) as e:
                 raise CutError(f'it does not run on images of {"x".join(map(str, input_size))}: {shortened(e)}') from e
         return cut
