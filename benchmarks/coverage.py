@@ -156,7 +156,8 @@ def table(rows: List[Dict[str, Any]], families_known: List[str]) -> str:
         [
             '# Coverage',
             '',
-            'Written by `benchmarks/coverage.py`: the smallest member of every family of timm, for some a mid-size one, as '
+            'Written by `benchmarks/coverage.py`: the smallest member of every family of timm, for some a mid-size '
+            'one, as '
             '`create_multi_exit(name)` with nothing else said. *Last exit*: its logits equal the backbone\'s bit for '
             'bit in evaluation mode. *Trains*: one step of all-for-all gives every parameter a finite gradient. '
             '*Stages*: run one by one they give every exit\'s logits bit for bit, as a chain of modules or out of the '
