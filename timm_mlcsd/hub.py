@@ -7,7 +7,7 @@ from typing import Any, Dict, Optional, Sequence, Union
 import safetensors.torch
 import torch
 from huggingface_hub import HfApi
-from timm.data import resolve_data_config
+from timm.data.model_config import resolve_input_data_config
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, _get_global_pool, save_config_for_hf
 
 from .errors import shortened
@@ -54,7 +54,7 @@ def save_pretrained(
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f'class_names has {len(class_names)} names for {model.num_classes} classes.')
     directory = Path(directory)
-    data_config = dict(_own_data_config(model), **(data_config or {}))
+    data_config = resolve_input_data_config(model, {'input_size': model.probe_size, **(data_config or {})})
     card = _card(model, directory.name, source or f'local-dir:{directory}', data_config['input_size'], **card)
     # a backbone that was made first keeps its own arguments; the stored weights hold timm's already
     model_args = {**_own_args(model.backbone), **_own_args(model), **model.exit_args, 'pretrained_backbone': False}
@@ -135,15 +135,6 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
         raise
     except Exception as e:  # files that others made are broken in as many ways as there are files
         raise ValueError(f'{name} cannot be loaded: {shortened(e)}') from e
-
-
-def _own_data_config(model: MultiExitBackbone) -> Dict[str, Any]:
-    """The network's own preprocessing, for the images that it was made for."""
-    cfg = dict(model.default_cfg, input_size=model.probe_size)
-    for key in ('mean', 'std'):
-        if len(cfg[key]) != model.in_chans:
-            cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * model.in_chans
-    return resolve_data_config({}, pretrained_cfg=cfg)
 
 
 def _own_args(model: torch.nn.Module) -> Dict[str, Any]:

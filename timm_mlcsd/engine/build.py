@@ -7,7 +7,7 @@ import os
 from typing import Any, Callable, ContextManager, Dict, Optional
 
 import torch
-from timm.data import resolve_data_config
+from timm.data.model_config import resolve_input_data_config
 from timm.loss import create_classification_loss
 from timm.models import load_state_dict
 
@@ -91,20 +91,10 @@ def data_config_of(
     args: argparse.Namespace, model: MultiExitModel, stored: Optional[Dict[str, Any]] = None
 ) -> Dict[str, Any]:
     """Input size, normalisation and crop: from the flags, else as stored in a checkpoint, else the model's own."""
-    if args.in_chans and args.in_chans != model.in_chans:
-        raise UserError(f'--in-chans {args.in_chans}: the model takes {model.in_chans} channels.')
     with blame('the data flags do not fit the model'):
-        config = resolve_data_config(
-            dict(vars(args), in_chans=model.in_chans), pretrained_cfg=stored or _own_cfg(model)
-        )
+        config = resolve_input_data_config(model, vars(args), pretrained_cfg=stored)
         model.check_input_size(*config['input_size'][1:])
     return config
-
-
-def _own_cfg(model: MultiExitModel) -> Dict[str, Any]:
-    """The model's default cfg, with the size of the images that it was made for."""
-    size = getattr(model, 'probe_size', model.default_cfg['input_size'])
-    return dict(model.default_cfg, input_size=(model.default_cfg['input_size'][0], *size[1:]))
 
 
 def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:

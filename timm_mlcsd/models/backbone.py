@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import to_2tuple
-from timm.models import group_parameters
+from timm.models import get_model_input_config, get_model_traits, group_parameters
 
 from .heads import ExitHead, head_style
 from .multi_exit import MultiExitModel, MultiExitOutput
@@ -114,22 +114,24 @@ class MultiExitBackbone(MultiExitModel):
                 f'{type(backbone).__name__} is no timm model with features: it has no {", ".join(missing)}.'
             )
         self.pretrained_cfg = self.default_cfg = without_weights(backbone.default_cfg)
-        self.probe_size = _input_size(backbone, img_size)
+        # what timm's resolvers of preprocessing ask for
+        self._traits = dict(get_model_traits(backbone), first_conv=self.default_cfg.get('first_conv'))
+        chans, *size = get_model_input_config(backbone)['input_size']
+        self.probe_size = (chans, *to_2tuple(img_size or size))
         self.plan = plan = plan_stages(backbone, self.probe_size, exits, small_input)
-        places, taps = plan.places, plan.taps
-        self.exit_names = [places[tap].name for tap in taps]
-        self.num_exits = len(taps)
+        self.exit_names = [place.name for place in plan.tapped]
+        self.num_exits = len(plan.tapped)
         # spelled out, so that what is saved today means the same network when a default changes
         exits = list(exits) if isinstance(exits, (list, tuple)) else self.num_exits
         self.exit_args = dict(exits=exits, exit_head=exit_head, exit_pool=exit_pool, small_input=small_input)
-        last = places[taps[-1]].layout
+        last = plan.tapped[-1].layout
         self.feature_dim = last.channels
         self.reduction = self.probe_size[-1] // last.width
         weight = next(backbone.parameters())
         self.heads = nn.ModuleList(
             [
                 ExitHead(
-                    _widths_below(places[tap], places[: taps[-1] + 1]),
+                    _widths_below(place, plan.places[: plan.taps[-1] + 1]),
                     self.feature_dim,
                     backbone.num_classes,
                     exit_head,
@@ -138,11 +140,10 @@ class MultiExitBackbone(MultiExitModel):
                     device=weight.device,
                     dtype=weight.dtype,
                 )
-                for tap in taps[:-1]
+                for place in plan.tapped[:-1]
             ]
         )
-        layouts = [places[tap].layout for tap in taps]
-        self.program = (ChainProgram if plan.is_chain else GraphProgram)(backbone, plan, layouts)
+        self.program = (ChainProgram if plan.is_chain else GraphProgram)(backbone, plan)
 
     @property
     def resumable(self) -> bool:
@@ -284,19 +285,6 @@ def without_weights(cfg: Dict[str, Any]) -> Dict[str, Any]:
     }
     sources = dict.fromkeys(('file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag'))
     return {**cfg, **sources, **names, 'url': '', 'architecture': f'mlcsd_{cfg["architecture"]}'}
-
-
-def _input_size(backbone: nn.Module, img_size: Optional[Sequence[int]]) -> Tuple[int, int, int]:
-    """(C, H, W) of the images that a backbone was made for."""
-    patches = getattr(backbone, 'patch_embed', None)
-    size = img_size or getattr(patches, 'img_size', None) or getattr(backbone, 'img_size', None)
-    height, width = to_2tuple(size or backbone.default_cfg['input_size'][1:])
-    chans = getattr(backbone, 'in_chans', None)
-    if chans is None:
-        first = backbone.default_cfg['first_conv']
-        first = backbone.get_submodule(first if isinstance(first, str) else first[0])
-        chans = first.weight.shape[1]
-    return chans, height, width
 
 
 def _widths_below(tap: Place, places: Sequence[Place]) -> List[int]:

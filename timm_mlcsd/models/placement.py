@@ -4,7 +4,7 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 
 from .probe import Place
 
-__all__ = ['DEFAULT_EXITS', 'count_exits', 'place_exits']
+__all__ = ['place_exits']
 
 DEFAULT_EXITS = 8
 
@@ -50,11 +50,6 @@ def place_exits(
         )
     by_group = _by_group(blocks + [last], ends, exits)
     return by_group or _by_macs(places, blocks, last, exits)
-
-
-def count_exits(places: Sequence[Place], feature_info: Sequence[Dict[str, Any]]) -> int:
-    """The largest number of exits that `place_exits` can place."""
-    return len(_block_ends(places, _last(places, _group_ends(places, feature_info)))) + 1
 
 
 def _group_ends(places: Sequence[Place], feature_info: Sequence[Dict[str, Any]]) -> List[int]:

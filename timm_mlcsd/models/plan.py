@@ -7,7 +7,7 @@ import torch.nn as nn
 from ..errors import shortened
 from .blocks import block_names
 from .chain import read_chain
-from .placement import DEFAULT_EXITS, count_exits, place_exits
+from .placement import place_exits
 from .probe import Call, Place, list_places, probe
 from .small_input import remove_first_downsamplings
 
@@ -26,6 +26,11 @@ class Plan(NamedTuple):
     places: List[Place]
     taps: List[int]
     is_chain: bool
+
+    @property
+    def tapped(self) -> List[Place]:
+        """The places that the exits read, the backbone's end last."""
+        return [self.places[tap] for tap in self.taps]
 
 
 def plan_stages(
@@ -57,25 +62,19 @@ def plan_stages(
         if not fits:
             raise ValueError('small_input=True: the first two downsamplings of this backbone cannot be taken out.')
     chain, blocks = _read(backbone, root)
-    exits = [exits] if isinstance(exits, str) else exits
-    info = backbone.feature_info
-    if not blocks and not chain:
+    if not chain and not blocks:
         raise ValueError(f'{type(backbone).__name__} has no blocks with a map that an exit could read.')
-    if chain and not blocks:
-        return Plan(chain, place_exits(chain, info, exits), is_chain=True)
-    if chain and isinstance(exits, (int, type(None))):
-        # a chain trains stage by stage, but may not be opened as far as its blocks
-        wanted = min(exits or DEFAULT_EXITS, count_exits(blocks, info))
-        if count_exits(chain, info) >= wanted:
-            return Plan(chain, place_exits(chain, info, exits), is_chain=True)
-    elif chain and isinstance(exits, (list, tuple)):
+    plans, errors = [], []
+    for places, is_chain in ((chain, True), (blocks, False)):
         try:
-            return Plan(chain, place_exits(chain, info, exits), is_chain=True)
-        except ValueError:
-            known = {place.name for place in blocks}
-            if not set(exits) <= known:
-                raise
-    return Plan(blocks, place_exits(blocks, info, exits), is_chain=False)
+            plans += [Plan(places, place_exits(places, backbone.feature_info, exits), is_chain)] if places else []
+        except ValueError as e:
+            errors.append(e)
+    if not plans:
+        # the blocks know the largest number of exits, the chain the most names
+        raise errors[-1 if isinstance(exits, int) else 0]
+    # a chain trains stage by stage, but may not be opened as far as its blocks; of equals it comes first
+    return max(plans, key=lambda plan: len(plan.taps))
 
 
 def _read(backbone: nn.Module, root: Call) -> Tuple[Optional[List[Place]], List[Place]]:

@@ -1,5 +1,6 @@
 """Watch a backbone run once, on shapes alone: which modules it calls, what they take and give, where maps lie."""
 
+import contextlib
 from collections import Counter
 from functools import cached_property
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -11,7 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from .layout import MapLayout, find_map
 from .meta import OnMeta, evaluating
 
-__all__ = ['Call', 'Place', 'list_places', 'probe']
+__all__ = ['Call', 'Place', 'find_step', 'list_places', 'probe']
+
+# what backbones do between modules, in a method of this name: a ViT adds its class token and position embedding
+METHODS = ('_pos_embed',)
 
 BATCH = 2  # of one image nobody could tell the batch from other dimensions of size 1
 
@@ -20,7 +24,7 @@ class Place(NamedTuple):
     """What a module leaves behind where it ends.
 
     Attributes:
-        name: Its path in the backbone.
+        name: Its path in the backbone; one of `METHODS` counts as a module.
         layout: Where the map lies in its output; None where there is none.
         macs: Multiply-adds of one image from its pixels up to and with this module.
         is_block: Whether an exit may follow it.
@@ -35,11 +39,11 @@ class Place(NamedTuple):
 
 
 class Call:
-    """One call of a module during the probe.
+    """One call of a module, or of one of `METHODS`, during the probe.
 
     Attributes:
-        name: The module's path, empty for the backbone itself.
-        module: The module.
+        name: Its path, empty for the backbone itself.
+        module: The module; the backbone itself for a method.
         children: The calls inside this one, in order.
         input: Its input, where that is one tensor and nothing else.
         output: What it returned.
@@ -82,6 +86,11 @@ class Call:
             self.input_version_after = self.input._version
 
 
+def find_step(backbone: nn.Module, name: str) -> Callable[[torch.Tensor], Any]:
+    """The module, or the method, that a `Place` names."""
+    return getattr(backbone, name) if name in METHODS else backbone.get_submodule(name)
+
+
 @torch.inference_mode(False)  # tensors made in inference mode have no version to compare
 def probe(backbone: nn.Module, input_size: Sequence[int]) -> Call:
     """Run ``backbone.forward_features`` in evaluation mode and record every call.
@@ -116,30 +125,41 @@ def _watch(backbone: nn.Module, input_size: Sequence[int], run: Callable[[str, t
     names = {module: name for name, module in backbone.named_modules()}
     counter = FlopCounterMode(display=False)
 
-    def enter(module, args, kwargs):
-        call = Call(names[module], module, input_size[1:], channels_last)
+    def enter(name, module, args, kwargs):
+        call = Call(name, module, input_size[1:], channels_last)
         stack[-1].children.append(call)
         stack.append(call)
         call.take(args, kwargs)
 
-    def leave(module, args, kwargs, output):
+    def leave(output):
         stack.pop().give(output, counter.get_total_flops())
 
-    handles = []
+    def watched(name, method):
+        def run_method(*args, **kwargs):
+            enter(name, backbone, args, kwargs)
+            output = method(*args, **kwargs)
+            leave(output)
+            return output
+
+        return run_method
+
+    undo = contextlib.ExitStack()
     for module in backbone.modules():
         if module is not backbone:
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+            pre = module.register_forward_pre_hook(lambda m, *inputs: enter(names[m], m, *inputs), with_kwargs=True)
+            post = module.register_forward_hook(lambda m, args, output: leave(output))
+            undo.callback(pre.remove)
+            undo.callback(post.remove)
+    for name in METHODS:
+        if hasattr(backbone, name):
+            setattr(backbone, name, watched(name, getattr(backbone, name)))
+            undo.callback(delattr, backbone, name)
     dtype = next(backbone.parameters()).dtype
     images = torch.empty(BATCH, *input_size, device='meta', dtype=dtype)
-    try:
-        root.take((images,), {})
-        with counter:
-            output = run('forward_features', images)
-        root.give(output, counter.get_total_flops())
-    finally:
-        for handle in handles:
-            handle.remove()
+    root.take((images,), {})
+    with undo, counter:
+        output = run('forward_features', images)
+    root.give(output, counter.get_total_flops())
     return root
 
 

@@ -9,8 +9,8 @@ from timm.models import checkpoint_seq
 
 from ..errors import shortened
 from .graph import CutError, CutGraph, copy_sharing_weights, export_whole
-from .layout import MapLayout
 from .plan import Plan
+from .probe import find_step
 from .taps import Taps
 
 if TYPE_CHECKING:
@@ -22,21 +22,22 @@ __all__ = ['ChainProgram', 'GraphProgram']
 class ChainProgram:
     """A chain of modules: stages are runs of modules, in training and in evaluation mode.
 
+    The state is what the module before the cut returned; behind one that returns tokens (the map, the tokens).
+
     Args:
         backbone: A timm model.
         plan: How it is cut.
-        layouts: Where the map lies in each tap's output.
     """
 
     stages_train = True
 
-    def __init__(self, backbone: nn.Module, plan: Plan, layouts: Sequence[MapLayout]):
+    def __init__(self, backbone: nn.Module, plan: Plan):
         names = [place.name for place in plan.places]
         starts = [0] + [tap + 1 for tap in plan.taps[:-1]]
         self.stages = [names[i : tap + 1] for i, tap in zip(starts, plan.taps)]
         self.tail = names[plan.taps[-1] + 1 :]
         self.blocks = {place.name for place in plan.places if place.is_block}
-        self.layouts = layouts
+        self.layouts = [place.layout for place in plan.tapped]
         self.grad_checkpointing = False
 
     def why_not(self, model: 'MultiExitBackbone') -> Optional[str]:
@@ -48,22 +49,30 @@ class ChainProgram:
     def forget(self) -> None:
         """Modules are looked up by name whenever they run: there is nothing to forget."""
 
-    def run_stage(self, model: 'MultiExitBackbone', k: int, state: torch.Tensor) -> torch.Tensor:
+    def run_stage(self, model: 'MultiExitBackbone', k: int, state: Any) -> Any:
+        size = (self.read_tap(k - 1, state) if k else state).shape[-2:]
+        state = self._output(state)
         for name in self.stages[k]:
-            module = model.backbone.get_submodule(name)
+            module = find_step(model.backbone, name)
             # blocks only, as timm does: a stem's in-place activations must not run twice on one input
             if self.grad_checkpointing and model.training and name in self.blocks:
                 state = checkpoint_seq([module], state)
             else:
                 state = module(state)
-        return state
+        # tokens alone don't tell the height from the width
+        return (self.layouts[k].read(state, size), state) if self.layouts[k].kind == 'NLC' else state
 
-    def read_tap(self, k: int, state: torch.Tensor) -> torch.Tensor:
-        return self.layouts[k].read(state)
+    def read_tap(self, k: int, state: Any) -> torch.Tensor:
+        return state[0] if isinstance(state, tuple) else self.layouts[k].read(state)
 
-    def run_end(self, model: 'MultiExitBackbone', state: torch.Tensor) -> torch.Tensor:
+    def _output(self, state: Any) -> torch.Tensor:
+        """What the module before the cut returned."""
+        return state[1] if isinstance(state, tuple) else state
+
+    def run_end(self, model: 'MultiExitBackbone', state: Any) -> torch.Tensor:
+        state = self._output(state)
         for name in self.tail:
-            state = model.backbone.get_submodule(name)(state)
+            state = find_step(model.backbone, name)(state)
         return model.backbone.forward_head(state)
 
 
@@ -73,13 +82,12 @@ class GraphProgram:
     Args:
         backbone: A timm model.
         plan: How it is cut.
-        layouts: Where the map lies in each tap's output.
     """
 
     stages_train = False
 
-    def __init__(self, backbone: nn.Module, plan: Plan, layouts: Sequence[MapLayout]):
-        self.taps = Taps(backbone, [plan.places[tap].name for tap in plan.taps], layouts)
+    def __init__(self, backbone: nn.Module, plan: Plan):
+        self.taps = Taps(backbone, plan.tapped)
         self.forget()
 
     def forget(self) -> None:

@@ -1,12 +1,12 @@
 """Read the maps of several modules while a backbone runs as a whole."""
 
 import threading
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 
-from .layout import MapLayout
+from .probe import Place
 
 __all__ = ['Taps']
 
@@ -39,11 +39,8 @@ class _Tap:
         if slot.is_open:
             slot.output = output
 
-    def __getstate__(self) -> Dict[str, Any]:
-        return {'slots': None}
-
-    def __setstate__(self, state: Dict[str, Any]) -> None:
-        self.__init__()
+    def __reduce__(self) -> Tuple:
+        return _Tap, ()
 
 
 class Taps:
@@ -51,15 +48,14 @@ class Taps:
 
     Args:
         backbone: A timm model.
-        names: The tapped modules.
-        layouts: Where the map lies in each one's output.
+        tapped: The modules, with where the map lies in each one's output.
     """
 
-    def __init__(self, backbone: nn.Module, names: Sequence[str], layouts: Sequence[MapLayout]):
-        self.layouts = list(layouts)
-        self.taps = [_Tap() for _ in names]
-        for name, tap in zip(names, self.taps):
-            backbone.get_submodule(name).register_forward_hook(tap)
+    def __init__(self, backbone: nn.Module, tapped: Sequence[Place]):
+        self.layouts = [place.layout for place in tapped]
+        self.taps = [_Tap() for _ in tapped]
+        for place, tap in zip(tapped, self.taps):
+            backbone.get_submodule(place.name).register_forward_hook(tap)
 
     def __len__(self) -> int:
         return len(self.taps)

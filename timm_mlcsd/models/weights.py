@@ -8,6 +8,7 @@ import torch.nn as nn
 from timm.models import load_state_dict
 
 from ..errors import shortened
+from .multi_exit import MultiExitModel
 
 __all__ = ['load_backbone']
 
@@ -38,6 +39,6 @@ def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Ten
     if any(name.startswith(_PREFIX) for name in source):
         source = {name.removeprefix(_PREFIX): t for name, t in source.items() if name.startswith(_PREFIX)}
     try:
-        getattr(model, 'backbone', model).load_state_dict(source)
+        (model.backbone if isinstance(model, MultiExitModel) else model).load_state_dict(source)
     except RuntimeError as e:
         raise ValueError(f'these are weights of another network than the backbone: {shortened(e)}') from None
