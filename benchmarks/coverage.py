@@ -12,10 +12,13 @@ a stopped run goes on where it was.
 import argparse
 import datetime
 import json
+import multiprocessing
 import platform
 import time
 import warnings
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -40,8 +43,20 @@ def members(family: str, count: int) -> List[str]:
     return list(dict.fromkeys([names[0], names[(len(names) - 1) // 2]]))[:count]
 
 
+def check_apart(name: str) -> Dict[str, Any]:
+    """`check` in a process of its own: the next model finds all memory free, and none takes the others with it."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['timm_mlcsd'])
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(check, name).result()
+    except BrokenProcessPool:
+        return dict(model=name, made='its process was killed; out of memory?')
+
+
 def check(name: str) -> Dict[str, Any]:
     """Try everything on one architecture; a check's value is True or the reason why not."""
+    warnings.simplefilter('ignore')
     torch.manual_seed(0)
     start = time.perf_counter()
     try:
@@ -156,9 +171,8 @@ def table(rows: List[Dict[str, Any]], families_known: List[str]) -> str:
         [
             '# Coverage',
             '',
-            'Written by `benchmarks/coverage.py`: the smallest member of every family of timm, for some a mid-size '
-            'one, as '
-            '`create_multi_exit(name)` with nothing else said. *Last exit*: its logits equal the backbone\'s bit for '
+            'Written by `benchmarks/coverage.py`: the smallest member of every family of timm and one of the middle, '
+            'made by `create_multi_exit(name)` alone. *Last exit*: its logits equal the backbone\'s bit for '
             'bit in evaluation mode. *Trains*: one step of all-for-all gives every parameter a finite gradient. '
             '*Stages*: run one by one they give every exit\'s logits bit for bit, as a chain of modules or out of the '
             'exported graph (*How*). *Compiles*: `forward_exits` in one graph (aot_eager). *Exports*: `torch.export` '
@@ -199,7 +213,7 @@ def main() -> None:
         for name in members(family, args.members):
             if name in done:
                 continue
-            row = dict(family=family, **check(name))
+            row = dict(family=family, **check_apart(name))
             rows.append(row)
             with args.rows.open('a') as f:
                 f.write(json.dumps(row) + '\n')

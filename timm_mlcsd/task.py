@@ -26,6 +26,8 @@ class MultiExitTrainableModule(nn.Module):
         return {f'model.{name}' for name in self.model.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False):
+        if not hasattr(self.model, 'group_matcher'):
+            raise ValueError('timm gives this backbone no layer groups (group_matcher), so layer_decay cannot be used.')
         layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
         last = max(layers.values())
         # what only the loss owns trains like the last layers

@@ -56,6 +56,7 @@ def test_classifiers(name):
         assert model(images).shape == (2, model.head_hidden_size)
         assert {z.shape[1] for z in model.forward_exits(images).logits[:-1]} == {model.feature_dim}
         model.reset_classifier(5)
+        assert not any(module.training for module in model.modules())
         assert {z.shape for z in model.forward_exits(images).logits} == {(2, 5)}
         features = model.forward_features(images)
         assert torch.equal(model.forward_head(features), model(images))

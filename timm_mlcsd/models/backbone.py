@@ -114,6 +114,8 @@ class MultiExitBackbone(MultiExitModel):
                 f'{type(backbone).__name__} is no timm model with features: it has no {", ".join(missing)}.'
             )
         self.pretrained_cfg = self.default_cfg = without_weights(backbone.default_cfg)
+        if hasattr(backbone, 'output_fmt'):
+            self.output_fmt = backbone.output_fmt
         # what timm's resolvers of preprocessing ask for
         self._traits = dict(get_model_traits(backbone), first_conv=self.default_cfg.get('first_conv'))
         chans, *size = get_model_input_config(backbone)['input_size']
@@ -250,14 +252,15 @@ class MultiExitBackbone(MultiExitModel):
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else ()
         return {f'backbone.{name}' for name in names}
 
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layer group of every parameter or module by name; a head belongs to the group of its tap.
-
-        Raises:
-            ValueError: timm gives this backbone no layer groups.
-        """
+    @property
+    def group_matcher(self) -> Callable[..., Callable[[str], int]]:
+        """``group_matcher(coarse=False)``: layer group of every parameter or module by name; a head belongs to the
+        group of its tap. Where timm gives the backbone no layer groups there is no such attribute."""
         if not hasattr(self.backbone, 'group_matcher'):
-            raise ValueError(f'{type(self.backbone).__name__} has no group_matcher in timm, hence no layer groups.')
+            raise AttributeError
+        return self._group_matcher
+
+    def _group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         layers: Dict[str, int] = group_parameters(self.backbone, self.backbone.group_matcher(coarse), reverse=True)
         groups = {f'backbone.{name}': layer for name, layer in layers.items()}
         modules = [place.name for place in self.plan.places]

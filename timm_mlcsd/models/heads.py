@@ -143,8 +143,9 @@ class ExitHead(nn.Module):
         self.reset_classifier(num_classes, **dd)
 
     def reset_classifier(self, num_classes: int, device=None, dtype=None) -> None:
-        """Make a new linear layer for `num_classes`, none for 0."""
-        self.fc = nn.Linear(self.feature_dim, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        """Make a new linear layer for `num_classes`, none for 0; in the mode that the head is in."""
+        fc = nn.Linear(self.feature_dim, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        self.fc = fc.train(self.training)
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Map a tap's output [B, C_tap, H_tap, W_tap] to logits [B, C] and feature [B, D, H, W]."""

@@ -77,12 +77,17 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
         # weights that come from the Hub or a folder already hold the backbone's
         if pretrained:
             kwargs.pop('pretrained_backbone', None)
+        indices = {}
+        if kwargs.get('features_only') and 'out_indices' not in kwargs:
+            with torch.device('meta'):
+                plain = timm.create_model(arch, features_only=True)
+            indices['out_indices'] = tuple(plain.feature_info.out_indices)
         return build_model_with_cfg(
             partial(create_multi_exit, arch),
             PREFIX + arch,
             pretrained,
             pretrained_filter_fn=_drop_unfit_classifiers,
-            feature_cfg=dict(feature_cls='getter'),  # features_only: what the backbone's forward_intermediates gives
+            feature_cfg=dict(feature_cls='getter', **indices),
             **kwargs,
         )
 

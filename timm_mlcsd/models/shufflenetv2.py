@@ -84,6 +84,7 @@ class ShuffleNetV2(torchvision.models.ShuffleNetV2):
             device=weight.device,
             dtype=weight.dtype,
         )
+        self.fc.train(self.training)
 
     def _stage(self, stage: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
