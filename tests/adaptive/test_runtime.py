@@ -1,0 +1,247 @@
+import itertools
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import timm
+import torch
+
+import timm_mlcsd  # noqa: F401
+from timm_mlcsd.adaptive import AGGREGATES, SCORES, AdaptiveModel, ExitPolicy, evaluate_policy, fit_weights
+from timm_mlcsd.cost import exit_costs
+
+INF = math.inf
+# kernels may sum in another order for another batch: a few float32 roundings of a probability
+MARGIN = 1e-4
+COSTS = range(1, 9)
+
+NETWORKS = {
+    'resnet18': dict(channels=(8, 16, 24, 32), small_input=True),
+    'mobilenetv2_050': dict(small_input=True, exits=4),
+    'test_vit': dict(exits=4),
+    'test_convnext': dict(),
+    'swin_tiny_patch4_window7_224': dict(img_size=56, embed_dim=12, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4)),
+    'test_vit_relpos': dict(exits=3),  # out of the exported graph
+}
+
+
+def make(name='resnet18', **kwargs):
+    torch.manual_seed(0)
+    kwargs = {**NETWORKS[name], 'num_classes': 5, **kwargs}
+    model = timm.create_model(f'mlcsd_{name}', **kwargs).eval()
+    for module in model.modules():  # untrained, all images look alike to it
+        if isinstance(module, torch.nn.Linear) and module.out_features == 5:
+            module.weight.data.mul_(5)
+    return model
+
+
+def images_for(model, count):
+    chans, height, _ = model.probe_size
+    size = 32 if model.exit_args['small_input'] else height
+    return torch.randn(count, chans, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits_of(model, images):
+    return torch.stack(model.forward_exits(images).logits)
+
+
+def spread(logits, policy, seed, off=()):
+    """The policy with thresholds at which some samples leave at each exit that is on."""
+    generator = torch.Generator().manual_seed(seed)
+    policy = policy.with_thresholds([INF if k in off else 0.0 for k in range(len(logits) - 1)])
+    memory, thresholds = None, []
+    for k in range(len(logits) - 1):
+        if k in off:
+            thresholds.append(INF)
+            continue
+        _, score, memory = policy.answer(k, logits[k], memory)
+        share = torch.rand(1, generator=generator).item()
+        thresholds.append(score.double().quantile(0.2 + 0.7 * share).item())
+    return policy.with_thresholds(thresholds)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_every_sample_gets_the_exit_and_the_answer_that_its_logits_give(name):
+    model = make(name)
+    images = images_for(model, 12)
+    logits = logits_of(model, images)
+    weights = fit_weights(logits, torch.arange(12) % 5)
+    costs = exit_costs(model, images.shape[1:])
+    for seed, (score, aggregate) in enumerate(itertools.product(SCORES, AGGREGATES)):
+        base = ExitPolicy(
+            [0.0] * (model.num_exits - 1), score, None, aggregate, weights if aggregate == 'fitted' else None
+        )
+        policy = spread(logits, base, seed, off={1} if seed % 3 == 0 else ())
+        expected = evaluate_policy(logits, torch.zeros(12, dtype=torch.long), costs, policy)
+        adaptive = AdaptiveModel(model, policy, costs)
+        for batch in (1, 5, 12):
+            found = [adaptive.predict(part) for part in images.split(batch)]
+            exits = torch.cat([p.exit_index for p in found])
+            predictions = torch.cat([p.logits for p in found]).argmax(-1)
+            same = (exits == expected.exit_index) & (predictions == expected.prediction)
+            assert same.all() or _on_the_edge(logits, policy, same), (score, aggregate, batch)
+            cost = torch.cat([p.cost for p in found]).mean().item()
+            assert not same.all() or cost == pytest.approx(expected.cost)
+
+
+def _on_the_edge(logits, policy, same):
+    """Whether all samples that differ have a score within MARGIN of a threshold."""
+    memory, close = None, torch.zeros_like(same)
+    for k, threshold in enumerate(policy.thresholds):
+        if policy.is_on(k):
+            _, score, memory = policy.answer(k, logits[k], memory)
+            close |= (score - threshold).abs() < MARGIN
+    return bool((same | close).all())
+
+
+def test_what_nobody_needs_does_not_run():
+    model = make()
+    calls = []
+    run_stage, run_head = model.run_stage, model.run_head
+    model.run_stage = lambda k, state: (calls.append(('stage', k, len(state))), run_stage(k, state))[1]
+    model.run_head = lambda k, state: (calls.append(('head', k, len(state))), run_head(k, state))[1]
+    images = images_for(model, 4)
+    prediction = AdaptiveModel(model, ExitPolicy([INF, 0.0, *[0.5] * 5]), COSTS).predict(images)
+    assert calls == [('stage', 0, 4), ('stage', 1, 4), ('head', 1, 4)]
+    assert prediction.exit_index.tolist() == [1] * 4
+
+
+def test_the_batch_shrinks():
+    model = make()
+    images = images_for(model, 16)
+    policy = spread(logits_of(model, images), ExitPolicy([0.0] * 7), seed=3)
+    adaptive = AdaptiveModel(model, policy, COSTS)
+    sizes = []
+    run_stage = model.run_stage
+    adaptive._run_stage = [
+        lambda state, k=k: (sizes.append(len(state)), run_stage(k, state))[1] for k in range(model.num_exits)
+    ]
+    exits = adaptive.predict(images).exit_index
+    assert sizes == [int((exits >= k).sum()) for k in range(model.num_exits) if (exits >= k).any()]
+    assert sizes[-1] < 16
+
+
+def test_last_exit_is_the_plain_network():
+    model = make()
+    images = images_for(model, 6)
+    prediction = AdaptiveModel(model, ExitPolicy([INF] * 7), COSTS).predict(images)
+    with torch.no_grad():
+        assert torch.equal(prediction.logits, model(images))
+    assert set(prediction.exit_index.tolist()) == {7}
+
+
+def test_costs_are_those_of_the_exits():
+    model = make()
+    images = images_for(model, 2)
+    costs = exit_costs(model, (3, 32, 32))
+    adaptive = AdaptiveModel(model, ExitPolicy([INF, 0.0, *[0.5] * 5]), costs)
+    assert adaptive.predict(images).cost.tolist() == [costs[1].macs - costs[0].head_macs] * 2
+
+
+def test_channels_last_stays():
+    model = make().to(memory_format=torch.channels_last)
+    images = images_for(model, 16).to(memory_format=torch.channels_last)
+    policy = spread(logits_of(model, images), ExitPolicy([0.0] * 7), seed=3)
+    adaptive = AdaptiveModel(model, policy, COSTS)
+    run_stage, seen = model.run_stage, []
+
+    def look(state, k):
+        seen.append(state.is_contiguous(memory_format=torch.channels_last))
+        return run_stage(k, state)
+
+    adaptive._run_stage = [lambda state, k=k: look(state, k) for k in range(model.num_exits)]
+    adaptive.predict(images)
+    assert len(seen) > 2 and all(seen)
+
+
+def test_autocast():
+    model = make()
+    images = images_for(model, 8)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        logits = logits_of(model, images)
+        policy = spread(logits, ExitPolicy([0.0] * 7), seed=2)
+        prediction = AdaptiveModel(model, policy, COSTS).predict(images)
+    expected = evaluate_policy(logits, torch.zeros(8, dtype=torch.long), range(8), policy)
+    # bfloat16 has 8 bits: another batch may move a score by some hundredths
+    assert (prediction.exit_index == expected.exit_index).float().mean() > 0.5
+    assert prediction.logits.dtype == torch.float32
+
+
+def test_iter_exits_gives_the_aggregated_answers():
+    model = make()
+    images = images_for(model, 4)
+    policy = ExitPolicy([0.9, INF, *[0.9] * 5], aggregate='mean')
+    found = list(AdaptiveModel(model, policy, COSTS).iter_exits(images))
+    assert [k for k, _ in found] == [0, 2, 3, 4, 5, 6, 7]
+    logits = logits_of(model, images)[[0, 2]]
+    expected = logits.log_softmax(-1).mean(0).log_softmax(-1)
+    torch.testing.assert_close(found[1][1], expected)
+
+
+def test_deadlines():
+    model = make()
+    images = images_for(model, 4)
+    adaptive = AdaptiveModel(model, ExitPolicy([2.0] * 7), COSTS)  # nobody is ever that sure
+    slow = adaptive._run_stage
+    adaptive._run_stage = [lambda state, run=run: (time.sleep(0.02), run(state))[1] for run in slow]
+    assert set(adaptive.predict_anytime(images, 10.0).exit_index.tolist()) == {7}
+    with torch.no_grad():
+        exits = model.forward_exits(images).logits
+    for deadline in (-1.0, 0.0, 0.05, 0.1, 1.0):
+        start = time.perf_counter()
+        logits, exit_index, _ = adaptive.predict_anytime(images, deadline)
+        over = time.perf_counter() - start - deadline
+        k = exit_index[0].item()
+        assert torch.equal(logits, exits[k]) and (exit_index == k).all()
+        # the first exit always answers; a stage takes 20 ms, and a busy machine may stop us for some more
+        assert k == 0 or over < 0.25
+        assert deadline > 0 or k == 0
+    assert k == 7
+
+
+def test_sure_samples_do_not_wait_for_a_deadline():
+    model = make()
+    images = images_for(model, 8)
+    policy = spread(logits_of(model, images), ExitPolicy([0.0] * 7), seed=2)
+    adaptive = AdaptiveModel(model, policy, COSTS)
+    assert torch.equal(adaptive.predict_anytime(images, 60.0).exit_index, adaptive.predict(images).exit_index)
+
+
+def test_threads_share_it():
+    model = make()
+    images = images_for(model, 40)
+    policy = spread(logits_of(model, images), ExitPolicy([0.0] * 7, aggregate='mean'), seed=4)
+    adaptive = AdaptiveModel(model, policy, COSTS)
+    parts = images.split(5)
+    expected = [adaptive.predict(part) for part in parts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for found, once in zip(pool.map(adaptive.predict, parts), expected):
+                assert torch.equal(found.exit_index, once.exit_index) and torch.equal(found.logits, once.logits)
+
+
+def test_compiled_stages_answer_alike():
+    model = make(exits=3)
+    images = images_for(model, 8)
+    policy = spread(logits_of(model, images), ExitPolicy([0.0] * 2), seed=2)
+    expected = AdaptiveModel(model, policy, COSTS[:3]).predict(images)
+    compiled = AdaptiveModel(model, policy, COSTS[:3]).compile(backend='aot_eager')
+    for batch in (images, images[:3]):
+        found = compiled.predict(batch)
+        assert torch.equal(found.exit_index, expected.exit_index[: len(batch)])
+        torch.testing.assert_close(found.logits, expected.logits[: len(batch)], rtol=1e-4, atol=1e-4)
+
+
+def test_mistakes():
+    model = make()
+    with pytest.raises(ValueError, match='3 thresholds, for 4 exits; the network has 8 exits'):
+        AdaptiveModel(model, ExitPolicy([0.5] * 3))
+    with pytest.raises(ValueError, match=r'the network has them at layer1\.0'):
+        AdaptiveModel(model, ExitPolicy([0.5] * 7, exit_names=list('abcdefgh')))
+    adaptive = AdaptiveModel(model, ExitPolicy([0.5] * 7), COSTS)
+    with pytest.raises(ValueError, match=r'shape \(0, 3, 32, 32\); expected'):
+        adaptive.predict(torch.empty(0, 3, 32, 32))
+    with pytest.raises(ValueError, match='deadline_s=nan'):
+        adaptive.predict_anytime(images_for(model, 1), float('nan'))

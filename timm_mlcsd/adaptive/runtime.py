@@ -1,0 +1,213 @@
+"""Run a multi-exit network so that every sample stops at its own exit."""
+
+import time
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from ..cost import exit_costs
+from ..models import MultiExitModel
+from .evaluate import Costs, costs_of
+from .policy import ExitPolicy
+
+__all__ = ['AdaptiveModel', 'Prediction']
+
+
+class Prediction(NamedTuple):
+    """What a batch of B images is taken for, in the order in which they came.
+
+    Attributes:
+        logits: The answers [B, C]; their softmax is what the policy believes.
+        exit_index: The exit that answered each, from 0, [B].
+        cost: What was spent on each, in the unit of the costs, [B], float64.
+    """
+
+    logits: torch.Tensor
+    exit_index: torch.Tensor
+    cost: torch.Tensor
+
+
+class AdaptiveModel:
+    """A multi-exit network in which each sample of a batch leaves when it is sure.
+
+    Behind every exit the batch shrinks to the samples that are still there, so time is saved, not only counted. It is
+    no module: it runs `model` as it is, on its device, under the caller's autocast, and keeps nothing between calls
+    but how long the stages took, so that threads may share it.
+
+    Args:
+        model: A resumable multi-exit network; it is put in evaluation mode.
+        policy: When samples leave.
+        costs: What leaving at each exit costs: `ExitCost`, or K cumulative numbers (measured milliseconds, say);
+            default: multiply-adds at the image size that the network was made for.
+
+    Raises:
+        ValueError: The network cannot stop on the way, or the policy is another network's.
+
+    Examples:
+        ```python
+        adaptive = AdaptiveModel(model, ExitPolicy([0.9] * (model.num_exits - 1)))
+        logits, exit_index, cost = adaptive.predict(images)
+        ```
+    """
+
+    def __init__(self, model: MultiExitModel, policy: ExitPolicy, costs: Optional[Costs] = None):
+        if not model.resumable:
+            raise ValueError(
+                f'{type(model).__name__} cannot stop on the way: {getattr(model, "why_not_resumable", "no stages")}.'
+            )
+        policy.check(model.num_exits, model.exit_names)
+        self.model = model.eval()
+        self.policy = policy
+        costs = exit_costs(model, model.probe_size) if costs is None else costs
+        self.costs = costs_of(costs, policy).tolist()
+        self._run_stage: List[Callable[[Any], Any]] = [_Bound(model.run_stage, k) for k in range(model.num_exits)]
+        self._run_head: List[Callable[[Any], Any]] = [_Bound(model.run_head, k) for k in range(model.num_exits)]
+        self._seconds: Dict[Tuple, float] = {}
+
+    @torch.no_grad()
+    def predict(self, x: torch.Tensor) -> Prediction:
+        """Answer for every image at the first exit that is sure of it.
+
+        Args:
+            x: Images [B, C, H, W], B at least 1.
+
+        Raises:
+            ValueError: The batch is empty.
+        """
+        return self._run(x)
+
+    @torch.no_grad()
+    def predict_anytime(self, x: torch.Tensor, deadline_s: float) -> Prediction:
+        """Answer when sure, or with the deepest exit that fits the time; the first exit that is on always answers.
+
+        A stage is not begun where the same one, on a batch of that size, last took longer than what is left.
+
+        Args:
+            x: Images [B, C, H, W].
+            deadline_s: Seconds from now.
+
+        Raises:
+            ValueError: The deadline is not a number, or the batch is empty.
+        """
+        if deadline_s != deadline_s:
+            raise ValueError(f'deadline_s={deadline_s} is not a number of seconds.')
+        return self._run(x, time.perf_counter() + deadline_s)
+
+    @torch.no_grad()
+    def iter_exits(self, x: torch.Tensor) -> Iterator[Tuple[int, torch.Tensor]]:
+        """Yield (k, answers [B, C]) exit by exit, without exits that are off, whatever the thresholds say."""
+        state, memory = x, None
+        for k in range(self.policy.num_exits):
+            state = self._run_stage[k](state)
+            if self.policy.is_on(k):
+                answer, _, memory = self.policy.answer(k, self._run_head[k](state)[0], memory)
+                yield k, answer
+
+    def compile(self, **kwargs: Any) -> 'AdaptiveModel':
+        """Compile every stage and head for batches of any size; `kwargs` go to ``torch.compile``. Returns itself."""
+        self._run_stage = [torch.compile(run, dynamic=True, **kwargs) for run in self._run_stage]
+        self._run_head = [torch.compile(run, dynamic=True, **kwargs) for run in self._run_head]
+        return self
+
+    def _run(self, x: torch.Tensor, deadline: Optional[float] = None) -> Prediction:
+        if x.ndim != 4 or not len(x):
+            raise ValueError(f'images have shape {tuple(x.shape)}; expected [B, C, H, W], B at least 1.')
+        batch = _Batch(len(x), x.device)
+        state, memory, answered = x, None, None
+        for k in range(self.policy.num_exits):
+            clock = None if deadline is None else self._clock(k, batch.count, x)
+            if clock is not None and answered is not None and not self._fits(k, clock, deadline):
+                break
+            start = time.perf_counter()
+            state = self._run_stage[k](state)
+            if self.policy.is_on(k):
+                answer, score, memory = self.policy.answer(k, self._run_head[k](state)[0], memory)
+                answered = k, answer
+            if clock is not None:
+                if x.device.type == 'cuda':
+                    torch.cuda.synchronize(x.device)
+                self._seconds[clock] = time.perf_counter() - start
+            if k == self.policy.num_exits - 1:
+                break
+            if self.policy.is_on(k):
+                stay = batch.leave(k, answer, score >= self.policy.thresholds[k])
+                if stay is not None and not len(stay):
+                    return batch.prediction(self.costs)
+                if stay is not None:
+                    state, memory, answer = tree_map_only(torch.Tensor, _Rows(stay), (state, memory, answer))
+                    answered = k, answer
+        batch.finish(*answered)
+        return batch.prediction(self.costs)
+
+    def _clock(self, k: int, count: int, x: torch.Tensor) -> Tuple:
+        """Under which name the seconds of stage k on so many of these images are kept."""
+        return (k, count, tuple(x.shape[1:]), x.device)
+
+    def _fits(self, k: int, clock: Tuple, deadline: float) -> bool:
+        """Whether there is time for the stages from k to the next exit that is on."""
+        ends = next(j for j in range(k, self.policy.num_exits) if self.policy.is_on(j))
+        ahead = sum(self._seconds.get((j, *clock[1:]), 0.0) for j in range(k, ends + 1))
+        left = deadline - time.perf_counter()
+        return left > 0 and ahead <= left
+
+
+class _Batch:
+    """Who of a batch has left with which answer, and who is still there."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.rows: Optional[torch.Tensor] = None  # of those that are still there; None for all
+        self.count = size
+        self.logits: Optional[torch.Tensor] = None
+        self.exit_index = torch.zeros(size, dtype=torch.long, device=device)
+
+    def leave(self, k: int, answer: torch.Tensor, leaves: torch.Tensor) -> Optional[torch.Tensor]:
+        """Let those leave that want to; the rows of `answer` [count, C] that stay, None for all."""
+        num_leaving = int(leaves.sum())
+        if num_leaving == 0:
+            return None
+        if num_leaving == self.count:
+            self.finish(k, answer)
+            return leaves.new_empty(0, dtype=torch.long)
+        stay, gone = leaves.logical_not().nonzero()[:, 0], leaves.nonzero()[:, 0]
+        if self.logits is None:
+            self.logits = answer.new_empty(len(answer), answer.shape[1])
+            self.rows = torch.arange(len(answer), device=answer.device)
+        self.logits[self.rows[gone]] = answer[gone]
+        self.exit_index[self.rows[gone]] = k
+        self.rows, self.count = self.rows[stay], len(stay)
+        return stay
+
+    def finish(self, k: int, answer: torch.Tensor) -> None:
+        """All that are still there leave."""
+        if self.logits is None:
+            self.logits = answer
+            self.exit_index.fill_(k)
+        else:
+            self.logits[self.rows] = answer
+            self.exit_index[self.rows] = k
+
+    def prediction(self, costs: Sequence[float]) -> Prediction:
+        costs = torch.tensor(costs, dtype=torch.float64, device=self.exit_index.device)
+        return Prediction(self.logits, self.exit_index, costs[self.exit_index])
+
+
+class _Rows:
+    """Takes rows of a tensor, in its own memory format."""
+
+    def __init__(self, rows: torch.Tensor):
+        self.rows = rows
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[self.rows]
+
+
+class _Bound:
+    """A method of the model for one exit."""
+
+    def __init__(self, method: Callable, k: int):
+        self.method = method
+        self.k = k
+
+    def __call__(self, state: Any) -> Any:
+        return self.method(self.k, state)

@@ -1,0 +1,95 @@
+"""Fitted on validation logits: temperatures, and the weights of aggregated answers."""
+
+import math
+from typing import Callable, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+
+from .evaluate import Logits, as_logits, as_targets
+
+__all__ = ['expected_calibration_error', 'fit_temperatures', 'fit_weights']
+
+
+def fit_temperatures(logits: Logits, targets: torch.Tensor) -> Tuple[float, ...]:
+    """One temperature per exit that minimises the negative log-likelihood (Guo et al. 2017, section 4.2).
+
+    Args:
+        logits: Of K exits on N validation samples, [K, N, C].
+        targets: Labels [N].
+
+    Returns:
+        K positive numbers; logits are divided by them.
+    """
+    logits = as_logits(logits).double()
+    targets = as_targets(targets, logits)
+    log_t = _minimise(lambda p: sum(F.cross_entropy(z / t, targets) for z, t in zip(logits, p.exp())), len(logits))
+    return tuple(log_t.exp().tolist())
+
+
+def fit_weights(
+    logits: Logits, targets: torch.Tensor, temperatures: Optional[Sequence[float]] = None
+) -> Tuple[Tuple[float, ...], ...]:
+    """Weights of the exits so far in each exit's answer, a geometric mean, that minimise the negative log-likelihood.
+
+    Args:
+        logits: Of K exits on N validation samples, [K, N, C].
+        targets: Labels [N].
+        temperatures: What the policy divides the logits by.
+
+    Returns:
+        K rows, row k with k+1 positive numbers: what `ExitPolicy` takes as ``weights``.
+    """
+    logits = as_logits(logits).double()
+    targets = as_targets(targets, logits)
+    if temperatures is not None:
+        logits = logits / torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)[:, None, None]
+    log_probs = logits.log_softmax(-1)
+
+    def loss(log_weights: torch.Tensor) -> torch.Tensor:
+        passed = log_probs[: len(log_weights)]
+        return F.cross_entropy(torch.einsum('k,knc->nc', log_weights.exp(), passed), targets)
+
+    sizes = range(1, len(logits) + 1)
+    return tuple(tuple(_minimise(loss, size, start=-math.log(size)).exp().tolist()) for size in sizes)
+
+
+def _minimise(loss: Callable[[torch.Tensor], torch.Tensor], size: int, start: float = 0.0) -> torch.Tensor:
+    """Parameters, logarithms within e^-9 to e^9, at a minimum of a smooth loss."""
+    parameters = torch.full((size,), start, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn='strong_wolfe')
+
+    @torch.enable_grad()
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        # a set that is all right or all wrong has its minimum at infinity
+        value = loss(parameters.clamp(-9, 9)) + 1e-6 * parameters.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return parameters.detach().clamp(-9, 9)
+
+
+@torch.no_grad()
+def expected_calibration_error(
+    logits: Logits, targets: torch.Tensor, temperatures: Optional[Sequence[float]] = None, bins: int = 15
+) -> List[float]:
+    """How far confidence is from accuracy, per exit, in percent (ECE, Guo et al. 2017, equation 3).
+
+    Args:
+        logits: Of K exits on N samples, [K, N, C].
+        targets: Labels [N].
+        temperatures: What to divide the logits by.
+        bins: Number of bins, of equal width.
+    """
+    logits = as_logits(logits)
+    targets = as_targets(targets, logits)
+    errors = []
+    for z, t in zip(logits, temperatures or [1.0] * len(logits)):
+        confidence, prediction = (z / t).softmax(-1).max(-1)
+        index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+        gap = (prediction == targets).double() - confidence.double()
+        total = torch.zeros(bins, dtype=torch.float64, device=z.device).index_add_(0, index, gap)
+        errors.append(100 * total.abs().sum().item() / len(targets))
+    return errors
