@@ -11,10 +11,10 @@ from timm_mlcsd import MLCSDLoss, create_multi_exit
 from timm_mlcsd.cost import exit_costs
 
 CHAINS = ['test_convnext', 'test_mambaout', 'test_nfnet', 'test_efficientnet', 'regnetx_002', 'gmlp_ti16_224']
-CHAINS += ['test_vit', 'deit_tiny_distilled_patch16_224']
+CHAINS += ['pvt_v2_b0', 'test_vit', 'deit_tiny_distilled_patch16_224']
 # rotary positions, tuples, several streams, windows: cut out of the exported graph
 GRAPHS = ['vit_tiny_patch16_dinov3_qkvb', 'xcit_nano_12_p8_224', 'tnt_s_legacy_patch16_224', 'hiera_tiny_224']
-GRAPHS += ['levit_128s', 'pvt_v2_b0', 'selecsls42', 'crossvit_tiny_240', 'test_vit_relpos']
+GRAPHS += ['levit_128s', 'cspresnet50', 'selecsls42', 'crossvit_tiny_240', 'test_vit_relpos']
 
 
 def make(name, **kwargs):

@@ -206,6 +206,8 @@ class _Cutter:
                 continue
             found.add(node)
             queue.extend(node.all_input_nodes)
+            if isinstance(node.meta['val'], (list, tuple)):  # a split: its parts can cross a cut, it itself cannot
+                found.update(user for user in node.users if user.target is operator.getitem)
         return found
 
     def pieces(self) -> List[_Piece]:
