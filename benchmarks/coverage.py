@@ -217,7 +217,7 @@ def main() -> None:
             rows.append(row)
             with args.rows.open('a') as f:
                 f.write(json.dumps(row) + '\n')
-            problems = {c: row[c] for c in ('made', *CHECKS) if row.get(c) is not True}
+            problems = {c: row[c] for c in ('made', *CHECKS) if row.get(c, True) is not True}
             print(family, name, problems or 'all', flush=True)
     if args.table:
         args.table.write_text(table(sorted(rows, key=lambda row: (row['family'], row.get('params', 0))), known))

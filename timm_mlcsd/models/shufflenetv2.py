@@ -84,6 +84,7 @@ class ShuffleNetV2(torchvision.models.ShuffleNetV2):
             device=weight.device,
             dtype=weight.dtype,
         )
+        self.global_pool.train(self.training)
         self.fc.train(self.training)
 
     def _stage(self, stage: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
