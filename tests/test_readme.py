@@ -13,14 +13,17 @@ from timm_mlcsd.engine.push import push_parser
 README = (Path(__file__).parents[1] / 'README.md').read_text()
 
 
-def test_python_examples_run_in_order():
+def test_python_examples_run_in_order(monkeypatch, tmp_path):
     blocks = re.findall(r'```python\n(.*?)```', README, re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     loader = [(torch.randn(2, 3, 32, 32), torch.randint(100, (2,)))]
     namespace = dict(loader=loader, image=torch.randn(1, 3, 32, 32))
+    namespace.update(val_logits=torch.randn(8, 20, 100), val_targets=torch.randint(100, (20,)))
+    monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(block, namespace)
-    assert namespace['loss'].isfinite() and namespace['logits'].shape == (1, 100)
+    assert namespace['loss'].isfinite() and namespace['logits'].shape == (2, 100)
+    assert (tmp_path / 'exit_policy.json').is_file()
 
 
 def test_flags_exist():
