@@ -6,7 +6,7 @@ bit, do all parameters get finite gradients from one training step, do its stage
 bit for bit, does `forward_exits` compile without a graph break and export. Rows are kept in a JSON lines file, so that
 a stopped run goes on where it was.
 
-    python benchmarks/coverage.py --rows output/coverage.jsonl --table docs/coverage.md
+    python benchmarks/coverage.py --rows docs/coverage.jsonl --table docs/coverage.md
 """
 
 import argparse
@@ -183,7 +183,7 @@ def table(rows: List[Dict[str, Any]], families_known: List[str]) -> str:
             '# Coverage',
             '',
             'Written by `benchmarks/coverage.py`: the smallest member of every family of timm and one of the middle, '
-            'made by `create_multi_exit(name)` alone (those for images larger than 384 with `img_size=224`). *Last '
+            'made by `create_multi_exit(name)` alone (most of those for images larger than 384 at 224). *Last '
             'exit*: its logits equal the backbone\'s bit for bit in evaluation mode. *Trains*: one step of all-for-all '
             'gives every parameter a finite gradient. *Stages*: run one by one they give every exit\'s logits bit for '
             'bit, as a chain of modules or out of the exported graph (*How*). *Compiles*: `forward_exits` in one graph '
