@@ -35,11 +35,14 @@ CHECKS = ('last exit', 'trains', 'stages', 'compiles', 'exports')
 
 
 def members(family: str, count: int) -> List[str]:
-    """The smallest member of a family, and the one in the middle by number of parameters."""
+    """The smallest member of a family, and the one in the middle by number of parameters; encoders of vision-language
+    models (``..._enc``), which have no classifier, aside."""
     sizes = {}
     for name in timm.list_models(module=family):
         with torch.device('meta'):
-            sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+            model = timm.create_model(name)
+        if hasattr(model, 'get_classifier'):
+            sizes[name] = sum(p.numel() for p in model.parameters())
     names = sorted(sizes, key=lambda name: (sizes[name], name))
     return list(dict.fromkeys([names[0], names[(len(names) - 1) // 2]]))[:count]
 
@@ -57,11 +60,11 @@ def check_apart(name: str) -> Dict[str, Any]:
 
 def make(name: str) -> MultiExitBackbone:
     """The network; one for large images made for small ones, where it can be, to spare time and memory."""
-    if max(timm.get_pretrained_cfg_value(name, 'input_size')) > LARGE:
+    for size in (224, 240) if max(timm.get_pretrained_cfg_value(name, 'input_size')) > LARGE else ():
         try:
-            return create_multi_exit(name, num_classes=10, img_size=224)
-        except TypeError:
-            pass  # it takes no img_size
+            return create_multi_exit(name, num_classes=10, img_size=size)
+        except (TypeError, ValueError):
+            pass  # it takes no img_size, or not this one
     return create_multi_exit(name, num_classes=10)
 
 
@@ -183,7 +186,7 @@ def table(rows: List[Dict[str, Any]], families_known: List[str]) -> str:
             '# Coverage',
             '',
             'Written by `benchmarks/coverage.py`: the smallest member of every family of timm and one of the middle, '
-            'made by `create_multi_exit(name)` alone (most of those for images larger than 384 at 224). *Last '
+            'made by `create_multi_exit(name)` alone (most of those for images larger than 384 at 224 or 240). *Last '
             'exit*: its logits equal the backbone\'s bit for bit in evaluation mode. *Trains*: one step of all-for-all '
             'gives every parameter a finite gradient. *Stages*: run one by one they give every exit\'s logits bit for '
             'bit, as a chain of modules or out of the exported graph (*How*). *Compiles*: `forward_exits` in one graph '

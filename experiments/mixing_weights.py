@@ -12,12 +12,12 @@ import torch
 
 from timm_mlcsd import MLCSDLoss
 from timm_mlcsd.engine.build import data_config_of, resolve_device
-from timm_mlcsd.engine.checkpoint import load_checkpoint
 from timm_mlcsd.engine.config import parse_args
 from timm_mlcsd.engine.flags import validate_parser
 from timm_mlcsd.engine.loaders import eval_loader
 from timm_mlcsd.engine.validate import data_flags_from, load_model, load_split
 from timm_mlcsd.errors import UserError, run_script
+from timm_mlcsd.network import load_checkpoint
 from timm_mlcsd.report import format_table
 
 

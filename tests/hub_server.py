@@ -7,11 +7,13 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-COMMIT = '0123456789abcdef0123456789abcdef01234567'
-
 
 def _wants_private(request):
     return request.get('visibility') == 'private' or request.get('private') is True
+
+
+def _commit(repo):
+    return hashlib.sha1(repr(sorted(repo['files'].items())).encode()).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -70,8 +72,10 @@ class _Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line['key'] == 'file':
                     repo['files'][line['value']['path']] = base64.b64decode(line['value']['content'])
-            address = f'{self.server.address}/{"/".join(parts[2:4])}/commit/{COMMIT}'
-            return self._send(200, dict(commitUrl=address, commitOid=COMMIT, hookOutput=''))
+                elif line['key'] == 'deletedFile':
+                    del repo['files'][line['value']['path']]
+            address = f'{self.server.address}/{"/".join(parts[2:4])}/commit/{_commit(repo)}'
+            return self._send(200, dict(commitUrl=address, commitOid=_commit(repo), hookOutput=''))
         return self._missing('EntryNotFound')
 
     def do_GET(self):
@@ -80,8 +84,12 @@ class _Handler(BaseHTTPRequestHandler):
             repo, name = self.server.repos.get('/'.join(parts[2:4])), '/'.join(parts[2:4])
             if repo is None:
                 return self._missing('RepoNotFound')
+            if parts[4:5] == ['tree']:
+                return self._send(200, [dict(type='file', path=p, size=1, oid=_commit(repo)) for p in repo['files']])
             files = [dict(rfilename=path) for path in repo['files']]
-            return self._send(200, dict(id=name, modelId=name, sha=COMMIT, private=repo['private'], siblings=files))
+            return self._send(
+                200, dict(id=name, modelId=name, sha=_commit(repo), private=repo['private'], siblings=files)
+            )
         repo = self.server.repos.get('/'.join(parts[:2]))
         if repo is None:
             return self._missing('RepoNotFound')
@@ -89,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             return self._missing('EntryNotFound')
         etag = f'"{hashlib.sha1(data).hexdigest()}"'
-        return self._send(200, data, ETag=etag, X_Repo_Commit=COMMIT, Content_Length=str(len(data)))
+        return self._send(200, data, ETag=etag, X_Repo_Commit=_commit(repo), Content_Length=str(len(data)))
 
     do_HEAD = do_GET
 

@@ -135,6 +135,12 @@ from timm_mlcsd import push_to_hub
 torch.manual_seed(0)
 model = timm.create_model('mlcsd_resnet18', exits=4, num_classes=2, channels=(8, 8, 8, 8), small_input=True).eval()
 names, branch = ['cat', 'dog'], sys.argv[1] or None
+if branch is None:
+    from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy
+    policy = ExitPolicy([0.9, 0.8, float('inf')], exit_names=model.exit_names)
+    push_to_hub(model, 'me/small', private=True, policy=policy, token='hf_' + 'x' * 34)
+    adaptive = AdaptiveModel.from_pretrained('hf-hub:me/small')
+    assert adaptive.policy == policy and adaptive.predict(torch.randn(2, 3, 32, 32)).logits.shape == (2, 2)
 address = push_to_hub(model, 'me/small', private=True, revision=branch, class_names=names, token='hf_' + 'x' * 34)
 assert '/me/small/' in address, address
 again = timm.create_model('hf-hub:me/small', pretrained=True).eval()
@@ -162,6 +168,7 @@ def test_real_client_pushes_and_pulls(hub, branch):
     assert run.returncode == 0, run.stderr
     repo = server.repos['me/small']
     assert repo['private']
+    # the policy that was there belonged to other weights
     assert set(repo['files']) == {'config.json', 'model.safetensors', 'README.md'}
     assert "timm.create_model('hf-hub:me/small'" in repo['files']['README.md'].decode()
     assert json.loads(repo['files']['config.json'])['architecture'] == 'mlcsd_resnet18'

@@ -10,7 +10,7 @@ from timm.utils import setup_default_logging
 __all__ = ['UserError', 'blame', 'run_script', 'shortened']
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """What the user asked for cannot be done; the message says what was wrong and what would work."""
 
 

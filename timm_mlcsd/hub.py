@@ -2,23 +2,28 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Union
 
 import safetensors.torch
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.data.model_config import resolve_input_data_config
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, _get_global_pool, save_config_for_hf
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, _get_global_pool, hf_split, save_config_for_hf
 
 from .errors import shortened
 from .models import MultiExitBackbone, MultiExitModel, create_named
 from .report import model_card
 from .version import __version__
 
-__all__ = ['from_pretrained', 'push_to_hub', 'save_pretrained']
+if TYPE_CHECKING:
+    from .adaptive import ExitPolicy
+
+__all__ = ['find_policy', 'from_pretrained', 'push_to_hub', 'save_pretrained']
 
 CONFIG = 'config.json'
 CARD = 'README.md'
+POLICY = 'exit_policy.json'
 # what a name starts with that is no path
 SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')
 
@@ -30,12 +35,13 @@ def save_pretrained(
     data_config: Optional[Dict[str, Any]] = None,
     class_names: Optional[Sequence[str]] = None,
     source: Optional[str] = None,
+    policy: Optional['ExitPolicy'] = None,
     **card: Any,
 ) -> None:
     """Write a network so that ``timm.create_model('local-dir:DIRECTORY', pretrained=True)`` makes it again.
 
     The folder holds the weights (safetensors only), ``config.json`` with the architecture, its arguments, the class
-    names and the preprocessing, and a model card.
+    names and the preprocessing, a model card, and the exit policy if there is one.
 
     Args:
         model: A registered multi-exit network.
@@ -44,18 +50,28 @@ def save_pretrained(
             ``resolve_data_config`` gives it; default: the model's own.
         class_names: One per class.
         source: What the card tells people to load; default ``local-dir:DIRECTORY``.
+        policy: When images leave early; written beside the weights as ``exit_policy.json``.
         **card: More for `timm_mlcsd.report.model_card`: ``results`` (one dict per exit with ``top1``),
             ``measured_on``, ``training``, ``license``.
 
     Raises:
-        ValueError: The number of class names or results doesn't fit; or the network has arguments that cannot be
-            written as JSON. Nothing is written then.
+        ValueError: The number of class names or results doesn't fit, or the policy is another network's; or the
+            network has arguments that cannot be written as JSON. Nothing is written then.
     """
+    if policy is not None:
+        policy.check(model.num_exits, model.exit_names)
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f'class_names has {len(class_names)} names for {model.num_classes} classes.')
     directory = Path(directory)
     data_config = resolve_input_data_config(model, {'input_size': model.probe_size, **(data_config or {})})
-    card = _card(model, directory.name, source or f'local-dir:{directory}', data_config['input_size'], **card)
+    card = _card(
+        model,
+        directory.name,
+        source or f'local-dir:{directory}',
+        data_config['input_size'],
+        adaptive=policy is not None,
+        **card,
+    )
     # a backbone that was made first keeps its own arguments; the stored weights hold timm's already
     model_args = {**_own_args(model.backbone), **_own_args(model), **model.exit_args, 'pretrained_backbone': False}
     pool = _get_global_pool(model.backbone)
@@ -73,6 +89,10 @@ def save_pretrained(
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
     safetensors.torch.save_file(tensors, directory / HF_SAFE_WEIGHTS_NAME, metadata={'format': 'pt'})
     (directory / CARD).write_text(card, encoding='utf-8')
+    if policy is not None:
+        policy.save(directory / POLICY)
+    else:
+        (directory / POLICY).unlink(missing_ok=True)  # of the weights that were here before
 
 
 def push_to_hub(
@@ -109,7 +129,11 @@ def push_to_hub(
         if api.file_exists(repo_id, CARD, revision=revision):
             (directory / CARD).unlink()
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=directory, revision=revision, commit_message=commit_message
+            repo_id=repo_id,
+            folder_path=directory,
+            revision=revision,
+            commit_message=commit_message,
+            delete_patterns=None if (directory / POLICY).exists() else POLICY,  # of the weights that were there before
         )
     return str(commit)
 
@@ -135,6 +159,26 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
         raise
     except Exception as e:  # files that others made are broken in as many ways as there are files
         raise ValueError(f'{name} cannot be loaded: {shortened(e)}') from e
+
+
+def find_policy(source: Union[str, Path]) -> Optional[Path]:
+    """The exit policy beside a network's weights; None where there is none.
+
+    Args:
+        source: As for `from_pretrained`.
+    """
+    name = str(source)
+    scheme, _, place = name.partition(':')
+    if scheme not in ('hf-hub', 'hf_hub'):
+        path = Path(place if scheme == 'local-dir' else name) / POLICY
+        return path if path.is_file() else None
+    repo_id, revision = hf_split(place)
+    try:
+        return Path(hf_hub_download(repo_id, POLICY, revision=revision))
+    except LocalEntryNotFoundError:  # no connection: whether there is one isn't known
+        raise
+    except EntryNotFoundError:
+        return None
 
 
 def _own_args(model: torch.nn.Module) -> Dict[str, Any]:

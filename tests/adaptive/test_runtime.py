@@ -81,12 +81,12 @@ def test_every_sample_gets_the_exit_and_the_answer_that_its_logits_give(name):
             exits = torch.cat([p.exit_index for p in found])
             predictions = torch.cat([p.logits for p in found]).argmax(-1)
             same = (exits == expected.exit_index) & (predictions == expected.prediction)
-            assert same.all() or _on_the_edge(logits, policy, same), (score, aggregate, batch)
+            assert same.all() or on_the_edge(logits, policy, same), (score, aggregate, batch)
             cost = torch.cat([p.cost for p in found]).mean().item()
             assert not same.all() or cost == pytest.approx(expected.cost)
 
 
-def _on_the_edge(logits, policy, same):
+def on_the_edge(logits, policy, same):
     """Whether all samples that differ have a score within MARGIN of a threshold."""
     memory, close = None, torch.zeros_like(same)
     for k, threshold in enumerate(policy.thresholds):
@@ -114,9 +114,8 @@ def test_the_batch_shrinks():
     policy = spread(logits_of(model, images), ExitPolicy([0.0] * 7), seed=3)
     adaptive = AdaptiveModel(model, policy, COSTS)
     sizes = []
-    run_stage = model.run_stage
-    adaptive._run_stage = [
-        lambda state, k=k: (sizes.append(len(state)), run_stage(k, state))[1] for k in range(model.num_exits)
+    adaptive._run_exit = [
+        lambda state, run=run: (sizes.append(len(state)), run(state))[1] for run in adaptive._run_exit
     ]
     exits = adaptive.predict(images).exit_index
     assert sizes == [int((exits >= k).sum()) for k in range(model.num_exits) if (exits >= k).any()]
@@ -145,13 +144,13 @@ def test_channels_last_stays():
     images = images_for(model, 16).to(memory_format=torch.channels_last)
     policy = spread(logits_of(model, images), ExitPolicy([0.0] * 7), seed=3)
     adaptive = AdaptiveModel(model, policy, COSTS)
-    run_stage, seen = model.run_stage, []
+    seen = []
 
-    def look(state, k):
+    def look(state, run):
         seen.append(state.is_contiguous(memory_format=torch.channels_last))
-        return run_stage(k, state)
+        return run(state)
 
-    adaptive._run_stage = [lambda state, k=k: look(state, k) for k in range(model.num_exits)]
+    adaptive._run_exit = [lambda state, run=run: look(state, run) for run in adaptive._run_exit]
     adaptive.predict(images)
     assert len(seen) > 2 and all(seen)
 
@@ -184,8 +183,8 @@ def test_deadlines():
     model = make()
     images = images_for(model, 4)
     adaptive = AdaptiveModel(model, ExitPolicy([2.0] * 7), COSTS)  # nobody is ever that sure
-    slow = adaptive._run_stage
-    adaptive._run_stage = [lambda state, run=run: (time.sleep(0.02), run(state))[1] for run in slow]
+    slow = adaptive._run_exit
+    adaptive._run_exit = [lambda state, run=run: (time.sleep(0.02), run(state))[1] for run in slow]
     assert set(adaptive.predict_anytime(images, 10.0).exit_index.tolist()) == {7}
     with torch.no_grad():
         exits = model.forward_exits(images).logits

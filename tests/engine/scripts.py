@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from timm_mlcsd.engine.checkpoint import load_checkpoint
+from timm_mlcsd.network import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

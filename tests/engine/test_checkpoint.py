@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from timm_mlcsd.engine.checkpoint import BEST, LAST, CheckpointSaver, load_checkpoint
+from timm_mlcsd.engine.checkpoint import BEST, CheckpointSaver
 from timm_mlcsd.errors import UserError
+from timm_mlcsd.network import LAST, load_checkpoint
 
 
 def state(epoch):

@@ -6,7 +6,7 @@ import torch
 from scripts import ROOT, run
 
 from timm_mlcsd.engine import train, validate
-from timm_mlcsd.engine.checkpoint import load_checkpoint
+from timm_mlcsd.network import load_checkpoint
 
 
 def test_the_test_split_is_never_read(small, folder, tmp_path):

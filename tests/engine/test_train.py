@@ -16,9 +16,9 @@ import yaml
 from scripts import ROOT, assert_same, run, weights
 
 from timm_mlcsd.engine import train, validate
-from timm_mlcsd.engine.checkpoint import load_checkpoint
 from timm_mlcsd.engine.config import parse_args
 from timm_mlcsd.engine.flags import train_parser
+from timm_mlcsd.network import load_checkpoint
 
 
 def test_what_a_run_leaves(trained, folder):

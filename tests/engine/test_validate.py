@@ -9,7 +9,7 @@ import torch
 from scripts import run
 
 from timm_mlcsd.engine import validate
-from timm_mlcsd.engine.checkpoint import load_checkpoint
+from timm_mlcsd.network import load_checkpoint
 
 
 def test_validate_reports_every_exit(trained, folder, tmp_path, capsys):

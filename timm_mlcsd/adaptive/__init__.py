@@ -2,18 +2,19 @@
 
 from .calibrate import METHODS, CurvePoint, budgeted_curve, calibrate, thresholds_for_exit_rates
 from .evaluate import PolicyResult, evaluate_policy
-from .policy import AGGREGATES, POLICY_FILE, SCORES, ExitPolicy
+from .exported import ExportedModel
+from .policy import AGGREGATES, SCORES, ExitPolicy
 from .runtime import AdaptiveModel, Prediction
 from .temperature import expected_calibration_error, fit_temperatures, fit_weights
 
 __all__ = [
     'AGGREGATES',
     'METHODS',
-    'POLICY_FILE',
     'SCORES',
     'AdaptiveModel',
     'CurvePoint',
     'ExitPolicy',
+    'ExportedModel',
     'PolicyResult',
     'Prediction',
     'budgeted_curve',

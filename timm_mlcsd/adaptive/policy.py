@@ -9,11 +9,12 @@ from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 
-__all__ = ['AGGREGATES', 'POLICY_FILE', 'SCORES', 'ExitPolicy', 'Memory', 'score_of']
+from ..hub import POLICY
+
+__all__ = ['AGGREGATES', 'SCORES', 'ExitPolicy', 'Memory', 'score_of']
 
 SCORES = ('confidence', 'entropy', 'margin', 'patience')
 AGGREGATES = ('last', 'mean', 'fitted')
-POLICY_FILE = 'exit_policy.json'
 VERSION = 1
 
 
@@ -170,15 +171,18 @@ class ExitPolicy:
     def save(self, path: Union[str, Path]) -> None:
         """Write the policy as JSON; a folder gets ``exit_policy.json``. Nothing is left half written."""
         path = Path(path)
-        path = path / POLICY_FILE if path.is_dir() else path
-        content = {'format': 'timm_mlcsd exit policy', 'version': VERSION, **asdict(self)}
-        content['thresholds'] = ['off' if t == math.inf else t for t in self.thresholds]
+        path = path / POLICY if path.is_dir() else path
         partial = path.with_name(f'.{path.name}.{os.getpid()}')
         try:
-            partial.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+            partial.write_text(json.dumps(self.to_dict(), indent=2) + '\n', encoding='utf-8')
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """What `save` writes: plain values, ``off`` for the threshold ``inf``."""
+        thresholds = ['off' if t == math.inf else t for t in self.thresholds]
+        return {'format': 'timm_mlcsd exit policy', 'version': VERSION, **asdict(self), 'thresholds': thresholds}
 
     @classmethod
     def load(cls, path: Union[str, Path]) -> 'ExitPolicy':
@@ -188,7 +192,7 @@ class ExitPolicy:
             ValueError: There is none, or it isn't one.
         """
         path = Path(path)
-        path = path / POLICY_FILE if path.is_dir() else path
+        path = path / POLICY if path.is_dir() else path
         try:
             content = json.loads(path.read_text(encoding='utf-8'))
         except FileNotFoundError:
@@ -199,7 +203,7 @@ class ExitPolicy:
 
     @classmethod
     def from_dict(cls, content: Dict[str, Any], source: str = 'policy') -> 'ExitPolicy':
-        """The policy in what `save` wrote.
+        """The policy in what `to_dict` gives.
 
         Raises:
             ValueError: It isn't one.
@@ -222,12 +226,10 @@ class ExitPolicy:
 
 def score_of(logits: torch.Tensor, score: str) -> torch.Tensor:
     """How sure logits [..., C] are, between 0 and 1: ``confidence``, ``entropy`` or ``margin``."""
-    if score == 'entropy':
-        log_probs = logits.log_softmax(-1)
-        # p log p is 0 where p is, also for a logit of -inf
-        entropy = -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
-        return (1 - entropy / math.log(max(logits.shape[-1], 2))).clamp_min(0)
     probs = logits.softmax(-1)
+    if score == 'entropy':
+        entropy = -torch.special.xlogy(probs, probs).sum(-1)  # p log p is 0 where p is
+        return (1 - entropy / math.log(max(logits.shape[-1], 2))).clamp_min(0)
     if score == 'confidence':
         return probs.amax(-1)
     if probs.shape[-1] == 1:

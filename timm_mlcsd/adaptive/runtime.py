@@ -1,14 +1,18 @@
 """Run a multi-exit network so that every sample stops at its own exit."""
 
 import time
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from ..cost import exit_costs
 from ..models import MultiExitModel
+from ..network import load_network
 from .evaluate import Costs, costs_of
+from .exported import MANIFEST, ExportedModel
 from .policy import ExitPolicy
 
 __all__ = ['AdaptiveModel', 'Prediction']
@@ -36,7 +40,7 @@ class AdaptiveModel:
     but how long the stages took, so that threads may share it.
 
     Args:
-        model: A resumable multi-exit network; it is put in evaluation mode.
+        model: A resumable multi-exit network, which is put in evaluation mode, or exported stages.
         policy: When samples leave.
         costs: What leaving at each exit costs: `ExitCost`, or K cumulative numbers (measured milliseconds, say);
             default: multiply-adds at the image size that the network was made for.
@@ -51,19 +55,53 @@ class AdaptiveModel:
         ```
     """
 
-    def __init__(self, model: MultiExitModel, policy: ExitPolicy, costs: Optional[Costs] = None):
-        if not model.resumable:
+    def __init__(self, model: Union[MultiExitModel, ExportedModel], policy: ExitPolicy, costs: Optional[Costs] = None):
+        policy.check(model.num_exits, model.exit_names)
+        if isinstance(model, ExportedModel):
+            costs = model.costs if costs is None else costs
+        elif not model.resumable:
             raise ValueError(
                 f'{type(model).__name__} cannot stop on the way: {getattr(model, "why_not_resumable", "no stages")}.'
             )
-        policy.check(model.num_exits, model.exit_names)
-        self.model = model.eval()
+        else:
+            model.eval()
+            costs = exit_costs(model, model.probe_size) if costs is None else costs
+        self.model = model
         self.policy = policy
-        costs = exit_costs(model, model.probe_size) if costs is None else costs
         self.costs = costs_of(costs, policy).tolist()
-        self._run_stage: List[Callable[[Any], Any]] = [_Bound(model.run_stage, k) for k in range(model.num_exits)]
-        self._run_head: List[Callable[[Any], Any]] = [_Bound(model.run_head, k) for k in range(model.num_exits)]
+        self._run_exit: List[Callable[[Any], Tuple[Any, Optional[torch.Tensor]]]] = [
+            partial(model.run_exit, k, answers=policy.is_on(k)) for k in range(model.num_exits)
+        ]
         self._seconds: Dict[Tuple, float] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, source: Union[str, Path], policy: Optional[ExitPolicy] = None, **kwargs: Any
+    ) -> 'AdaptiveModel':
+        """Load a network together with the exit policy that lies beside its weights.
+
+        Args:
+            source: ``hf-hub:REPO``, a folder of `save_pretrained`, a checkpoint or run folder of train.py, or a
+                folder of exported programs.
+            policy: Use this one instead.
+            **kwargs: For `ExportedModel`: ``device``, ``trusted``.
+
+        Raises:
+            ValueError: There is no such network, or no policy.
+        """
+        if (Path(source) / MANIFEST).is_file():
+            model = ExportedModel(source, **kwargs)
+            return cls(model, policy or model.policy)
+        if kwargs:
+            raise ValueError(f'{", ".join(kwargs)}: only for a folder of exported programs; {str(source)!r} is none.')
+        network = load_network(source)
+        if policy is None and network.policy_file is None:
+            raise ValueError(
+                f'{str(source)!r} has no exit policy beside its weights; pass one, or calibrate and save one with '
+                f'validate.py --adaptive --save-policy.'
+            )
+        costs = exit_costs(network.model, network.data_config['input_size']) if network.model.resumable else None
+        return cls(network.model, policy or ExitPolicy.load(network.policy_file), costs)
 
     @torch.no_grad()
     def predict(self, x: torch.Tensor) -> Prediction:
@@ -98,16 +136,16 @@ class AdaptiveModel:
     def iter_exits(self, x: torch.Tensor) -> Iterator[Tuple[int, torch.Tensor]]:
         """Yield (k, answers [B, C]) exit by exit, without exits that are off, whatever the thresholds say."""
         state, memory = x, None
-        for k in range(self.policy.num_exits):
-            state = self._run_stage[k](state)
-            if self.policy.is_on(k):
-                answer, _, memory = self.policy.answer(k, self._run_head[k](state)[0], memory)
+        for k, run in enumerate(self._run_exit):
+            state, logits = run(state)
+            if logits is not None:
+                answer, _, memory = self.policy.answer(k, logits, memory)
                 yield k, answer
 
     def compile(self, **kwargs: Any) -> 'AdaptiveModel':
-        """Compile every stage and head for batches of any size; `kwargs` go to ``torch.compile``. Returns itself."""
-        self._run_stage = [torch.compile(run, dynamic=True, **kwargs) for run in self._run_stage]
-        self._run_head = [torch.compile(run, dynamic=True, **kwargs) for run in self._run_head]
+        """Compile every stage with its head for batches of any size; `kwargs` go to ``torch.compile``. Returns
+        itself."""
+        self._run_exit = [torch.compile(run, dynamic=True, **kwargs) for run in self._run_exit]
         return self
 
     def _run(self, x: torch.Tensor, deadline: Optional[float] = None) -> Prediction:
@@ -120,9 +158,9 @@ class AdaptiveModel:
             if clock is not None and answered is not None and not self._fits(k, clock, deadline):
                 break
             start = time.perf_counter()
-            state = self._run_stage[k](state)
-            if self.policy.is_on(k):
-                answer, score, memory = self.policy.answer(k, self._run_head[k](state)[0], memory)
+            state, logits = self._run_exit[k](state)
+            if logits is not None:
+                answer, score, memory = self.policy.answer(k, logits, memory)
                 answered = k, answer
             if clock is not None:
                 if x.device.type == 'cuda':
@@ -130,12 +168,14 @@ class AdaptiveModel:
                 self._seconds[clock] = time.perf_counter() - start
             if k == self.policy.num_exits - 1:
                 break
-            if self.policy.is_on(k):
+            if logits is not None:
                 stay = batch.leave(k, answer, score >= self.policy.thresholds[k])
                 if stay is not None and not len(stay):
                     return batch.prediction(self.costs)
                 if stay is not None:
-                    state, memory, answer = tree_map_only(torch.Tensor, _Rows(stay), (state, memory, answer))
+                    state, memory, answer = tree_map_only(
+                        torch.Tensor, lambda t, rows=stay: t[rows], (state, memory, answer)
+                    )
                     answered = k, answer
         batch.finish(*answered)
         return batch.prediction(self.costs)
@@ -190,24 +230,3 @@ class _Batch:
     def prediction(self, costs: Sequence[float]) -> Prediction:
         costs = torch.tensor(costs, dtype=torch.float64, device=self.exit_index.device)
         return Prediction(self.logits, self.exit_index, costs[self.exit_index])
-
-
-class _Rows:
-    """Takes rows of a tensor, in its own memory format."""
-
-    def __init__(self, rows: torch.Tensor):
-        self.rows = rows
-
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[self.rows]
-
-
-class _Bound:
-    """A method of the model for one exit."""
-
-    def __init__(self, method: Callable, k: int):
-        self.method = method
-        self.k = k
-
-    def __call__(self, state: Any) -> Any:
-        return self.method(self.k, state)

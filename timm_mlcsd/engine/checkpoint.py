@@ -9,11 +9,10 @@ from typing import Any, Dict, List, Union
 
 import torch
 
-from ..errors import UserError, blame
+from ..network import LAST
 
-__all__ = ['CheckpointSaver', 'load_checkpoint']
+__all__ = ['CheckpointSaver']
 
-LAST = 'last.pth.tar'
 BEST = 'model_best.pth.tar'
 _NUMBERED = re.compile(r'checkpoint-\d+\.pth\.tar')
 _LEFT_OVER = re.compile(r'\.(last|model_best|checkpoint-\d+)\.pth\.tar\.tmp')
@@ -100,26 +99,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
-    """Load a checkpoint of ours on the CPU, without running any code that it might hold.
-
-    Args:
-        path: A file, or the folder of a run, which stands for its last checkpoint.
-
-    Raises:
-        UserError: There is no such file, or it is no checkpoint of a multi-exit network.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / LAST
-    if not path.is_file():
-        raise UserError(f'no checkpoint at {str(path)!r}; give a .pth.tar file, or the folder of a run that saved one.')
-    with blame(f'{str(path)!r} cannot be read as a checkpoint'):
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    kinds = dict(arch=str, model_args=dict, state_dict=dict, data_config=dict, args=dict, epoch=int)
-    wrong = [key for key, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
-    if wrong:
-        raise UserError(f'{str(path)!r} is no checkpoint that train.py wrote: it has no {", ".join(wrong)}.')
-    return state

@@ -1,13 +1,14 @@
-"""A trained network to the Hub: ``mlcsd-push CHECKPOINT REPO``."""
+"""A trained network, with its exit policy if it has one, to the Hub: ``mlcsd-push CHECKPOINT REPO``."""
 
 import argparse
 import sys
 from typing import Optional, Sequence
 
+from ..adaptive import ExitPolicy
 from ..arguments import ScriptParser
 from ..errors import blame, run_script
 from ..hub import push_to_hub
-from .network import load_network
+from ..network import load_network
 
 __all__ = ['main', 'push']
 
@@ -50,6 +51,7 @@ def push(args: argparse.Namespace) -> str:
         card = dict(results=trained['results'], measured_on=trained['measured_on'])
     if trained:
         card['training'] = {key: trained['args'][key] for key in _SETTINGS if trained['args'].get(key) is not None}
+    policy = None if network.policy_file is None else ExitPolicy.load(network.policy_file)
     with blame(f'{args.repo!r} cannot be pushed to'):
         address = push_to_hub(
             network.model,
@@ -59,6 +61,7 @@ def push(args: argparse.Namespace) -> str:
             data_config=network.data_config,
             class_names=network.class_names,
             license=args.license,
+            policy=policy,
             **card,
         )
     print(address)

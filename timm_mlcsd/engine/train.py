@@ -23,6 +23,7 @@ from timm.utils import (
 from tqdm import tqdm
 
 from ..errors import UserError, blame, run_script
+from ..network import LAST, load_checkpoint
 from ..task import MLCSDTask
 from .build import (
     autocast_of,
@@ -35,7 +36,7 @@ from .build import (
     model_args_of,
     resolve_device,
 )
-from .checkpoint import BEST, LAST, CheckpointSaver, load_checkpoint
+from .checkpoint import BEST, CheckpointSaver
 from .config import parse_args
 from .evaluate import Evaluation, evaluate
 from .flags import train_parser

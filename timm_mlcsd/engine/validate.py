@@ -15,14 +15,13 @@ from ..cost import ExitCost, exit_costs
 from ..data import TransformSubset
 from ..errors import UserError, blame, run_script
 from ..models import MultiExitModel
+from ..network import load_checkpoint, model_of
 from ..report import format_table, plot_accuracy_against_cost
 from .build import autocast_of, build_model, compiled, data_config_of, resolve_device
-from .checkpoint import load_checkpoint
 from .config import parse_args
 from .evaluate import Evaluation, evaluate
 from .flags import validate_parser
 from .loaders import check_classes, class_names, eval_loader, load_dataset
-from .network import model_of
 
 __all__ = ['data_flags_from', 'load_model', 'load_split', 'main', 'validate']
 

@@ -1,6 +1,6 @@
 """The protocol that every multi-exit network follows, whoever made it."""
 
-from typing import Any, Iterator, List, NamedTuple, Tuple, Union
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -68,6 +68,15 @@ class MultiExitModel(nn.Module):
             The exit's logits [B, C] and its feature [B, D, H, W].
         """
         raise NotImplementedError
+
+    def run_exit(self, k: int, state: Any, answers: bool = True) -> Tuple[Any, Optional[torch.Tensor]]:
+        """Stage k and, where the exit `answers`, its head: what adaptive inference runs.
+
+        Returns:
+            The state that the stage leaves, and logits [B, C] or None.
+        """
+        state = self.run_stage(k, state)
+        return state, self.run_head(k, state)[0] if answers else None
 
     def forward_exits(self, x: torch.Tensor) -> MultiExitOutput:
         """Answer at all exits, in training or evaluation mode.

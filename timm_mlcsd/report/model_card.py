@@ -16,6 +16,15 @@ license: {license}
 ---
 """
 
+_ADAPTIVE = """With `exit_policy.json`, which lies beside the weights, every image of a batch stops at its own exit:
+
+```python
+from timm_mlcsd.adaptive import AdaptiveModel
+
+logits, exit_index, cost = AdaptiveModel.from_pretrained({source!r}).predict(image)
+```
+"""
+
 _CITATION = """## Citation
 
 The method: multi-level collaborative self-distillation (MLCSD), in which every exit of a network learns from a teacher
@@ -32,6 +41,7 @@ def model_card(
     measured_on: Optional[str] = None,
     training: Optional[Dict[str, Any]] = None,
     license: str = 'apache-2.0',
+    adaptive: bool = False,
 ) -> str:
     """Write a model card.
 
@@ -44,6 +54,7 @@ def model_card(
         measured_on: Which images ``top1`` is of.
         training: Settings worth knowing, by name.
         license: Its identifier on the Hub.
+        adaptive: Whether an exit policy lies beside the weights.
 
     Returns:
         Markdown with the Hub's metadata in front.
@@ -68,6 +79,8 @@ def model_card(
     if with_accuracy and measured_on:
         lines += ['', f'Top-1 on {measured_on}.']
     lines += ['', '## Use', '', _usage(source)]
+    if adaptive:
+        lines += [_ADAPTIVE.format(source=source)]
     if training:
         lines += ['## Training', '', _row(['Setting', 'Value']), _row(['---', '---'])]
         lines += [_row([f'`{key}`', f'`{value}`']) for key, value in training.items()]

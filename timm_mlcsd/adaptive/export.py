@@ -1,0 +1,243 @@
+"""One graph per stage, for places without timm: ONNX with a runner of its own, or ``torch.export`` programs.
+
+``python -m timm_mlcsd.adaptive.export output/train/RUN exported`` writes a folder whose ``runner.py`` needs numpy and
+onnxruntime only.
+"""
+
+import importlib.util
+import json
+import platform
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..arguments import ScriptParser
+from ..cost import exit_costs
+from ..errors import UserError, run_script, shortened
+from ..models import MultiExitModel
+from ..network import load_network
+from ..version import __version__
+from .exported import FORMAT, MANIFEST, VERSION
+from .policy import ExitPolicy
+
+__all__ = ['FORMATS', 'export_stages', 'main']
+
+FORMATS = ('onnx', 'torch')
+SUFFIXES = {'onnx': 'onnx', 'torch': 'pt2'}
+RUNNER = 'runner.py'
+# the same operations in another order, or fused: float32 logits move by some roundings
+TOLERANCE = 1e-3
+
+
+class _Exit(nn.Module):
+    """One stage with its head, from tensors to tensors."""
+
+    def __init__(self, model: MultiExitModel, k: int, spec: Any, answers: bool):
+        super().__init__()
+        self.model = model
+        self.k = k
+        self.spec = spec
+        self.answers = answers
+
+    def forward(self, *tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        """The state before stage k, flat, to the state behind it and the logits."""
+        state, logits = self.model.run_exit(self.k, tree_unflatten(list(tensors), self.spec), self.answers)
+        kept = tree_flatten(state)[0] if self.k < self.model.num_exits - 1 else []
+        return (*kept, logits) if self.answers else tuple(kept)
+
+
+def export_stages(
+    model: MultiExitModel,
+    policy: ExitPolicy,
+    directory: Union[str, Path],
+    format: str = 'onnx',
+    *,
+    data_config: Optional[Dict[str, Any]] = None,
+    class_names: Optional[Sequence[str]] = None,
+) -> None:
+    """Write every stage with its head as a graph of its own, for batches of any size, and check each against the model.
+
+    The folder holds the graphs, ``manifest.json`` (stages, costs, policy, preprocessing, versions) and, for ONNX,
+    ``runner.py``, which needs numpy and onnxruntime alone. Exits that the policy turns off get no head.
+
+    Args:
+        model: A resumable network.
+        policy: When samples leave.
+        directory: Where to write: a new folder, or one of an earlier export, which is replaced.
+        format: ``onnx`` (extra ``[onnx]``), or ``torch`` for `AdaptiveModel.from_pretrained`.
+        data_config: Preprocessing with ``input_size`` (C, H, W), the size that the graphs are for; default: the
+            model's own.
+        class_names: One per class.
+
+    Raises:
+        ValueError: The network has no stages, the policy is another network's, the folder holds something else, or a
+            graph computes something else than the model. Nothing is written then.
+    """
+    if format not in FORMATS:
+        raise ValueError(f'format={format!r} is unknown; choose one of {", ".join(FORMATS)}.')
+    if format == 'onnx':
+        missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f'format=\'onnx\' needs {", ".join(missing)}: pip install "timm_mlcsd[onnx]".')
+    if not model.resumable:
+        raise ValueError(f'the network has no stages to export: {model.why_not_resumable}.')
+    policy.check(model.num_exits, model.exit_names)
+    directory = Path(directory)
+    if (
+        directory.exists()
+        and not (directory / MANIFEST).is_file()
+        and (not directory.is_dir() or any(directory.iterdir()))
+    ):
+        raise ValueError(f'{str(directory)!r} is there and no earlier export; choose a new folder.')
+    data_config = data_config or timm.data.resolve_data_config({}, model=model)
+    input_size = tuple(data_config['input_size'])
+    manifest = dict(
+        format=FORMAT,
+        version=VERSION,
+        kind=format,
+        architecture=model.default_cfg['architecture'],
+        num_classes=model.num_classes,
+        class_names=None if class_names is None else list(class_names),
+        data_config=data_config,
+        policy=policy.to_dict(),
+        versions=dict(timm_mlcsd=__version__, timm=timm.__version__, torch=torch.__version__),
+    )
+    manifest['versions']['python'] = platform.python_version()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{directory.name}.', dir=directory.parent) as folder:
+        partial = Path(folder) / 'partial'
+        partial.mkdir()
+        manifest['stages'] = _write_stages(model, policy, input_size, partial, format)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n', encoding='utf-8')
+        if format == 'onnx':
+            shutil.copyfile(Path(__file__).with_name('onnx_runner.py'), partial / RUNNER)
+        if directory.exists():
+            directory.rename(Path(folder) / 'old')
+        partial.rename(directory)
+
+
+@torch.no_grad()
+def _write_stages(
+    model: MultiExitModel, policy: ExitPolicy, input_size: Sequence[int], folder: Path, format: str
+) -> List[Dict[str, Any]]:
+    was_training = model.training
+    model.eval()
+    costs = exit_costs(model, input_size)
+    weight = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, *input_size, generator=generator).to(weight.device, weight.dtype)
+    stages, state = [], images
+    for k in range(model.num_exits):
+        tensors, spec = tree_flatten(state)
+        tensors = [t.clone() for t in tensors]  # export ties views to what they are views of
+        exit_ = _Exit(model, k, spec, policy.is_on(k))
+        expected = exit_(*tensors)
+        program = _program(exit_, tensors)
+        outputs = [f'state_{k}_{i}' for i in range(len(expected) - policy.is_on(k))] + ['logits'] * policy.is_on(k)
+        inputs = ['images'] if k == 0 else [name for name in stages[-1]['outputs'] if name != 'logits']
+        file = f'stage_{k}.{SUFFIXES[format]}'
+        if format == 'onnx':
+            found = _write_onnx(program, folder / file, tensors, inputs, outputs)
+        else:
+            torch.export.save(program, folder / file)
+            found = torch.export.load(folder / file).module()(*tensors)
+        for name, ours, theirs in zip(outputs, found, expected):
+            error = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float('nan')
+            if not error <= TOLERANCE * max(1.0, theirs.abs().max().item()):
+                raise ValueError(f'{name} of stage {k} differs by {error:.1e} from the network once exported.')
+        stages.append(
+            dict(
+                file=file,
+                exit=model.exit_names[k],
+                answers=policy.is_on(k),
+                inputs=inputs,
+                outputs=outputs,
+                **costs[k]._asdict(),
+            )
+        )
+        state, _ = model.run_exit(k, state, answers=False)
+    model.train(was_training)
+    return stages
+
+
+def _program(exit_: _Exit, tensors: Sequence[torch.Tensor]) -> torch.export.ExportedProgram:
+    """The graph of one stage, for batches of any size, with the weights that it reads and no others."""
+    batch = torch.export.Dim('batch', min=1, max=2**20)
+    shapes = tuple({0: batch} for _ in tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        module = torch.export.export(exit_, tuple(tensors), dynamic_shapes={'tensors': shapes}, strict=False).module()
+        module.graph.eliminate_dead_code()
+        module = torch.fx.GraphModule(module, module.graph)  # takes along what the graph reads
+        return torch.export.export(module, tuple(tensors), dynamic_shapes=shapes, strict=False)
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    tensors: Sequence[torch.Tensor],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+) -> List[torch.Tensor]:
+    """Write a graph, and run what was written on one sample fewer than it was traced with."""
+    import onnxruntime
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        program = torch.onnx.export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
+    program.save(str(path))
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    arrays = {name: tensor.numpy(force=True) for name, tensor in zip(inputs, tensors)}
+    return [torch.from_numpy(a).to(tensors[0].device) for a in session.run(list(outputs), arrays)]
+
+
+def export_parser() -> ScriptParser:
+    """The flags of ``python -m timm_mlcsd.adaptive.export``."""
+    parser = ScriptParser(prog='timm_mlcsd.adaptive.export', description='Write the stages of a network as graphs')
+    parser.add_argument('network', help='a checkpoint of train.py or the folder of a run, hf-hub:REPO, a saved folder')
+    parser.add_argument('directory', help='folder to write: a new one, or that of an earlier export')
+    parser.add_argument('--format', choices=FORMATS, default='onnx', help='what to write')
+    parser.add_argument('--policy', metavar='FILE', help='exit policy (default: exit_policy.json beside the weights)')
+    parser.add_argument('--use-ema', action='store_true', help='export the averaged weights of a checkpoint')
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Entry point of ``python -m timm_mlcsd.adaptive.export``."""
+
+    def run():
+        args = export_parser().parse_args(argv)
+        network = load_network(args.network, args.use_ema)
+        policy_file = args.policy or network.policy_file
+        if policy_file is None:
+            raise UserError(
+                f'{args.network!r} has no exit policy beside its weights: make one with validate.py --adaptive '
+                f'--save-policy, or name one with --policy FILE.'
+            )
+        try:
+            policy = ExitPolicy.load(policy_file)
+            export_stages(
+                network.model,
+                policy,
+                args.directory,
+                args.format,
+                data_config=network.data_config,
+                class_names=network.class_names,
+            )
+        except (ValueError, OSError) as e:
+            raise UserError(shortened(e, 1000)) from None
+        size = sum(path.stat().st_size for path in Path(args.directory).iterdir()) / 1e6
+        print(f'{args.directory}: {network.model.num_exits} stages, {size:.1f} MB')
+
+    run_script('timm_mlcsd.adaptive.export', run)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,99 @@
+"""A trained network from wherever it lies: a checkpoint of train.py, a folder, the Hub."""
+
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Union
+
+import torch
+from timm.data import resolve_data_config
+
+from .errors import UserError, blame
+from .hub import CONFIG, POLICY, SOURCES, find_policy, from_pretrained
+from .models import MultiExitModel, create_named
+
+__all__ = ['LAST', 'Network', 'load_checkpoint', 'load_network', 'model_of']
+
+LAST = 'last.pth.tar'
+
+
+class Network(NamedTuple):
+    """A network with what is known of it.
+
+    Attributes:
+        model: It, in evaluation mode.
+        data_config: Preprocessing.
+        class_names: One per class, None where they aren't known.
+        checkpoint: The checkpoint that it comes from, empty for a folder or the Hub.
+        policy_file: The exit policy that lies beside the weights, None where there is none.
+    """
+
+    model: MultiExitModel
+    data_config: Dict[str, Any]
+    class_names: Optional[List[str]]
+    checkpoint: Dict[str, Any]
+    policy_file: Optional[Path]
+
+
+def load_network(source: Union[str, Path], use_ema: bool = False) -> Network:
+    """Load what a user names.
+
+    Args:
+        source: A checkpoint or run folder of train.py, a folder of `save_pretrained`, or ``hf-hub:REPO``.
+        use_ema: Take the averaged weights of a checkpoint.
+
+    Raises:
+        UserError: There is no such network.
+    """
+    source = str(source)
+    if source.startswith(SOURCES) or (Path(source) / CONFIG).is_file():
+        if use_ema:
+            raise UserError(f'--use-ema: {source!r} has one set of weights.')
+        with blame(f'{source!r} cannot be loaded'):
+            model = from_pretrained(source)
+            policy_file = find_policy(source)
+        names = model.pretrained_cfg.get('label_names')
+        return Network(model, resolve_data_config({}, model=model), list(names) if names else None, {}, policy_file)
+    checkpoint = load_checkpoint(source)
+    model = model_of(checkpoint, source, use_ema).eval()
+    policy_file = (Path(source) if Path(source).is_dir() else Path(source).parent) / POLICY
+    return Network(
+        model,
+        checkpoint['data_config'],
+        checkpoint.get('class_names'),
+        checkpoint,
+        policy_file if policy_file.is_file() else None,
+    )
+
+
+def model_of(checkpoint: Dict[str, Any], source: str, use_ema: bool = False) -> MultiExitModel:
+    """The network in a checkpoint of train.py."""
+    key = 'state_dict_ema' if use_ema else 'state_dict'
+    if key not in checkpoint:
+        raise UserError(f'--use-ema: {source!r} was trained without --model-ema and has no averaged weights.')
+    with blame(f'{source!r} cannot be made again'):
+        model = create_named(checkpoint['arch'], **checkpoint['model_args'])
+    with blame(f'{source!r} does not fit {checkpoint["arch"]}'):
+        model.load_state_dict(checkpoint[key])
+    return model
+
+
+def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
+    """Load a checkpoint of ours on the CPU, without running any code that it might hold.
+
+    Args:
+        path: A file, or the folder of a run, which stands for its last checkpoint.
+
+    Raises:
+        UserError: There is no such file, or it is no checkpoint of a multi-exit network.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / LAST
+    if not path.is_file():
+        raise UserError(f'no checkpoint at {str(path)!r}; give a .pth.tar file, or the folder of a run that saved one.')
+    with blame(f'{str(path)!r} cannot be read as a checkpoint'):
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    kinds = dict(arch=str, model_args=dict, state_dict=dict, data_config=dict, args=dict, epoch=int)
+    wrong = [key for key, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
+    if wrong:
+        raise UserError(f'{str(path)!r} is no checkpoint that train.py wrote: it has no {", ".join(wrong)}.')
+    return state
