@@ -7,9 +7,10 @@ and pools are not counted, as is usual. Counting needs no weights: it runs on th
 """
 
 import argparse
+import contextlib
 import statistics
 import time
-from typing import Callable, List, NamedTuple, Optional, Sequence
+from typing import Callable, ContextManager, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +23,7 @@ from .errors import UserError, run_script
 from .models import DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS, MultiExitModel, OnMeta, create_named
 from .report import format_table
 
-__all__ = ['ExitCost', 'exit_costs', 'exit_times', 'plan']
+__all__ = ['ExitCost', 'ExitTime', 'exit_costs', 'exit_times', 'plan', 'stage_times']
 
 # an exit that costs more than this share of the whole backbone saves little
 TOO_DEAR = 0.5
@@ -46,6 +47,18 @@ class ExitCost(NamedTuple):
     stage_macs: int
     head_macs: int
     depth: int
+
+
+class ExitTime(NamedTuple):
+    """What one exit adds to the time of a batch, in milliseconds.
+
+    Attributes:
+        stage_ms: Its stage alone.
+        head_ms: Its head alone; an exit that is off saves it.
+    """
+
+    stage_ms: float
+    head_ms: float
 
 
 class _PathMode(TorchDispatchMode):
@@ -150,6 +163,40 @@ def exit_times(
             times.append(1000 * (time.perf_counter() - start))
         runs.append(times)
     return [statistics.median(times) for times in zip(*runs[1:])]
+
+
+@torch.inference_mode()
+def stage_times(
+    model: MultiExitModel, images: torch.Tensor, repeats: int = 10, autocast: Optional[ContextManager] = None
+) -> List[ExitTime]:
+    """Measure every stage and every head on its own.
+
+    Args:
+        model: A resumable multi-exit network in evaluation mode.
+        images: The batch to time, [B, C, H, W], on the model's device and in its memory layout.
+        repeats: Timed runs, after one that doesn't count.
+        autocast: Context of the forward passes.
+
+    Returns:
+        Medians, per exit.
+    """
+    _check_resumable(model)
+    synchronize = torch.cuda.synchronize if images.device.type == 'cuda' else lambda: None
+    runs = []
+    for _ in range(repeats + 1):
+        state, marks = images, []
+        for k in range(model.num_exits):
+            for run in (model.run_stage, model.run_head):
+                synchronize()
+                start = time.perf_counter()
+                with autocast or contextlib.nullcontext():
+                    result = run(k, state)
+                synchronize()
+                marks.append(1000 * (time.perf_counter() - start))
+                state = result if run == model.run_stage else state
+        runs.append(marks)
+    medians = [statistics.median(marks) for marks in zip(*runs[1:])]
+    return [ExitTime(*pair) for pair in zip(medians[::2], medians[1::2])]
 
 
 def plan(args: argparse.Namespace) -> str:

@@ -5,7 +5,7 @@ from .evaluate import PolicyResult, evaluate_policy
 from .exported import ExportedModel
 from .policy import AGGREGATES, SCORES, ExitPolicy
 from .runtime import AdaptiveModel, Prediction
-from .temperature import expected_calibration_error, fit_temperatures, fit_weights
+from .temperature import confidence_bins, expected_calibration_error, fit_temperatures, fit_weights
 
 __all__ = [
     'AGGREGATES',
@@ -19,6 +19,7 @@ __all__ = [
     'Prediction',
     'budgeted_curve',
     'calibrate',
+    'confidence_bins',
     'evaluate_policy',
     'expected_calibration_error',
     'fit_temperatures',

@@ -4,13 +4,13 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
 
 import torch
 
-from ..cost import ExitCost
+from ..cost import ExitCost, ExitTime
 from .policy import ExitPolicy
 
 __all__ = ['Costs', 'Logits', 'PolicyResult', 'Samples', 'as_logits', 'as_targets', 'costs_of', 'evaluate_policy']
 
 Logits = Union[torch.Tensor, Sequence[torch.Tensor]]
-Costs = Union[Sequence[float], Sequence[ExitCost]]
+Costs = Union[Sequence[float], Sequence[ExitCost], Sequence[ExitTime]]
 
 
 class PolicyResult(NamedTuple):
@@ -68,7 +68,8 @@ def costs_of(costs: Costs, policy: ExitPolicy) -> torch.Tensor:
     """What it costs to leave at each exit under a policy, [K] in float64.
 
     Args:
-        costs: K cumulative numbers, taken as they are; or `ExitCost`, of which exits that are off need no head.
+        costs: K cumulative numbers, taken as they are; or `ExitCost` or `ExitTime`, of which exits that are off need
+            no head.
         policy: The policy.
 
     Raises:
@@ -77,12 +78,16 @@ def costs_of(costs: Costs, policy: ExitPolicy) -> torch.Tensor:
     costs = list(costs)
     if len(costs) != policy.num_exits:
         raise ValueError(f'{len(costs)} costs for {policy.num_exits} exits.')
-    if not isinstance(costs[0], ExitCost):
+    if isinstance(costs[0], ExitCost):
+        parts = [(c.stage_macs, c.head_macs) for c in costs]
+    elif isinstance(costs[0], ExitTime):
+        parts = costs
+    else:
         total = torch.as_tensor(costs, dtype=torch.float64)
         if not (total.isfinite().all() and (total.diff() >= 0).all() and total[0] >= 0):
             raise ValueError(f'costs={costs} must be cumulative: numbers that do not decrease.')
         return total
-    own = [c.stage_macs + (c.head_macs if policy.is_on(k) else 0) for k, c in enumerate(costs)]
+    own = [stage + (head if policy.is_on(k) else 0) for k, (stage, head) in enumerate(parts)]
     return torch.tensor(own, dtype=torch.float64).cumsum(0)
 
 

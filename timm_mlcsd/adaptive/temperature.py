@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .evaluate import Logits, as_logits, as_targets
 
-__all__ = ['expected_calibration_error', 'fit_temperatures', 'fit_weights']
+__all__ = ['confidence_bins', 'expected_calibration_error', 'fit_temperatures', 'fit_weights']
 
 
 def fit_temperatures(logits: Logits, targets: torch.Tensor) -> Tuple[float, ...]:
@@ -72,6 +72,39 @@ def _minimise(loss: Callable[[torch.Tensor], torch.Tensor], size: int, start: fl
 
 
 @torch.no_grad()
+def confidence_bins(
+    logits: Logits, targets: torch.Tensor, temperatures: Optional[Sequence[float]] = None, bins: int = 15
+) -> List[List[Tuple[float, float, float, float, float]]]:
+    """How right the samples of each confidence are, per exit: a reliability diagram.
+
+    Args:
+        logits: Of K exits on N samples, [K, N, C].
+        targets: Labels [N].
+        temperatures: What to divide the logits by.
+        bins: Number of bins, of equal width.
+
+    Returns:
+        Per exit, for each bin that isn't empty: where it begins and ends, accuracy, share of the samples, mean
+        confidence.
+    """
+    logits = as_logits(logits)
+    targets = as_targets(targets, logits)
+    found = []
+    for z, t in zip(logits, temperatures or [1.0] * len(logits)):
+        confidence, prediction = (z / t).softmax(-1).max(-1)
+        index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+        columns = torch.stack([torch.ones_like(confidence), prediction == targets, confidence]).double()
+        sums = columns.new_zeros(3, bins).index_add_(1, index, columns)
+        found.append(
+            [
+                (i / bins, (i + 1) / bins, right / count, count / len(targets), total / count)
+                for i, (count, right, total) in enumerate(sums.T.tolist())
+                if count
+            ]
+        )
+    return found
+
+
 def expected_calibration_error(
     logits: Logits, targets: torch.Tensor, temperatures: Optional[Sequence[float]] = None, bins: int = 15
 ) -> List[float]:
@@ -83,13 +116,5 @@ def expected_calibration_error(
         temperatures: What to divide the logits by.
         bins: Number of bins, of equal width.
     """
-    logits = as_logits(logits)
-    targets = as_targets(targets, logits)
-    errors = []
-    for z, t in zip(logits, temperatures or [1.0] * len(logits)):
-        confidence, prediction = (z / t).softmax(-1).max(-1)
-        index = (confidence * bins).ceil().long().clamp(1, bins) - 1
-        gap = (prediction == targets).double() - confidence.double()
-        total = torch.zeros(bins, dtype=torch.float64, device=z.device).index_add_(0, index, gap)
-        errors.append(100 * total.abs().sum().item() / len(targets))
-    return errors
+    found = confidence_bins(logits, targets, temperatures, bins)
+    return [100 * sum(share * abs(right - sure) for _, _, right, share, sure in exit_) for exit_ in found]

@@ -1,14 +1,15 @@
 """What every exit of a network gets right."""
 
 from contextlib import nullcontext
-from typing import Any, Callable, ContextManager, Iterable, List, NamedTuple, Optional
+from typing import Any, Callable, ContextManager, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
+from ..errors import UserError
 from ..models import MultiExitModel, MultiExitOutput
 
-__all__ = ['ExitMetrics', 'Evaluation', 'evaluate']
+__all__ = ['Evaluation', 'ExitMetrics', 'evaluate', 'exit_logits']
 
 
 class ExitMetrics(NamedTuple):
@@ -40,15 +41,15 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(
+def exit_logits(
     model: MultiExitModel,
     loader: Iterable[Any],
     device: torch.device,
     autocast: Optional[ContextManager] = None,
     channels_last: bool = False,
     forward: Optional[Callable[[torch.Tensor], MultiExitOutput]] = None,
-) -> Evaluation:
-    """Run all exits over a loader, in evaluation mode.
+) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    """Run all exits over a loader, in evaluation mode; yields logits [K, B, C] in float32 and class indices [B].
 
     Args:
         model: The network; its mode is restored.
@@ -61,27 +62,33 @@ def evaluate(
     forward = forward or model.forward_exits
     was_training = model.training
     model.eval()
-    precise = torch.float32 if device.type == 'mps' else torch.float64  # mps has no float64
-    totals = torch.zeros(4, model.num_exits, dtype=precise, device=device)
-    num_samples = 0
     for images, target in loader:
         images, target = images.to(device), target.to(device)
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast or nullcontext():
             logits = torch.stack(forward(images).logits).float()
+        yield logits, target
+    model.train(was_training)
+
+
+@torch.no_grad()
+def evaluate(batches: Iterable[Tuple[torch.Tensor, torch.Tensor]]) -> Evaluation:
+    """What every exit gets right in what `exit_logits` yields.
+
+    Raises:
+        UserError: There are no batches.
+    """
+    totals, num_samples = 0, 0
+    for logits, target in batches:
         ranked = logits.topk(min(5, logits.shape[-1])).indices == target[:, None]
         right = ranked[..., 0]
         losses = [F.cross_entropy(z, target, reduction='sum') for z in logits]
-        totals += torch.stack(
-            [
-                right.sum(dim=1),
-                ranked.any(dim=-1).sum(dim=1),
-                torch.stack(losses),
-                (right & ~right[-1]).sum(dim=1),
-            ]
-        ).to(precise)
+        counts = (right.sum(dim=1), ranked.any(dim=-1).sum(dim=1), torch.stack(losses), (right & ~right[-1]).sum(dim=1))
+        precise = torch.float32 if logits.device.type == 'mps' else torch.float64  # mps has no float64
+        totals = totals + torch.stack(counts).to(precise)
         num_samples += len(target)
-    model.train(was_training)
-    scale = torch.tensor([100.0, 100.0, 1.0, 100.0], dtype=precise, device=device)[:, None] / max(num_samples, 1)
+    if not num_samples:
+        raise UserError('there are no images to evaluate on.')
+    scale = totals.new_tensor([100.0, 100.0, 1.0, 100.0])[:, None] / num_samples
     return Evaluation([ExitMetrics(*column) for column in (totals * scale).T.tolist()], num_samples)

@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from ..adaptive import AGGREGATES, METHODS, SCORES
 from ..arguments import KeyValues, ScriptParser, exits, non_negative_int, positive_int
 from ..losses import CWEM_SUPERVISIONS, DISTILLS
 from ..models import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS
@@ -253,7 +254,41 @@ def validate_parser() -> argparse.ArgumentParser:
     group.add_argument('--model', default='', metavar='NAME', help='or a model: hf-hub:REPO or local-dir:PATH')
     group.add_argument('--use-ema', action='store_true', help='evaluate the averaged weights of the checkpoint')
     _add_device_flags(parser)
+    group = parser.add_argument_group('Adaptive inference')
+    group.add_argument(
+        '--adaptive',
+        action='store_true',
+        help='let images leave early, by a policy fitted to what training held out or by --policy; report on --split',
+    )
+    group.add_argument(
+        '--budget', metavar='B', help='mean cost per image: MMACs, or a percentage of the plain backbone (60%%)'
+    )
+    group.add_argument(
+        '--latency-budget', type=float, metavar='MS', help='mean milliseconds per image, measured here at batch 1'
+    )
+    group.add_argument(
+        '--max-drop', type=float, metavar='P', help='the least cost that loses at most P points of accuracy'
+    )
+    group.add_argument('--score', choices=SCORES, default='confidence', help='how sure an exit is')
+    group.add_argument('--aggregate', choices=AGGREGATES, default='last', help='what an exit answers')
+    group.add_argument('--method', choices=METHODS, default='optimal', help='how thresholds are found')
+    group.add_argument(
+        '--calibration-split',
+        metavar='NAME',
+        help='split to fit the policy to (default: what chose the best epoch of the training)',
+    )
+    group.add_argument('--policy', metavar='FILE', help='use this policy (default: the one beside the weights)')
+    group.add_argument(
+        '--save-policy',
+        nargs='?',
+        const=True,
+        metavar='FILE',
+        help='write the policy that was fitted (default: exit_policy.json beside the weights)',
+    )
     group = parser.add_argument_group('Results')
+    group.add_argument(
+        '--report', default='', metavar='FILE', help='with --adaptive: write a page to look at in a browser, .html'
+    )
     group.add_argument('--results-file', default='', metavar='FILE', help='also write the table as .csv or .json')
     group.add_argument('--plot', default='', metavar='FILE', help='draw accuracy against cost as .png')
     return parser

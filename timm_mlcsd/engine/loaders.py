@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -16,6 +17,8 @@ __all__ = [
     'check_classes',
     'class_names',
     'eval_loader',
+    'held_out',
+    'is_trained_on',
     'load_dataset',
     'mixup_active',
     'train_and_val_datasets',
@@ -164,6 +167,36 @@ def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, 
         val_fraction=args.val_fraction, val_seed=args.val_seed, val_indices=torch.tensor(held), train_size=len(train)
     )
     return TransformSubset(train, kept), TransformSubset(train, held), record
+
+
+def held_out(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Dataset, str]:
+    """The images that training held out of its train split, and what to call them.
+
+    Raises:
+        UserError: The split isn't the one of training.
+    """
+    split = checkpoint['train_split']
+    dataset = load_dataset(args, split)
+    if len(dataset) != checkpoint['train_size']:
+        size = checkpoint['train_size']
+        raise UserError(f'the held-out images: split {split!r} has {len(dataset)} images, not the {size} of training.')
+    return TransformSubset(dataset, checkpoint['val_indices'].tolist()), f'the held-out part of {split}'
+
+
+def is_trained_on(args: argparse.Namespace, checkpoint: Dict[str, Any], split: str) -> bool:
+    """Whether a split of the data that the flags name is, as far as a checkpoint tells, what it was trained on."""
+
+    def source(dataset: str, data_dir: Optional[str], split: str) -> Tuple:
+        name = split.partition('[')[0].lower()  # a part of a split is still of that split
+        name = next((names[0] for names in _SPLIT_FOLDERS if name in names), name)
+        return dataset.lower(), os.path.realpath(data_dir or ''), name
+
+    trained = checkpoint.get('args', {})
+    if 'train_split' not in checkpoint:
+        return False
+    return source(args.dataset, args.data_dir, split) == source(
+        trained.get('dataset') or '', trained.get('data_dir'), checkpoint['train_split']
+    )
 
 
 def mixup_active(args: argparse.Namespace) -> bool:

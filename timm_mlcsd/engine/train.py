@@ -38,7 +38,7 @@ from .build import (
 )
 from .checkpoint import BEST, CheckpointSaver
 from .config import parse_args
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, evaluate, exit_logits
 from .flags import train_parser
 from .loaders import class_names, eval_loader, train_and_val_datasets, train_loader
 
@@ -136,7 +136,7 @@ def train(args: argparse.Namespace) -> Path:
         train_metrics = _train_epoch(
             epoch, task, batches, optimizer, scheduler, scaler, autocast, args, epoch * updates_per_epoch
         )
-        result = evaluate(eval_model, val_batches, device, autocast, args.channels_last, eval_forward)
+        result = evaluate(exit_logits(eval_model, val_batches, device, autocast, args.channels_last, eval_forward))
         lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
         if scheduler is not None:
             scheduler.step(epoch + 1)

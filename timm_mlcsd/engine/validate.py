@@ -7,21 +7,33 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
+from ..adaptive import ExitPolicy, evaluate_policy
 from ..cost import ExitCost, exit_costs
-from ..data import TransformSubset
 from ..errors import UserError, blame, run_script
 from ..models import MultiExitModel
 from ..network import load_checkpoint, model_of
-from ..report import format_table, plot_accuracy_against_cost
+from ..report import format_table, plot_accuracy_against_cost, write_page
+from .adaptive import (
+    Logits,
+    check_flags,
+    fit_policy,
+    load_calibration,
+    load_policy,
+    policy_beside,
+    policy_path,
+    run_adaptive,
+    tables,
+)
 from .build import autocast_of, build_model, compiled, data_config_of, resolve_device
 from .config import parse_args
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, evaluate, exit_logits
 from .flags import validate_parser
-from .loaders import check_classes, class_names, eval_loader, load_dataset
+from .loaders import check_classes, class_names, eval_loader, held_out, load_dataset
+from .page import Album, page_data
 
 __all__ = ['data_flags_from', 'load_model', 'load_split', 'main', 'validate']
 
@@ -43,14 +55,16 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
     Raises:
         UserError: The flags, the data or the checkpoint don't fit.
     """
+    check_flags(args)
     _check_outputs(args)
     device = resolve_device(args)
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     model = load_model(args, checkpoint)
     data_flags_from(args, checkpoint)
     data_config = data_config_of(args, model, checkpoint.get('data_config'))
-    if args.plot and not model.resumable:
-        raise UserError(f'--plot: the exits have no cost of their own: {model.why_not_resumable}.')
+    if (args.plot or args.adaptive) and not model.resumable:
+        flag = '--adaptive' if args.adaptive else '--plot'
+        raise UserError(f'{flag}: the exits have no cost of their own: {model.why_not_resumable}.')
     costs = exit_costs(model, data_config['input_size']) if model.resumable else [None] * model.num_exits
 
     dataset, split = load_split(args, checkpoint)
@@ -61,21 +75,76 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    with blame('the data flags cannot be used'):
-        loader = eval_loader(args, dataset, data_config, device)
     forward = compiled(model.forward_exits, args)
-    result = evaluate(model, loader, device, autocast_of(args, device), args.channels_last, forward)
 
-    rows = _rows(model, result, costs)
+    def loader_of(dataset: Any) -> Any:
+        with blame('the data flags cannot be used'):
+            return eval_loader(args, dataset, data_config, device)
+
+    def batches_of(loader: Any) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        return exit_logits(model, loader, device, autocast_of(args, device), args.channels_last, forward)
+
     source = args.checkpoint or args.model
-    print(f'{source}: {result.num_samples} images of {split}, input {"x".join(map(str, data_config["input_size"]))}')
-    print(_table(rows, result))
+    size = 'x'.join(map(str, data_config['input_size']))
+    if not args.adaptive:
+        result = evaluate(batches_of(loader_of(dataset)))
+        rows, record = _rows(model, result, costs), {}
+        print(f'{source}: {result.num_samples} images of {split}, input {size}\n{_table(rows, result)}')
+    else:
+        policy, val, fitted_to = _policy(args, model, checkpoint, names, costs, loader_of, batches_of)
+        loader = loader_of(dataset)
+        test = Logits.of(batches_of(loader))
+        result = evaluate(zip(test.logits.split(1024, dim=1), test.targets.split(1024)))
+        rows = _rows(model, result, costs)
+        print(f'{source}: {result.num_samples} images of {split}, input {size}\n{_table(rows, result)}')
+        adaptive = evaluate_policy(*test, costs, policy)
+        album = Album(adaptive, test, policy, data_config) if args.report else None
+        run = run_adaptive(args, model, policy, loader, device, album and album.look)
+        text, record = tables(policy, adaptive, run, test, costs, args.batch_size)
+        print(f'\nAdaptive, {fitted_to}: {policy.score}, aggregate {policy.aggregate}\n{text}')
+        record['fitted_to'] = fitted_to
+        if args.save_policy:
+            policy.save(policy_path(args))
+            print(f'policy: {policy_path(args)}')
+        if args.report:
+            names = names or checkpoint.get('class_names')
+            title = f'{source} on {split}'
+            write_page(args.report, page_data(title, fitted_to, policy, val, test, costs, run, album, names))
+            print(f'page: {args.report}')
     if args.results_file:
-        _write_results(Path(args.results_file), rows, result, source, split)
+        _write_results(Path(args.results_file), rows, result, source, split, record)
     if args.plot:
         points = [(row['macs'] / 1e6, row['top1']) for row in rows]
         plot_accuracy_against_cost(args.plot, {source: points}, title=f'{source} on {split}')
     return rows
+
+
+def _policy(
+    args: argparse.Namespace,
+    model: MultiExitModel,
+    checkpoint: Dict[str, Any],
+    names: Optional[List[str]],
+    costs: Sequence[ExitCost],
+    loader_of: Callable[[Any], Any],
+    batches_of: Callable[[Any], Iterator[Tuple[torch.Tensor, torch.Tensor]]],
+) -> Tuple[ExitPolicy, Optional[Logits], str]:
+    """The policy, what it was or could be fitted to, and how to call where it comes from."""
+    goals = {flag: getattr(args, flag) for flag in ('budget', 'latency_budget', 'max_drop')}
+    goal = ', '.join(f'{flag.replace("_", " ")} {value}' for flag, value in goals.items() if value is not None)
+    if not goal:
+        path = Path(args.policy) if args.policy else policy_beside(args)
+        policy = load_policy(path, model)
+        if not args.report:
+            return policy, None, f'policy {path}'
+    dataset, split = load_calibration(args, checkpoint)
+    check_classes(class_names(dataset), checkpoint.get('class_names') or names, split)
+    loader = loader_of(dataset)
+    val = Logits.of(batches_of(loader))
+    if not goal:
+        return policy, val, f'policy {path}'
+    example = next(iter(loader))[0][:1].to(next(model.parameters()).device)
+    policy = fit_policy(args, model, val, costs, example)
+    return policy, val, f'fitted to {len(val.targets)} images of {split}, {goal}'
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -86,7 +155,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
         raise UserError(f'--plot {args.plot!r} must end in .png.')
     if args.plot and importlib.util.find_spec('matplotlib') is None:
         raise UserError('--plot needs matplotlib: pip install "timm_mlcsd[plot]".')
-    for path in filter(None, (args.results_file, args.plot)):
+    if args.report and Path(args.report).suffix not in ('.html', '.htm'):
+        raise UserError(f'--report {args.report!r} must end in .html.')
+    policy = str(policy_path(args)) if args.save_policy else None
+    for path in filter(None, (args.results_file, args.plot, args.report, policy)):
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             is_new = not Path(path).exists()
@@ -130,13 +202,7 @@ def load_split(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[An
         return load_dataset(args, args.split, needs_folder=trained_on), args.split
     if 'val_indices' not in checkpoint:
         raise UserError('--held-out needs a checkpoint whose training held images out of its train split.')
-    split = checkpoint['train_split']
-    dataset = load_dataset(args, split)
-    indices = checkpoint['val_indices'].tolist()
-    if len(dataset) != checkpoint['train_size']:
-        size = checkpoint['train_size']
-        raise UserError(f'--held-out: split {split!r} has {len(dataset)} images, not the {size} of training.')
-    return TransformSubset(dataset, indices), f'the held-out part of {split}'
+    return held_out(args, checkpoint)
 
 
 def _rows(model: MultiExitModel, result: Evaluation, costs: Sequence[Optional[ExitCost]]) -> List[Dict[str, Any]]:
@@ -170,8 +236,12 @@ def _write_results(
     result: Evaluation,
     source: str,
     split: str,
+    record: Dict[str, Any],
 ) -> None:
     about = dict(source=source, split=split, num_samples=result.num_samples, mean_top1=result.mean_top1)
+    if record:
+        about['adaptive'] = record
+        rows = [dict(row, **{k: v for k, v in here.items() if k != 'top1'}) for row, here in zip(rows, record['exits'])]
     with open(path, 'w', newline='') as f:
         if path.suffix == '.json':
             json.dump(dict(about, exits=rows), f, indent=2)

@@ -1,0 +1,168 @@
+"""validate.py --adaptive: a policy from the images that training held out, and what it does to others."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from scripts import run
+
+from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy
+from timm_mlcsd.engine import predict, validate
+from timm_mlcsd.network import load_checkpoint
+
+BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
+
+
+@pytest.fixture
+def mine(trained, tmp_path):
+    """A run folder of this test's own."""
+    shutil.copytree(trained, tmp_path / 'run')
+    return tmp_path / 'run'
+
+
+@pytest.fixture
+def flags(mine):
+    """Adaptive validation of the small run."""
+    return ['--checkpoint', mine, '--split', 'test', '--workers', 0, '--device', 'cpu', '--adaptive']
+
+
+def failure(argv, capsys, main=validate.main):
+    assert run(main, argv) == 2
+    error = capsys.readouterr().err
+    assert 'Traceback' not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    'goal', [('--budget', '97%'), ('--budget', '2.35'), ('--max-drop', 0), ('--latency-budget', 50)]
+)
+def test_a_policy_for_every_goal(goal, flags, mine, tmp_path, capsys):
+    out = tmp_path / 'results.json'
+    assert run(validate.main, [*flags, *goal, '--save-policy', '--results-file', out]) == 0
+    printed = capsys.readouterr().out
+    assert 'Adaptive, fitted to 5 images of the held-out part of train' in printed
+    record = json.loads(out.read_text())['adaptive']
+    assert sum(row['share'] for row in record['exits']) == pytest.approx(100)
+    assert record['adaptive']['MMACs'] <= record['backbone']['MMACs'] or goal[0] == '--latency-budget'
+    policy = ExitPolicy.load(mine)
+    assert ExitPolicy.from_dict(record['policy']) == policy and len(policy.exit_names) == 4
+    assert AdaptiveModel.from_pretrained(mine).policy == policy
+
+
+@pytest.mark.parametrize(
+    'extra',
+    [
+        ('--score', 'patience'),
+        ('--aggregate', 'mean'),
+        ('--aggregate', 'fitted'),
+        ('--score', 'margin', '--method', 'exit_rates'),
+        ('--amp', '--amp-dtype', 'bfloat16'),
+    ],
+)
+def test_scores_and_answers(extra, flags, tmp_path):
+    out = tmp_path / 'results.csv'
+    assert run(validate.main, [*flags, '--budget', '97%', *extra, '--results-file', out]) == 0
+    header, *rows = out.read_text().splitlines()
+    assert 'threshold' in header.split(',') and len(rows) == 4
+
+
+def test_the_policy_beside_the_weights(flags, mine, folder, tmp_path, capsys):
+    assert 'there is no policy beside the weights; give --budget' in failure(flags, capsys)
+    ExitPolicy([0.0, math.inf, math.inf]).save(mine)
+    assert run(validate.main, flags) == 0
+    assert re.search(r'Ex1 +0\.0000 +100\.00', capsys.readouterr().out)
+    photo = folder / 'test' / 'red' / '0.png'
+    for argv, exit_ in (([], 'Ex1'), (['--no-policy'], 'Ex4'), (['--threshold', 1], 'Ex4')):
+        assert run(predict.main, [mine, photo, *argv]) == 0
+        assert exit_ in capsys.readouterr().out
+    ExitPolicy([math.inf] * 3).save(tmp_path / 'other.json')
+    assert run(validate.main, [*flags, '--policy', tmp_path / 'other.json']) == 0
+    assert re.search(r'Ex1 +off +0\.00', capsys.readouterr().out)
+    ExitPolicy([0.5]).save(mine)
+    assert 'the policy has 1 thresholds, for 2 exits; the network has 4' in failure(flags, capsys)
+    assert 'the network has 4' in failure([mine, photo], capsys, predict.main)
+
+
+def test_it_never_calibrates_on_images_that_were_trained_on(flags, capsys, folder, small_flags, tmp_path):
+    flags = [*flags, '--budget', '97%']
+    error = failure([*flags, '--calibration-split', 'train'], capsys)
+    assert "the checkpoint was trained on split 'train'" in error and 'leave --calibration-split out' in error
+    # another word for the same folder, and a path of another spelling
+    assert 'was trained on' in failure([*flags, '--calibration-split', 'training'], capsys)
+    again = str(folder / '..' / folder.name)
+    assert 'was trained on' in failure([*flags, '--data-dir', again, '--calibration-split', 'train'], capsys)
+    assert 'fitted to these images' in failure([*flags, '--held-out'], capsys)
+    assert 'fitted to split' in failure([*flags, '--calibration-split', 'test'], capsys)
+
+
+def test_a_split_of_its_own_calibrates(flags, folder, tmp_path, capsys):
+    shutil.copytree(folder / 'test', tmp_path / 'other' / 'val')
+    shutil.copytree(folder / 'test', tmp_path / 'other' / 'test')
+    argv = [*flags, '--data-dir', tmp_path / 'other', '--calibration-split', 'val', '--max-drop', 0]
+    assert run(validate.main, argv) == 0
+    assert 'fitted to 12 images of val' in capsys.readouterr().out
+
+
+def test_mistakes(flags, mine, tmp_path, capsys):
+    plain = [flag for flag in flags if flag != '--adaptive']
+    assert '--budget: only with --adaptive' in failure([*plain, '--budget', '97%'], capsys)
+    assert '--budget, --max-drop: give one' in failure([*flags, '--budget', '97%', '--max-drop', 0], capsys)
+    assert "--budget 'half' must be a positive number" in failure([*flags, '--budget', 'half'], capsys)
+    assert re.search('budget=.* is out of reach: the mean cost can be', failure([*flags, '--budget', '0.1%'], capsys))
+    assert 'max_drop=-90.0 is out of reach' in failure([*flags, '--max-drop', -90], capsys)
+    assert '--save-policy: no policy is fitted' in failure([*flags, '--save-policy'], capsys)
+    assert 'must end in .html' in failure([*flags, '--max-drop', 0, '--report', tmp_path / 'page.pdf'], capsys)
+    (tmp_path / 'bad.json').write_text('{}')
+    assert 'is no exit policy' in failure([*flags, '--policy', tmp_path / 'bad.json'], capsys)
+    assert not (mine / 'exit_policy.json').exists()
+
+
+@pytest.fixture
+def page(flags, tmp_path):
+    path = tmp_path / 'page.html'
+    assert run(validate.main, [*flags, '--budget', '97%', '--report', path]) == 0
+    return path
+
+
+def test_page_needs_nothing_else(page, trained):
+    text = page.read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', text) and 'http' not in text.replace(
+        'http://www.w3.org/2000/svg', ''
+    )
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL).group(1))
+    assert len(data['exits']) == len(data['reliability']) == 4 and len(data['pictures']) >= 1
+    assert all(p['src'].startswith('data:image/png;base64,') for p in data['pictures'])
+    costs = [policy['cost'] for policy in data['policies']]
+    assert costs == sorted(costs) and 0 <= data['chosen'] < len(costs)
+    names = load_checkpoint(trained)['class_names']
+    assert all(p['truth'] in names and len(p['says']) == 4 for p in data['pictures'])
+
+
+@pytest.mark.skipif(BROWSER is None, reason='no Chromium on this machine')
+def test_page_in_a_browser(page):
+    text = page.read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL).group(1))
+    last = len(data['policies']) - 1
+    for where, policy in (('', data['policies'][data['chosen']]), (f'#{last}', data['policies'][last])):
+        command = [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom', f'file://{page}{where}']
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        assert f'{policy["cost"]:.1f} MMACs per image' in dom
+        assert dom.count('<img') == len(data['pictures']) == dom.count('class="answer"')
+        assert dom.count('<svg') == 2 + 4  # curve, exits, and a reliability diagram per exit
+
+
+def test_names_of_classes_cannot_break_out_of_the_page(tmp_path):
+    from timm_mlcsd.report import write_page
+
+    write_page(tmp_path / 'page.html', dict(title='</script><script>alert(1)</script>'))
+    assert 'alert(1)</script>' not in (tmp_path / 'page.html').read_text()
+
+
+def test_torch_and_logits_agree(flags, capsys):
+    assert run(validate.main, [*flags, '--budget', '97%']) == 0
+    assert 'on all but 0 of 12 images' in capsys.readouterr().out
+    assert torch.is_grad_enabled()

@@ -1,0 +1,147 @@
+"""What the page of validate.py --report shows."""
+
+import base64
+import io
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from PIL import Image
+
+from ..adaptive import (
+    ExitPolicy,
+    PolicyResult,
+    budgeted_curve,
+    calibrate,
+    confidence_bins,
+    evaluate_policy,
+    expected_calibration_error,
+)
+from ..cost import ExitCost
+from .adaptive import Logits, Run, backbone_macs
+
+__all__ = ['Album', 'page_data']
+
+PICTURES = 12
+SIDE = 96
+BUDGETS = 16
+
+
+class Album:
+    """Pictures of the images that leave first and of those that go all the way.
+
+    Args:
+        result: Where the images leave.
+        test: What the exits say of them.
+        policy: The policy.
+        data_config: Preprocessing, to turn what the network sees back into colours.
+    """
+
+    def __init__(self, result: PolicyResult, test: Logits, policy: ExitPolicy, data_config: Dict[str, Any]):
+        self.probs = torch.stack([z.softmax(-1) for z in _scaled(test.logits, policy)])
+        sure = self.probs.amax(-1).gather(0, result.exit_index[None])[0]
+        last = len(self.probs) - 1
+        early = (result.exit_index + (1 - sure)).argsort()
+        late = ((last - result.exit_index) + sure).argsort()
+        self.groups = dict(
+            first=[i for i in early[:PICTURES].tolist() if result.exit_index[i] < last],
+            last=[i for i in late[:PICTURES].tolist() if result.exit_index[i] == last],
+        )
+        self.images: Dict[int, str] = {i: '' for group in self.groups.values() for i in group}
+        self.mean, self.std = (torch.tensor(data_config[key])[:, None, None] for key in ('mean', 'std'))
+
+    def look(self, before: int, images: torch.Tensor) -> None:
+        """Take the pictures that are wanted out of a batch, before which there were so many images."""
+        for i in self.images:
+            if before <= i < before + len(images):
+                pixels = images[i - before].float().cpu() * self.std + self.mean
+                pixels = pixels[: 3 if len(pixels) >= 3 else 1].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0)
+                picture = Image.fromarray(pixels.squeeze(-1).numpy())
+                picture.thumbnail((SIDE, SIDE))
+                file = io.BytesIO()
+                picture.save(file, 'PNG')
+                self.images[i] = 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
+
+
+def _scaled(logits: torch.Tensor, policy: ExitPolicy) -> torch.Tensor:
+    return logits / torch.tensor(policy.temperatures or [1.0] * len(logits))[:, None, None]
+
+
+def _policies(policy: ExitPolicy, val: Logits, costs: Sequence[ExitCost]) -> List[ExitPolicy]:
+    """This one, and the best for other budgets."""
+    own = dict(
+        score=policy.score,
+        aggregate=policy.aggregate,
+        temperatures=policy.temperatures,
+        weights=policy.weights,
+        exit_names=policy.exit_names,
+    )
+    low, high = costs[0].stage_macs + costs[0].head_macs, backbone_macs(costs)
+    budgets = [low + (high - low) * i / (BUDGETS - 1) for i in range(BUDGETS)] if len(costs) > 1 else []
+    return [policy, *(calibrate(*val, costs, budget=budget, **own) for budget in budgets)]
+
+
+def page_data(
+    title: str,
+    about: str,
+    policy: ExitPolicy,
+    val: Logits,
+    test: Logits,
+    costs: Sequence[ExitCost],
+    run: Run,
+    album: Album,
+    class_names: Optional[Sequence[str]],
+) -> Dict[str, Any]:
+    """The data of `timm_mlcsd.report.write_page`.
+
+    Args:
+        title: Above the page.
+        about: Where the policy comes from.
+        policy: The policy.
+        val: Images to fit the policies of other budgets to.
+        test: Images to report on.
+        costs: Of the exits.
+        run: What was measured.
+        album: Pictures.
+        class_names: One per class.
+    """
+
+    def label(index: int) -> str:
+        return class_names[index] if class_names else str(index)
+
+    results = [(p, evaluate_policy(*test, costs, p)) for p in _policies(policy, val, costs)]
+    results.sort(key=lambda pair: pair[1].cost)
+    exits = [f'Ex{k}' for k in range(1, len(costs) + 1)]
+    right = test.logits.argmax(-1) == test.targets
+    sweep = budgeted_curve(val, test, costs, score=policy.score) if len(costs) > 1 else []
+    before, after = (expected_calibration_error(*test, t) for t in (None, policy.temperatures))
+    pictures = []
+    for group, members in album.groups.items():
+        for i in members:
+            best = album.probs[:, i].max(-1)
+            pictures.append(
+                dict(
+                    group=group,
+                    src=album.images[i],
+                    truth=label(test.targets[i]),
+                    says=[[label(k), p] for k, p in zip(best.indices.tolist(), best.values.tolist())],
+                    leaves=[result.exit_index[i].item() for _, result in results],
+                )
+            )
+    names = ('images/s', 'ms at batch 1, median', 'ms at batch 1, 90th percentile', 'ms at batch 1, 99th percentile')
+    return dict(
+        title=title,
+        about=f'Policy {about}; score {policy.score}, aggregate {policy.aggregate}; {len(test.targets)} images.',
+        exits=exits,
+        backbone=dict(cost=backbone_macs(costs) / 1e6, top1=run.backbone_top1),
+        anytime=[[c.macs / 1e6, 100 * r.double().mean().item()] for c, r in zip(costs, right)],
+        sweep=[[point.test.cost / 1e6, point.test.accuracy] for point in sweep],
+        policies=[dict(cost=r.cost / 1e6, top1=r.accuracy, fractions=r.exit_fractions) for _, r in results],
+        chosen=next(i for i, (p, _) in enumerate(results) if p is policy),
+        speed=[['top-1 %', run.top1, run.backbone_top1]]
+        + [[name, *pair] for name, pair in zip(names, [run.images_per_second, *run.latencies])],
+        reliability=[
+            dict(before=b, ece=a, bins=bins)
+            for b, a, bins in zip(before, after, confidence_bins(*test, policy.temperatures))
+        ],
+        pictures=pictures,
+    )
