@@ -6,7 +6,7 @@ prices that a bisection asks for, then spends what is left of the budget by move
 """
 
 import math
-from typing import List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 
@@ -27,12 +27,19 @@ class Goal:
         self.budget = None if budget is None else budget * (1 + 1e-9)
         self.floor = None if floor is None else floor - 1e-9
 
-    def is_met(self, accuracy: float, cost: float) -> bool:
+    def is_met(self, accuracy: Any, cost: Any) -> Any:
+        """Of one pair of numbers, or of tensors of them."""
         return cost <= self.budget if self.floor is None else accuracy >= self.floor
 
-    def key(self, accuracy: float, cost: float) -> Tuple[float, float]:
+    def key(self, accuracy: Any, cost: Any) -> Tuple[Any, Any]:
         """Higher is better, among those that meet it."""
         return (accuracy, -cost) if self.floor is None else (-cost, accuracy)
+
+    def best(self, accuracies: torch.Tensor, costs: torch.Tensor) -> int:
+        """Which of many has the highest key among those that meet it."""
+        lead, tie = self.key(accuracies, costs)
+        lead = lead.masked_fill(~self.is_met(accuracies, costs), -math.inf)
+        return tie.masked_fill(lead < lead.max(), -math.inf).argmax().item()
 
 
 def best_thresholds(samples: Samples, costs: Costs, goal: Goal, start: ExitPolicy) -> ExitPolicy:
@@ -93,13 +100,9 @@ def _search(
         return None
     thresholds = climb.spend(max(met)[1], goal)
     # nobody leaves there, but it stays on until the outer search turns it off
-    found = policy([t if t < math.inf else _above(scores[k]) for k, t in zip(exits, thresholds)])
+    found = policy([t if t < math.inf else scores[k].max().item() + 1 for k, t in zip(exits, thresholds)])
     result = samples.evaluate(found, costs)
     return (found, result) if goal.is_met(result.accuracy, result.cost) else None
-
-
-def _above(scores: torch.Tensor) -> float:
-    return scores.max().item() + 1.0
 
 
 class _Climb:
@@ -171,15 +174,7 @@ class _Climb:
                 values, correct, cost = self._steps(k, thresholds)
                 now = self.result([*thresholds[:k], math.inf, *thresholds[k + 1 :]])
                 accuracies, costs = now[0] + 100 * correct / count, now[1] + cost / count
-                if goal.floor is None:
-                    accuracies[costs > goal.budget] = -math.inf
-                    best = accuracies == accuracies.max()
-                    costs[~best] = math.inf
-                    choice = costs.argmin()
-                else:
-                    costs[accuracies < goal.floor] = math.inf
-                    choice = costs.argmin()
-                thresholds[k] = values[choice].item()
+                thresholds[k] = values[goal.best(accuracies, costs)].item()
             if thresholds == before:
                 break
         return thresholds

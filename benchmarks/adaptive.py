@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+"""How much of the time that early exits could save they do save.
+
+possible = sum over stages and heads of (its measured time at the full batch x share of the samples still there);
+the table has possible / realised, the speed-up over the plain backbone and the share of its multiply-adds. Everything
+in one row is timed in turn in one run. Thresholds are set so that the mean cost is a given share of the plain
+backbone's; images and weights are random unless a checkpoint is given: time does not depend on what the exits say, only
+on how many images are left.
+
+    python benchmarks/adaptive.py --model mlcsd_resnet50 --input-size 3 224 224
+    python benchmarks/adaptive.py --model mlcsd_resnet18 --small-input --input-size 3 32 32 --num-classes 100
+    python benchmarks/adaptive.py --model mlcsd_resnet18 --small-input --input-size 3 32 32 --num-classes 100 --onnx
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, List, Sequence, Tuple
+
+import timm
+import torch
+
+import timm_mlcsd
+from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy, evaluate_policy, thresholds_for_exit_rates
+from timm_mlcsd.adaptive.export import export_stages
+from timm_mlcsd.cost import exit_costs
+from timm_mlcsd.report import format_table
+
+# batches per timed call, so that small ones are not lost in the clock and shares are shares
+BATCHES = {1: 32, 16: 4, 64: 1, 256: 1}
+
+
+def policy_at(share: float, logits: torch.Tensor, costs: Sequence[Any], plain: float) -> ExitPolicy:
+    """Thresholds for a geometric distribution over the exits whose mean cost is `share` of the plain backbone's."""
+    targets = torch.zeros(logits.shape[1], dtype=torch.long)
+    low, high = 1e-3, 1e3
+    for _ in range(40):
+        ratio = (low * high) ** 0.5
+        rates = [ratio**k for k in range(len(logits))]
+        policy = thresholds_for_exit_rates(logits, [rate / sum(rates) for rate in rates])
+        if evaluate_policy(logits, targets, costs, policy).cost < share * plain:
+            low = ratio
+        else:
+            high = ratio
+    return policy
+
+
+def seconds(run: Callable[[], Any]) -> Tuple[float, Any]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+class Torch:
+    """The network under PyTorch: parts are stages and heads in turn."""
+
+    def __init__(self, args: argparse.Namespace, model: torch.nn.Module):
+        self.model = model
+        self.autocast = partial(torch.autocast, args.device, torch.bfloat16, enabled=args.amp)
+
+    def adaptive(self, policy: ExitPolicy) -> Callable[[torch.Tensor], Any]:
+        adaptive = AdaptiveModel(self.model, policy, range(self.model.num_exits))
+
+        def predict(images: torch.Tensor) -> Sequence[int]:
+            with self.autocast():
+                return adaptive.predict(images).exit_index.tolist()
+
+        return predict
+
+    def plain(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), self.autocast():
+            return self.model(images)
+
+    def loop(self, images: torch.Tensor, clock: Callable[[Callable], Tuple[float, Any]] = seconds) -> List[List[float]]:
+        """Seconds of every stage and of every head."""
+        state, times = images, []
+        for k in range(self.model.num_exits):
+            with torch.no_grad(), self.autocast():
+                stage, state = clock(partial(self.model.run_stage, k, state))
+                head, _ = clock(partial(self.model.run_head, k, state))
+            times.append([stage, head])
+        return times
+
+
+class Onnx:
+    """The exported stages under ONNX Runtime: a part is a stage with its head."""
+
+    def __init__(self, args: argparse.Namespace, model: torch.nn.Module, input_size: Sequence[int]):
+        self.folder = tempfile.TemporaryDirectory()
+        path = Path(self.folder.name) / 'out'
+        export_stages(
+            model, ExitPolicy([2.0] * (model.num_exits - 1)), path, data_config=dict(input_size=tuple(input_size))
+        )
+        torch.onnx.export(
+            model,
+            (torch.zeros(2, *input_size),),
+            path / 'plain.onnx',
+            dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=2**20)},),
+            dynamo=True,
+            verbose=False,
+        )
+        sys.path.insert(0, str(path))
+        import onnxruntime
+        import runner
+
+        self.runner, self.path = runner, path
+        self.session = onnxruntime.InferenceSession(str(path / 'plain.onnx'), providers=['CPUExecutionProvider'])
+        self.stages = runner.AdaptiveModel(path)
+
+    def adaptive(self, policy: ExitPolicy) -> Callable[[torch.Tensor], Any]:
+        adaptive = self.runner.AdaptiveModel(self.path, policy.to_dict())
+        return lambda images: adaptive.predict(images.numpy()).exit_index.tolist()
+
+    def plain(self, images: torch.Tensor) -> Any:
+        return self.session.run(None, {self.session.get_inputs()[0].name: images.numpy()})
+
+    def loop(self, images: torch.Tensor) -> List[List[float]]:
+        state, times = [images.numpy()], []
+        for k in range(len(self.stages.stages)):
+            took, (state, _) = seconds(partial(self.stages._run, k, state))
+            times.append([took])
+        return times
+
+
+def one_round(engine: Any, never: Callable, runs: Sequence[Callable], batches: Sequence[torch.Tensor]) -> Tuple:
+    """Every way over the same batches, in turn: seconds of the parts, of the plain network, of each policy with the
+    exits taken, and the runtime over a plain loop where no exit is taken."""
+    parts = [engine.loop(batch) for batch in batches]
+    mean = [[statistics.mean(p) for p in zip(*exit_)] for exit_ in zip(*parts)]
+    plain = statistics.mean(seconds(partial(engine.plain, batch))[0] for batch in batches)
+    taken = [[seconds(partial(run, batch)) for batch in batches] for run in runs]
+    loops, whole = 0.0, 0.0
+    for batch in batches:
+        loops += seconds(partial(engine.loop, batch))[0]
+        whole += seconds(partial(never, batch))[0]
+    return mean, plain, taken, whole / loops
+
+
+def measure(args: argparse.Namespace) -> str:
+    torch.manual_seed(0)
+    model = timm.create_model(args.model, num_classes=args.num_classes, exits=args.exits, small_input=args.small_input)
+    model = model.eval().to(args.device)
+    pool = torch.randn(256, *args.input_size)
+    if args.channels_last:
+        model, pool = model.to(memory_format=torch.channels_last), pool.to(memory_format=torch.channels_last)
+    pool = pool.to(args.device)
+    costs = exit_costs(model, args.input_size)
+    plain_macs = sum(c.stage_macs for c in costs) + costs[-1].head_macs
+    with torch.no_grad():
+        logits = torch.cat([torch.stack(model.forward_exits(part).logits) for part in pool.split(32)], dim=1).cpu()
+    engine = Onnx(args, model, args.input_size) if args.onnx else Torch(args, model)
+    policies = [policy_at(share, logits, costs, plain_macs) for share in args.shares]
+    never = engine.adaptive(ExitPolicy([2.0] * (model.num_exits - 1)))
+    rows, overheads = [], []
+    for batch_size in args.batch_sizes:
+        batches = pool.split(batch_size)[: BATCHES.get(batch_size, 1)]
+        runs = [engine.adaptive(policy) for policy in policies]
+
+        one_round(engine, never, runs, batches)
+        rounds = [one_round(engine, never, runs, batches) for _ in range(args.repeats)]
+        overheads.append((batch_size, statistics.median(r[3] for r in rounds)))
+        for i, share in enumerate(args.shares):
+            ratios, speedups, macs = [], [], []
+            for mean, plain, taken, _ in rounds:
+                exits = [e for _, found in taken[i] for e in found]
+                there = [sum(e >= k for e in exits) / len(exits) for k in range(len(mean))]
+                possible = sum(sum(parts) * left for parts, left in zip(mean, there))
+                realised = statistics.mean(took for took, _ in taken[i])
+                ratios.append(possible / realised)
+                speedups.append(plain / realised)
+                spent = [costs[k].macs for k in exits]
+                macs.append(statistics.mean(spent) / plain_macs)
+            medians = [statistics.median(column) for column in (macs, speedups, ratios)]
+            rows.append((batch_size, share, *medians, max(ratios) - min(ratios)))
+    table = format_table(
+        ('Batch', 'MACs wanted', 'MACs spent', 'Speed-up over plain', 'Possible / realised', 'Spread of that'), rows
+    )
+    loops = format_table(('Batch', 'No exit taken: runtime / loop of stages and heads'), overheads)
+    where = torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    settings = (
+        f'{"ONNX Runtime" if args.onnx else "PyTorch"}{", bf16" * args.amp}{", channels last" * args.channels_last}'
+    )
+    return (
+        f'{args.model} at {"x".join(map(str, args.input_size))}, {model.num_exits} exits, {settings}, {where}, '
+        f'Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, timm_mlcsd '
+        f'{timm_mlcsd.__version__}; medians of {args.repeats}\n{table}\n\n{loops}'
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='mlcsd_resnet50')
+    parser.add_argument('--exits', type=int, default=4)
+    parser.add_argument('--input-size', type=int, nargs=3, default=(3, 224, 224))
+    parser.add_argument('--num-classes', type=int, default=1000)
+    parser.add_argument('--small-input', action='store_true')
+    parser.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 16, 64, 256])
+    parser.add_argument('--shares', type=float, nargs='+', default=[0.35, 0.5, 0.7], help='of the plain MACs')
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--amp', action='store_true', help='bfloat16')
+    parser.add_argument('--channels-last', action='store_true')
+    parser.add_argument('--onnx', action='store_true', help='the exported stages under ONNX Runtime')
+    print(measure(parser.parse_args()))
+
+
+if __name__ == '__main__':
+    main()
