@@ -4,7 +4,7 @@
 possible = sum over stages and heads of (its measured time at the full batch x share of the samples still there);
 the table has possible / realised, the speed-up over the plain backbone and the share of its multiply-adds. Everything
 in one row is timed in turn in one run. Thresholds are set so that the mean cost is a given share of the plain
-backbone's; images and weights are random unless a checkpoint is given: time does not depend on what the exits say, only
+backbone's; images and weights are random: time does not depend on what the exits say, only
 on how many images are left.
 
     python benchmarks/adaptive.py --model mlcsd_resnet50 --input-size 3 224 224
@@ -27,6 +27,7 @@ import torch
 
 import timm_mlcsd
 from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy, evaluate_policy, thresholds_for_exit_rates
+from timm_mlcsd.adaptive.evaluate import costs_of
 from timm_mlcsd.adaptive.export import export_stages
 from timm_mlcsd.cost import exit_costs
 from timm_mlcsd.report import format_table
@@ -173,12 +174,13 @@ def measure(args: argparse.Namespace) -> str:
             for mean, plain, taken, _ in rounds:
                 exits = [e for _, found in taken[i] for e in found]
                 there = [sum(e >= k for e in exits) / len(exits) for k in range(len(mean))]
-                possible = sum(sum(parts) * left for parts, left in zip(mean, there))
+                on = [policies[i].is_on(k) or args.onnx for k in range(len(mean))]  # a head that is off costs nothing
+                possible = sum(sum(parts[: 1 + is_on]) * left for parts, is_on, left in zip(mean, on, there))
                 realised = statistics.mean(took for took, _ in taken[i])
                 ratios.append(possible / realised)
                 speedups.append(plain / realised)
-                spent = [costs[k].macs for k in exits]
-                macs.append(statistics.mean(spent) / plain_macs)
+                spent = costs_of(costs, policies[i])
+                macs.append(statistics.mean(spent[k].item() for k in exits) / plain_macs)
             medians = [statistics.median(column) for column in (macs, speedups, ratios)]
             rows.append((batch_size, share, *medians, max(ratios) - min(ratios)))
     table = format_table(
@@ -199,7 +201,7 @@ def measure(args: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='mlcsd_resnet50')
-    parser.add_argument('--exits', type=int, default=4)
+    parser.add_argument('--exits', type=int, default=8)
     parser.add_argument('--input-size', type=int, nargs=3, default=(3, 224, 224))
     parser.add_argument('--num-classes', type=int, default=1000)
     parser.add_argument('--small-input', action='store_true')

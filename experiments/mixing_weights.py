@@ -17,7 +17,6 @@ from timm_mlcsd.engine.flags import validate_parser
 from timm_mlcsd.engine.loaders import eval_loader
 from timm_mlcsd.engine.validate import data_flags_from, load_model, load_split
 from timm_mlcsd.errors import UserError, run_script
-from timm_mlcsd.network import load_checkpoint
 from timm_mlcsd.report import format_table
 
 
@@ -25,8 +24,8 @@ from timm_mlcsd.report import format_table
 def main() -> None:
     args = parse_args(validate_parser())
     device = resolve_device(args)
-    checkpoint = load_checkpoint(args.checkpoint)
-    model = load_model(args, checkpoint)
+    network = load_model(args)
+    model, checkpoint = network.model, network.checkpoint
     task_state = checkpoint.get('task_state_ema' if args.use_ema else 'task_state')
     if not task_state:
         raise UserError(f'{args.checkpoint!r} was trained without a CWEM.')

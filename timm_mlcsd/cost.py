@@ -172,7 +172,7 @@ def stage_times(
     """Measure every stage and every head on its own.
 
     Args:
-        model: A resumable multi-exit network in evaluation mode.
+        model: A resumable multi-exit network; timed in evaluation mode, its own mode is restored.
         images: The batch to time, [B, C, H, W], on the model's device and in its memory layout.
         repeats: Timed runs, after one that doesn't count.
         autocast: Context of the forward passes.
@@ -181,6 +181,8 @@ def stage_times(
         Medians, per exit.
     """
     _check_resumable(model)
+    was_training = model.training
+    model.eval()
     synchronize = torch.cuda.synchronize if images.device.type == 'cuda' else lambda: None
     runs = []
     for _ in range(repeats + 1):
@@ -195,6 +197,7 @@ def stage_times(
                 marks.append(1000 * (time.perf_counter() - start))
                 state = result if run == model.run_stage else state
         runs.append(marks)
+    model.train(was_training)
     medians = [statistics.median(marks) for marks in zip(*runs[1:])]
     return [ExitTime(*pair) for pair in zip(medians[::2], medians[1::2])]
 

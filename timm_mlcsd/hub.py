@@ -1,5 +1,6 @@
 """Networks in a folder and on the Hugging Face Hub, as timm reads them: safetensors and one ``config.json``."""
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Union
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .adaptive import ExitPolicy
 
 __all__ = ['find_policy', 'from_pretrained', 'push_to_hub', 'save_pretrained']
+
+_logger = logging.getLogger(__name__)
 
 CONFIG = 'config.json'
 CARD = 'README.md'
@@ -175,8 +178,9 @@ def find_policy(source: Union[str, Path]) -> Optional[Path]:
     repo_id, revision = hf_split(place)
     try:
         return Path(hf_hub_download(repo_id, POLICY, revision=revision))
-    except LocalEntryNotFoundError:  # no connection: whether there is one isn't known
-        raise
+    except LocalEntryNotFoundError:
+        _logger.warning(f'No connection: whether {repo_id} has an exit policy is not known; none is used.')
+        return None
     except EntryNotFoundError:
         return None
 

@@ -1,5 +1,6 @@
 """A trained network from wherever it lies: a checkpoint of train.py, a folder, the Hub."""
 
+import logging
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
@@ -10,7 +11,9 @@ from .errors import UserError, blame
 from .hub import CONFIG, POLICY, SOURCES, find_policy, from_pretrained
 from .models import MultiExitModel, create_named
 
-__all__ = ['LAST', 'Network', 'load_checkpoint', 'load_network', 'model_of']
+__all__ = ['LAST', 'Network', 'load_checkpoint', 'load_network', 'model_of', 'policy_place']
+
+_logger = logging.getLogger(__name__)
 
 LAST = 'last.pth.tar'
 
@@ -54,14 +57,23 @@ def load_network(source: Union[str, Path], use_ema: bool = False) -> Network:
         return Network(model, resolve_data_config({}, model=model), list(names) if names else None, {}, policy_file)
     checkpoint = load_checkpoint(source)
     model = model_of(checkpoint, source, use_ema).eval()
-    policy_file = (Path(source) if Path(source).is_dir() else Path(source).parent) / POLICY
-    return Network(
-        model,
-        checkpoint['data_config'],
-        checkpoint.get('class_names'),
-        checkpoint,
-        policy_file if policy_file.is_file() else None,
-    )
+    policy_file = policy_place(source)
+    if not policy_file.is_file():
+        policy_file = None
+    else:
+        weights = Path(source) / LAST if Path(source).is_dir() else Path(source)
+        if policy_file.stat().st_mtime < weights.stat().st_mtime:
+            _logger.warning(f'{policy_file} is older than {weights}: was it fitted to these weights?')
+    return Network(model, checkpoint['data_config'], checkpoint.get('class_names'), checkpoint, policy_file)
+
+
+def policy_place(source: str) -> Optional[Path]:
+    """Where the exit policy of a network lies, or would lie; None on the Hub."""
+    scheme, _, place = source.partition(':')
+    if scheme in ('hf-hub', 'hf_hub'):
+        return None
+    path = Path(place if scheme == 'local-dir' else source)
+    return (path if path.is_dir() else path.parent) / POLICY
 
 
 def model_of(checkpoint: Dict[str, Any], source: str, use_ema: bool = False) -> MultiExitModel:

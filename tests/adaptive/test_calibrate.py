@@ -13,6 +13,7 @@ from timm_mlcsd.adaptive import (
     evaluate_policy,
     expected_calibration_error,
     fit_temperatures,
+    fit_weights,
     thresholds_for_exit_rates,
 )
 from timm_mlcsd.cost import ExitCost
@@ -206,3 +207,22 @@ def test_calibration_error_by_hand():
     # 0.9 is right half the time, 0.6 always
     error = expected_calibration_error(logits, torch.tensor([0, 1, 0, 0]), bins=10)
     assert error == pytest.approx([100 * (0.5 * 0.4 + 0.5 * 0.4)])
+
+
+@pytest.mark.parametrize('how', [dict(aggregate='mean'), dict(score='patience'), dict()])
+def test_exit_rates_hold_where_exits_are_off(how):
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(3, 400, 4)
+    policy = thresholds_for_exit_rates(logits, [0.0, 0.5, 0.5], **how)
+    targets = torch.zeros(400, dtype=torch.long)
+    found = evaluate_policy(logits, targets, [1, 2, 3], policy).exit_fractions
+    # patience has few values: all with one of them leave together
+    expected = [0.0, 1.0, 0.0] if how.get('score') == 'patience' else [0.0, 0.5, 0.5]
+    assert found == pytest.approx(expected, abs=0.01)
+
+
+def test_fits_what_comes_from_inference_mode():
+    with torch.inference_mode():
+        logits, targets = torch.randn(2, 50, 3, dtype=torch.float64), torch.arange(50) % 3
+        inside = fit_temperatures(logits, targets), fit_weights(logits, targets)
+    assert inside == (fit_temperatures(logits.clone(), targets.clone()), fit_weights(logits.clone(), targets.clone()))

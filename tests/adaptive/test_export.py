@@ -1,9 +1,11 @@
 """Exported stages answer as the network does, also where there is no PyTorch."""
 
+import copy
 import importlib.util
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -156,9 +158,14 @@ def test_mistakes(small, tmp_path):
         export_stages(model, ExitPolicy([0.5, 0.5]), tmp_path / 'out', **config)
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'notes.txt').write_text('keep')
-    with pytest.raises(ValueError, match='is there and no earlier export; choose a new folder'):
+    with pytest.raises(ValueError, match='holds something else than an earlier export; choose a new folder'):
         export_stages(model, policy, tmp_path / 'mine', **config)
-    assert [p.name for p in tmp_path.iterdir()] == ['mine']
+    (tmp_path / 'mine' / 'manifest.json').write_text('{"name": "a web page"}')
+    with pytest.raises(ValueError, match='holds something else'):
+        export_stages(model, policy, tmp_path / 'mine', **config)
+    assert [p.name for p in tmp_path.iterdir()] == ['mine'] and len(list((tmp_path / 'mine').iterdir())) == 2
+    with pytest.raises(ValueError, match=r'the weights are torch.bfloat16; .* call model.float\(\)'):
+        export_stages(copy.deepcopy(model).bfloat16(), policy, tmp_path / 'out', **config)
     with pytest.raises(ValueError, match=r'can run code when they are loaded.*trusted=True'):
         AdaptiveModel.from_pretrained(root / 'torch')
     with pytest.raises(ValueError, match='holds stages for onnx; its runner'):
@@ -168,6 +175,26 @@ def test_mistakes(small, tmp_path):
         runner.AdaptiveModel(root / 'onnx', ExitPolicy([0.5, 0.5]).to_dict())
     with pytest.raises(ValueError, match=r'shape \(0, 3, 32, 32\)'):
         runner.AdaptiveModel(root / 'onnx').predict(np.zeros((0, 3, 32, 32)))
+
+
+def test_hostile_manifests(small, tmp_path):
+    root, *_ = small
+    shutil.copytree(root / 'torch', tmp_path / 'out')
+    manifest = json.loads((root / 'torch' / 'manifest.json').read_text())
+    elsewhere = dict(manifest['stages'][0], file='../../etc/stage_0.pt2')
+    for wrong in ({}, [], dict(manifest, stages=3), dict(manifest, stages=[{}]), dict(manifest, stages=[elsewhere])):
+        (tmp_path / 'out' / 'manifest.json').write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r'is broken|is not of format'):
+            AdaptiveModel.from_pretrained(tmp_path / 'out', trusted=True)
+
+
+def test_numbers_that_are_none(small):
+    root, model, images, policy = small
+    images = images.clone()
+    images[0] = math.nan
+    for predict in (load(root / 'onnx', 'onnx'), AdaptiveModel(model, policy).predict):
+        logits, exit_index, _ = predict(images)
+        assert logits[0].isnan().all() and exit_index[0] == 3 and logits[1:].isfinite().all()
 
 
 def test_a_wrong_graph_is_noticed_and_nothing_is_left(small, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import timm_mlcsd  # noqa: F401
 from timm_mlcsd.adaptive import AGGREGATES, SCORES, AdaptiveModel, ExitPolicy, evaluate_policy, fit_weights
@@ -200,6 +201,19 @@ def test_deadlines():
     assert k == 7
 
 
+def test_one_slow_call_is_forgotten():
+    model = make(exits=2)
+    images = images_for(model, 1)
+    adaptive = AdaptiveModel(model, ExitPolicy([2.0]), COSTS[:2])
+    delays, run = iter([0.3, 0.0, 0.5]), adaptive._run_exit[1]
+    adaptive._run_exit[1] = lambda state: (time.sleep(next(delays, 0.0)), run(state))[1]
+    # the first run may have compiled something and doesn't count
+    assert [adaptive.predict_anytime(images, 0.2).exit_index.item() for _ in range(3)] == [1, 1, 1]
+    adaptive._seconds[1, 1, (3, 32, 32), images.device] = [0.5]  # as if the last runs had all been slow
+    found = [adaptive.predict_anytime(images, 0.2).exit_index.item() for _ in range(120)]
+    assert found[0] == 0 and found[-1] == 1  # 0.5 * 0.99 ** 100 is less than 0.2
+
+
 def test_sure_samples_do_not_wait_for_a_deadline():
     model = make()
     images = images_for(model, 8)
@@ -222,15 +236,23 @@ def test_threads_share_it():
 
 
 def test_compiled_stages_answer_alike():
-    model = make(exits=3)
+    model = make()
     images = images_for(model, 8)
-    policy = spread(logits_of(model, images), ExitPolicy([0.0] * 2), seed=2)
-    expected = AdaptiveModel(model, policy, COSTS[:3]).predict(images)
-    compiled = AdaptiveModel(model, policy, COSTS[:3]).compile(backend='aot_eager')
-    for batch in (images, images[:3]):
+    policy = spread(logits_of(model, images), ExitPolicy([0.0] * 7), seed=2)
+    expected = AdaptiveModel(model, policy, COSTS).predict(images)
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = AdaptiveModel(model, policy, COSTS).compile(backend=counter)
+    for batch in (images, images[:3], images[:1]):
         found = compiled.predict(batch)
         assert torch.equal(found.exit_index, expected.exit_index[: len(batch)])
         torch.testing.assert_close(found.logits, expected.logits[: len(batch)], rtol=1e-4, atol=1e-4)
+    # every exit that was reached is compiled for any batch and, where one image comes, for one
+    assert 8 <= counter.frame_count <= 2 * 8
+    before = counter.frame_count
+    for batch in (images[:6], images[:2], images[7:]):
+        compiled.predict(batch)
+    assert counter.frame_count - before <= 2  # an exit that only one image, or none, had reached
 
 
 def test_mistakes():
@@ -239,6 +261,8 @@ def test_mistakes():
         AdaptiveModel(model, ExitPolicy([0.5] * 3))
     with pytest.raises(ValueError, match=r'the network has them at layer1\.0'):
         AdaptiveModel(model, ExitPolicy([0.5] * 7, exit_names=list('abcdefgh')))
+    with pytest.raises(ValueError, match='has no classes'):
+        AdaptiveModel(make(num_classes=0), ExitPolicy([0.5] * 7))
     adaptive = AdaptiveModel(model, ExitPolicy([0.5] * 7), COSTS)
     with pytest.raises(ValueError, match=r'shape \(0, 3, 32, 32\); expected'):
         adaptive.predict(torch.empty(0, 3, 32, 32))

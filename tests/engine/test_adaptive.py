@@ -7,11 +7,13 @@ import shutil
 import subprocess
 
 import pytest
-import torch
-from scripts import run
+import timm
+from scripts import assert_same, run
 
+from timm_mlcsd import save_pretrained
 from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy
-from timm_mlcsd.engine import predict, validate
+from timm_mlcsd.engine import predict, push, train, validate
+from timm_mlcsd.engine.adaptive import run_adaptive
 from timm_mlcsd.network import load_checkpoint
 
 BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
@@ -99,6 +101,53 @@ def test_it_never_calibrates_on_images_that_were_trained_on(flags, capsys, folde
     assert 'fitted to split' in failure([*flags, '--calibration-split', 'test'], capsys)
 
 
+def test_it_never_reports_on_images_that_it_calibrates_on(folder, small_flags, tmp_path, capsys):
+    for split in ('train', 'val'):
+        shutil.copytree(folder / 'test', tmp_path / 'data' / split)
+    argv = [tmp_path / 'data', *small_flags, '--epochs', 1, '--val-split', 'val', '--output', tmp_path]
+    assert run(train.main, [*argv, '--experiment', 'run']) == 0
+    flags = ['--checkpoint', tmp_path / 'run', '--workers', 0, '--adaptive', '--budget', '97%']
+    # another name for the folder val
+    assert 'fitted to split' in failure([*flags, '--split', 'validation'], capsys)
+
+
+def test_the_held_out_part_is_not_reported_on_with_the_rest(flags, capsys):
+    flags[flags.index('test')] = 'train'
+    assert '--split train: the policy is fitted to these images' in failure([*flags, '--budget', '97%'], capsys)
+
+
+def test_timing_leaves_the_network_as_it_is(trained, flags, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        validate, 'run_adaptive', lambda args, model, *rest: seen.append(model) or run_adaptive(args, model, *rest)
+    )
+    assert run(validate.main, [*flags, '--latency-budget', 50]) == 0
+    assert_same(seen[0].state_dict(), load_checkpoint(trained)['state_dict'])
+
+
+def test_a_folder_that_knows_its_channels_and_classes(tmp_path, capsys):
+    model = timm.create_model(
+        'mlcsd_resnet18', in_chans=1, num_classes=10, exits=2, small_input=True, channels=(8,) * 4
+    )
+    names = [str(n) for n in range(10)]
+    grey = dict(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
+    save_pretrained(model, tmp_path / 'net', data_config=grey, class_names=names, policy=ExitPolicy([0.5]))
+    flags = ['--model', f'local-dir:{tmp_path / "net"}', '--dataset', 'digits', '--split', 'test', '--workers', 0]
+    assert run(validate.main, [*flags, '--adaptive']) == 0
+    assert 'Adaptive, policy ' in capsys.readouterr().out
+    assert 'name a --calibration-split' in failure([*flags, '--adaptive', '--max-drop', 0], capsys)
+    save_pretrained(model, tmp_path / 'net', data_config=grey, class_names=names[::-1], policy=ExitPolicy([0.5]))
+    assert 'the classes of test (0, 1, 2, 3, 4, ...) are not those' in failure([*flags, '--adaptive'], capsys)
+
+
+def test_broken_policy_files_are_one_line(mine, folder, capsys):
+    photo = folder / 'test' / 'red' / '0.png'
+    for text in ('{"version": 2, "thresholds": []}', '{', '[]'):
+        (mine / 'exit_policy.json').write_text(text)
+        assert 'the exit policy cannot be used' in failure([mine, photo], capsys, predict.main)
+        assert 'the exit policy cannot be used' in failure([mine, 'me/net'], capsys, push.main)
+
+
 def test_a_split_of_its_own_calibrates(flags, folder, tmp_path, capsys):
     shutil.copytree(folder / 'test', tmp_path / 'other' / 'val')
     shutil.copytree(folder / 'test', tmp_path / 'other' / 'test')
@@ -114,6 +163,7 @@ def test_mistakes(flags, mine, tmp_path, capsys):
     assert "--budget 'half' must be a positive number" in failure([*flags, '--budget', 'half'], capsys)
     assert re.search('budget=.* is out of reach: the mean cost can be', failure([*flags, '--budget', '0.1%'], capsys))
     assert 'max_drop=-90.0 is out of reach' in failure([*flags, '--max-drop', -90], capsys)
+    assert '--score, --aggregate and --method are of a policy to fit' in failure([*flags, '--score', 'margin'], capsys)
     assert '--save-policy: no policy is fitted' in failure([*flags, '--save-policy'], capsys)
     assert 'must end in .html' in failure([*flags, '--max-drop', 0, '--report', tmp_path / 'page.pdf'], capsys)
     (tmp_path / 'bad.json').write_text('{}')
@@ -165,4 +215,3 @@ def test_names_of_classes_cannot_break_out_of_the_page(tmp_path):
 def test_torch_and_logits_agree(flags, capsys):
     assert run(validate.main, [*flags, '--budget', '97%']) == 0
     assert 'on all but 0 of 12 images' in capsys.readouterr().out
-    assert torch.is_grad_enabled()

@@ -46,35 +46,37 @@ def thresholds_for_exit_rates(logits: Logits, rates: Sequence[float], **kwargs: 
         raise ValueError(f'rates={rates} must be {len(logits)} shares, one per exit, that sum to 1.')
     opened = ExitPolicy([0.0] * (len(logits) - 1), **kwargs)
     samples = Samples(logits, torch.zeros(logits.shape[1], dtype=torch.long))
-    return opened.with_thresholds(_for_exit_rates(samples.answers(opened)[0], rates))
+    return opened.with_thresholds(_for_exit_rates(samples, opened, rates))
 
 
 def _for_exit_rates(
-    scores: torch.Tensor, rates: Sequence[float], correct: Optional[torch.Tensor] = None
+    samples: Samples, opened: ExitPolicy, rates: Sequence[float], lowest_right: bool = False
 ) -> List[float]:
-    """Thresholds from scores [K, N]; with `correct` [K, N] each is the lowest score among those that leave and are
-    right."""
-    num_samples = scores.shape[1]
-    left = torch.ones(num_samples, dtype=torch.bool, device=scores.device)
-    thresholds = []
-    for k, rate in enumerate(rates[:-1]):
-        count = math.floor(num_samples * rate + 1e-9)  # 0.29 * 100 is 28.999999999999996
-        threshold = math.inf
-        if 0 < count <= left.sum():
-            threshold = scores[k][left].topk(count).values[-1].item()
-            if correct is not None:
-                right = scores[k][left & correct[k] & (scores[k] >= threshold)]
-                threshold = right.min().item() if len(right) else math.inf
-        thresholds.append(threshold)
+    """Thresholds for exit rates; with `lowest_right` each is the lowest score among those that leave and are right."""
+    num_samples = len(samples.targets)
+    counts = [math.floor(num_samples * rate + 1e-9) for rate in rates]  # 0.29 * 100 is 28.999999999999996
+    left = torch.ones_like(samples.targets, dtype=torch.bool)
+    thresholds = [0.0 if count else math.inf for count in counts[:-1]]
+    for k, count in enumerate(counts[:-1]):
+        if count > left.sum():
+            thresholds[k] = math.inf
+        if thresholds[k] == math.inf:
+            continue
+        scores, predictions = samples.answers(opened.with_thresholds(thresholds))  # exits that are off have no part
+        threshold = scores[k][left].topk(count).values[-1].item()
+        if lowest_right:
+            right = scores[k][left & (predictions[k] == samples.targets) & (scores[k] >= threshold)]
+            threshold = right.min().item() if len(right) else math.inf
+        thresholds[k] = threshold
         left &= scores[k] < threshold
     return thresholds
 
 
-def _sweep(scores: torch.Tensor, correct: Optional[torch.Tensor] = None) -> Iterator[List[float]]:
+def _sweep(samples: Samples, opened: ExitPolicy, lowest_right: bool = False) -> Iterator[List[float]]:
     """Thresholds for MSDNet's 39 geometric distributions of the samples over the exits."""
     for p in SWEEP:
-        rates = [p**k for k in range(1, len(scores) + 1)]
-        yield _for_exit_rates(scores, [rate / sum(rates) for rate in rates], correct)
+        rates = [p**k for k in range(1, opened.num_exits + 1)]
+        yield _for_exit_rates(samples, opened, [rate / sum(rates) for rate in rates], lowest_right)
 
 
 @torch.no_grad()
@@ -117,12 +119,10 @@ def calibrate(
     samples = Samples(logits, targets)
     num_exits = len(samples.logits)
     opened = ExitPolicy([0.0] * (num_exits - 1), **kwargs)
-    scores, predictions = samples.answers(opened)
-    correct = predictions == samples.targets if method == 'paper' else None
     # everybody leaves at one exit, the others are off; the last first
     fixed = [[math.inf] * k + [0.0] + [math.inf] * (num_exits - 2 - k) for k in range(num_exits - 1)]
     tried = []
-    for thresholds in ([math.inf] * (num_exits - 1), *fixed, *_sweep(scores, correct)):
+    for thresholds in ([math.inf] * (num_exits - 1), *fixed, *_sweep(samples, opened, method == 'paper')):
         policy = opened.with_thresholds(thresholds)
         tried.append((policy, samples.evaluate(policy, costs)))
     goal = Goal(budget=budget) if max_drop is None else Goal(floor=tried[0][1].accuracy - max_drop)
@@ -161,6 +161,6 @@ def budgeted_curve(
     """
     val, test = Samples(*val), Samples(*test)
     opened = ExitPolicy([0.0] * (len(val.logits) - 1), **kwargs)
-    policies = [opened.with_thresholds(thresholds) for thresholds in _sweep(val.answers(opened)[0])]
+    policies = [opened.with_thresholds(thresholds) for thresholds in _sweep(val, opened)]
     points = [CurvePoint(policy, val.evaluate(policy, costs), test.evaluate(policy, costs)) for policy in policies]
     return sorted(points, key=lambda point: point.test.cost)

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -24,7 +24,7 @@ from ..errors import UserError, run_script, shortened
 from ..models import MultiExitModel
 from ..network import load_network
 from ..version import __version__
-from .exported import FORMAT, MANIFEST, VERSION
+from .exported import FORMAT, MANIFEST, VERSION, read_manifest
 from .policy import ExitPolicy
 
 __all__ = ['FORMATS', 'export_stages', 'main']
@@ -86,16 +86,17 @@ def export_stages(
         missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(f'format=\'onnx\' needs {", ".join(missing)}: pip install "timm_mlcsd[onnx]".')
+    if not model.num_classes:
+        raise ValueError('the network has no classes (num_classes=0), so no exit can be sure of one.')
+    dtype = next(model.parameters()).dtype
+    if format == 'onnx' and dtype != torch.float32:
+        raise ValueError(f'the weights are {dtype}; ONNX graphs are written in float32: call model.float() first.')
     if not model.resumable:
         raise ValueError(f'the network has no stages to export: {model.why_not_resumable}.')
     policy.check(model.num_exits, model.exit_names)
     directory = Path(directory)
-    if (
-        directory.exists()
-        and not (directory / MANIFEST).is_file()
-        and (not directory.is_dir() or any(directory.iterdir()))
-    ):
-        raise ValueError(f'{str(directory)!r} is there and no earlier export; choose a new folder.')
+    if directory.exists() and not _is_replaceable(directory):
+        raise ValueError(f'{str(directory)!r} holds something else than an earlier export; choose a new folder.')
     data_config = data_config or timm.data.resolve_data_config({}, model=model)
     input_size = tuple(data_config['input_size'])
     manifest = dict(
@@ -120,7 +121,26 @@ def export_stages(
             shutil.copyfile(Path(__file__).with_name('onnx_runner.py'), partial / RUNNER)
         if directory.exists():
             directory.rename(Path(folder) / 'old')
-        partial.rename(directory)
+        try:
+            partial.rename(directory)
+        except OSError:
+            (Path(folder) / 'old').rename(directory)
+            raise
+
+
+def _is_replaceable(directory: Path) -> bool:
+    """Whether a folder is empty, or holds an earlier export and nothing else."""
+    if not directory.is_dir():
+        return False
+    found = {path.name for path in directory.iterdir()}
+    if MANIFEST not in found:
+        return not found
+    try:
+        stages = read_manifest(directory)['stages']
+        ours = {MANIFEST, RUNNER, '__pycache__', *(stage['file'] for stage in stages)}
+    except (ValueError, KeyError, TypeError):
+        return False
+    return all(name in ours or name.removesuffix('.data') in ours for name in found)
 
 
 @torch.no_grad()
@@ -139,19 +159,24 @@ def _write_stages(
         tensors = [t.clone() for t in tensors]  # export ties views to what they are views of
         exit_ = _Exit(model, k, spec, policy.is_on(k))
         expected = exit_(*tensors)
-        program = _program(exit_, tensors)
+        try:
+            program = _program(exit_, tensors)
+        except Exception as e:  # export fails in as many ways as there are operations
+            raise ValueError(f'stage {k} cannot be exported: {type(e).__name__}: {shortened(e)}') from e
         outputs = [f'state_{k}_{i}' for i in range(len(expected) - policy.is_on(k))] + ['logits'] * policy.is_on(k)
         inputs = ['images'] if k == 0 else [name for name in stages[-1]['outputs'] if name != 'logits']
         file = f'stage_{k}.{SUFFIXES[format]}'
-        if format == 'onnx':
-            found = _write_onnx(program, folder / file, tensors, inputs, outputs)
-        else:
-            torch.export.save(program, folder / file)
-            found = torch.export.load(folder / file).module()(*tensors)
-        for name, ours, theirs in zip(outputs, found, expected):
-            error = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float('nan')
-            if not error <= TOLERANCE * max(1.0, theirs.abs().max().item()):
-                raise ValueError(f'{name} of stage {k} differs by {error:.1e} from the network once exported.')
+        write = _write_onnx if format == 'onnx' else _write_torch
+        try:
+            run = write(program, folder / file, inputs, outputs)
+            found = {count: run([t[:count] for t in tensors]) for count in (len(images), 1)}
+        except Exception as e:
+            raise ValueError(f'stage {k} cannot be written as {format}: {type(e).__name__}: {shortened(e)}') from e
+        for count, results in found.items():
+            for name, ours, theirs in zip(outputs, results, (t[:count] for t in expected)):
+                error = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float('nan')
+                if not error <= TOLERANCE * max(1.0, theirs.abs().max().item()):
+                    raise ValueError(f'{name} of stage {k} differs by {error:.1e} from the network once exported.')
         stages.append(
             dict(
                 file=file,
@@ -179,14 +204,19 @@ def _program(exit_: _Exit, tensors: Sequence[torch.Tensor]) -> torch.export.Expo
         return torch.export.export(module, tuple(tensors), dynamic_shapes=shapes, strict=False)
 
 
+def _write_torch(
+    program: torch.export.ExportedProgram, path: Path, inputs: Sequence[str], outputs: Sequence[str]
+) -> Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]:
+    """Write a graph; what was written, to run."""
+    torch.export.save(program, path)
+    module = torch.export.load(path).module()
+    return lambda tensors: module(*tensors)
+
+
 def _write_onnx(
-    program: torch.export.ExportedProgram,
-    path: Path,
-    tensors: Sequence[torch.Tensor],
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-) -> List[torch.Tensor]:
-    """Write a graph, and run what was written on one sample fewer than it was traced with."""
+    program: torch.export.ExportedProgram, path: Path, inputs: Sequence[str], outputs: Sequence[str]
+) -> Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]:
+    """Write a graph; what was written, to run."""
     import onnxruntime
 
     with warnings.catch_warnings():
@@ -194,8 +224,12 @@ def _write_onnx(
         program = torch.onnx.export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
     program.save(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    arrays = {name: tensor.numpy(force=True) for name, tensor in zip(inputs, tensors)}
-    return [torch.from_numpy(a).to(tensors[0].device) for a in session.run(list(outputs), arrays)]
+
+    def run(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        arrays = {name: tensor.numpy(force=True) for name, tensor in zip(inputs, tensors)}
+        return [torch.from_numpy(a).to(tensors[0].device) for a in session.run(list(outputs), arrays)]
+
+    return run
 
 
 def export_parser() -> ScriptParser:

@@ -33,6 +33,14 @@ def read_manifest(directory: Union[str, Path]) -> Dict[str, Any]:
         ) from None
     if not isinstance(manifest, dict) or manifest.get('format') != FORMAT or manifest.get('version') != VERSION:
         raise ValueError(f'{str(path)!r} is not of format {FORMAT!r}, version {VERSION}.')
+    known = {'kind', 'num_classes', 'class_names', 'data_config', 'policy', 'stages'}
+    stages = manifest.get('stages')
+    if not known <= set(manifest) or not isinstance(stages, list) or not all(isinstance(s, dict) for s in stages):
+        raise ValueError(f'{str(path)!r} is broken: it needs {", ".join(sorted(known))}.')
+    needed = {'file', 'exit', 'answers', 'inputs', 'outputs', *ExitCost._fields}
+    for k, stage in enumerate(stages):
+        if not needed <= set(stage) or Path(str(stage['file'])).name != stage['file']:
+            raise ValueError(f'{str(path)!r} is broken: stage {k} needs {", ".join(sorted(needed))}.')
     return manifest
 
 
@@ -77,8 +85,7 @@ class ExportedModel:
         self._with_logits, self._without = [], []
         for stage in stages:
             program = torch.export.load(Path(directory) / stage['file'])
-            if str(device) != 'cpu':
-                program = move_to_device_pass(program, device)
+            program = move_to_device_pass(program, device)
             self._with_logits.append(program.module())
             self._without.append(_without_logits(program.module()) if stage['answers'] else self._with_logits[-1])
 

@@ -68,7 +68,7 @@ class AdaptiveModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self.sessions = [
-            onnxruntime.InferenceSession(str(folder / stage['file']), options, providers=list(providers))
+            onnxruntime.InferenceSession(str(folder / Path(stage['file']).name), options, providers=list(providers))
             for stage in self.stages
         ]
         self._only_needed = onnxruntime.RunOptions()
@@ -92,7 +92,7 @@ class AdaptiveModel:
             if z is None:
                 continue
             answer, score, memory = self._answer(k, z, memory)
-            leaves = score >= threshold
+            leaves = score >= threshold if k < len(self.stages) - 1 else np.ones(len(score), dtype=bool)
             if not leaves.any():
                 continue
             logits[rows[leaves]] = answer[leaves]

@@ -3,6 +3,7 @@
 import time
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -57,6 +58,8 @@ class AdaptiveModel:
 
     def __init__(self, model: Union[MultiExitModel, ExportedModel], policy: ExitPolicy, costs: Optional[Costs] = None):
         policy.check(model.num_exits, model.exit_names)
+        if not model.num_classes:
+            raise ValueError('the network has no classes (num_classes=0), so no exit can be sure of one.')
         if isinstance(model, ExportedModel):
             costs = model.costs if costs is None else costs
         elif not model.resumable:
@@ -72,7 +75,7 @@ class AdaptiveModel:
         self._run_exit: List[Callable[[Any], Tuple[Any, Optional[torch.Tensor]]]] = [
             partial(model.run_exit, k, answers=policy.is_on(k)) for k in range(model.num_exits)
         ]
-        self._seconds: Dict[Tuple, float] = {}
+        self._seconds: Dict[Tuple, List[float]] = {}  # of the last runs of a stage, but for its very first
 
     @classmethod
     def from_pretrained(
@@ -119,7 +122,9 @@ class AdaptiveModel:
     def predict_anytime(self, x: torch.Tensor, deadline_s: float) -> Prediction:
         """Answer when sure, or with the deepest exit that fits the time; the first exit that is on always answers.
 
-        A stage is not begun where the same one, on a batch of that size, last took longer than what is left.
+        A stage is not begun where the same one, on a batch of that size, took longer than what is left: the shortest
+        of its last three runs counts, the very first does not, and one percent less whenever a stage is skipped, so
+        that a slow spell is forgotten.
 
         Args:
             x: Images [B, C, H, W].
@@ -145,7 +150,9 @@ class AdaptiveModel:
     def compile(self, **kwargs: Any) -> 'AdaptiveModel':
         """Compile every stage with its head for batches of any size; `kwargs` go to ``torch.compile``. Returns
         itself."""
-        self._run_exit = [torch.compile(run, dynamic=True, **kwargs) for run in self._run_exit]
+        self._run_exit = [
+            torch.compile(_with_own_code(run, k), dynamic=True, **kwargs) for k, run in enumerate(self._run_exit)
+        ]
         return self
 
     def _run(self, x: torch.Tensor, deadline: Optional[float] = None) -> Prediction:
@@ -165,7 +172,8 @@ class AdaptiveModel:
             if clock is not None:
                 if x.device.type == 'cuda':
                     torch.cuda.synchronize(x.device)
-                self._seconds[clock] = time.perf_counter() - start
+                known = self._seconds.get(clock)
+                self._seconds[clock] = [] if known is None else [*known[-2:], time.perf_counter() - start]
             if k == self.policy.num_exits - 1:
                 break
             if logits is not None:
@@ -187,9 +195,12 @@ class AdaptiveModel:
     def _fits(self, k: int, clock: Tuple, deadline: float) -> bool:
         """Whether there is time for the stages from k to the next exit that is on."""
         ends = next(j for j in range(k, self.policy.num_exits) if self.policy.is_on(j))
-        ahead = sum(self._seconds.get((j, *clock[1:]), 0.0) for j in range(k, ends + 1))
+        clocks = [(j, *clock[1:]) for j in range(k, ends + 1)]
+        ahead = sum(min(self._seconds.get(name) or [0.0]) for name in clocks)
         left = deadline - time.perf_counter()
-        return left > 0 and ahead <= left
+        if ahead > left > 0:
+            self._seconds.update((name, [0.99 * s for s in self._seconds.get(name, [])]) for name in clocks)
+        return 0 < left >= ahead
 
 
 class _Batch:
@@ -228,5 +239,15 @@ class _Batch:
             self.exit_index[self.rows] = k
 
     def prediction(self, costs: Sequence[float]) -> Prediction:
-        costs = torch.tensor(costs, dtype=torch.float64, device=self.exit_index.device)
+        device = self.exit_index.device
+        costs = torch.tensor(costs, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
         return Prediction(self.logits, self.exit_index, costs[self.exit_index])
+
+
+def _with_own_code(run: Callable[[Any], Any], k: int) -> Callable[[Any], Any]:
+    """A function around `run` that shares its code with no other exit: torch.compile counts recompiles per code."""
+
+    def step(state: Any) -> Any:
+        return run(state)
+
+    return FunctionType(step.__code__.replace(co_name=f'exit_{k}'), step.__globals__, closure=step.__closure__)

@@ -11,6 +11,7 @@ from .evaluate import Logits, as_logits, as_targets
 __all__ = ['confidence_bins', 'expected_calibration_error', 'fit_temperatures', 'fit_weights']
 
 
+@torch.inference_mode(False)
 def fit_temperatures(logits: Logits, targets: torch.Tensor) -> Tuple[float, ...]:
     """One temperature per exit that minimises the negative log-likelihood (Guo et al. 2017, section 4.2).
 
@@ -21,12 +22,12 @@ def fit_temperatures(logits: Logits, targets: torch.Tensor) -> Tuple[float, ...]
     Returns:
         K positive numbers; logits are divided by them.
     """
-    logits = as_logits(logits).double()
-    targets = as_targets(targets, logits)
-    log_t = _minimise(lambda p: sum(F.cross_entropy(z / t, targets) for z, t in zip(logits, p.exp())), len(logits))
-    return tuple(log_t.exp().tolist())
+    logits, targets = _own_copies(logits, targets)
+    log_t = [_minimise(lambda p, z=z: F.cross_entropy(z / p.exp(), targets), 1, z.device) for z in logits]
+    return tuple(t.exp().item() for t in log_t)
 
 
+@torch.inference_mode(False)
 def fit_weights(
     logits: Logits, targets: torch.Tensor, temperatures: Optional[Sequence[float]] = None
 ) -> Tuple[Tuple[float, ...], ...]:
@@ -40,8 +41,7 @@ def fit_weights(
     Returns:
         K rows, row k with k+1 positive numbers: what `ExitPolicy` takes as ``weights``.
     """
-    logits = as_logits(logits).double()
-    targets = as_targets(targets, logits)
+    logits, targets = _own_copies(logits, targets)
     if temperatures is not None:
         logits = logits / torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)[:, None, None]
     log_probs = logits.log_softmax(-1)
@@ -51,12 +51,21 @@ def fit_weights(
         return F.cross_entropy(torch.einsum('k,knc->nc', log_weights.exp(), passed), targets)
 
     sizes = range(1, len(logits) + 1)
-    return tuple(tuple(_minimise(loss, size, start=-math.log(size)).exp().tolist()) for size in sizes)
+    return tuple(tuple(_minimise(loss, size, logits.device, -math.log(size)).exp().tolist()) for size in sizes)
 
 
-def _minimise(loss: Callable[[torch.Tensor], torch.Tensor], size: int, start: float = 0.0) -> torch.Tensor:
+def _own_copies(logits: Logits, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """In float64, and for autograd to keep, also where the originals come from inference mode."""
+    logits = as_logits(logits)
+    targets = as_targets(targets, logits)
+    return logits.to(torch.float64, copy=True), targets.clone()
+
+
+def _minimise(
+    loss: Callable[[torch.Tensor], torch.Tensor], size: int, device: torch.device, start: float = 0.0
+) -> torch.Tensor:
     """Parameters, logarithms within e^-9 to e^9, at a minimum of a smooth loss."""
-    parameters = torch.full((size,), start, dtype=torch.float64, requires_grad=True)
+    parameters = torch.full((size,), start, dtype=torch.float64, device=device, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn='strong_wolfe')
 
     @torch.enable_grad()

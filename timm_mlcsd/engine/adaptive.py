@@ -20,11 +20,11 @@ from ..adaptive import (
 )
 from ..cost import ExitCost, stage_times
 from ..errors import UserError, blame
-from ..hub import POLICY, find_policy
 from ..models import MultiExitModel
+from ..network import policy_place
 from ..report import format_table
 from .build import autocast_of
-from .loaders import held_out, is_trained_on, load_dataset
+from .loaders import held_out, is_trained_on, load_dataset, same_split
 
 __all__ = [
     'Logits',
@@ -33,13 +33,12 @@ __all__ = [
     'fit_policy',
     'load_calibration',
     'load_policy',
-    'policy_beside',
     'policy_path',
     'run_adaptive',
     'tables',
 ]
 
-# images that run one at a time
+# images that run one at a time as well
 LATENCY_IMAGES = 200
 
 
@@ -52,8 +51,26 @@ class Logits(NamedTuple):
     @classmethod
     def of(cls, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]]) -> 'Logits':
         """From what `exit_logits` yields."""
-        logits, targets = zip(*((z.cpu(), y.cpu()) for z, y in batches))
-        return cls(torch.cat(logits, dim=1), torch.cat(targets))
+        pairs = [(z.cpu(), y.cpu()) for z, y in batches]
+        if not pairs:
+            raise UserError('there are no images to evaluate on.')
+        logits, targets = zip(*pairs)
+        logits = torch.cat(logits, dim=1)
+        if logits.isnan().any():
+            count = int(logits.isnan().any(-1).any(0).sum())
+            raise UserError(f'the network answers NaN for {count} images; thresholds cannot be compared with that.')
+        return cls(logits, torch.cat(targets))
+
+    def answers(self, policy: ExitPolicy) -> torch.Tensor:
+        """What each exit would say under a policy, [K, N, C]; an exit that is off, alone."""
+        memory, answers = None, []
+        for k, logits in enumerate(self.logits):
+            if policy.is_on(k):
+                answer, _, memory = policy.answer(k, logits, memory)
+            else:
+                answer, _, _ = policy.answer(k, logits)
+            answers.append(answer)
+        return torch.stack(answers)
 
 
 class Run(NamedTuple):
@@ -85,6 +102,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f'{", ".join(named[: len(goals)])}: give one of them.')
     if args.policy and goals:
         raise UserError(f'{named[0]} fits a policy, --policy names one: give one of the two.')
+    if not goals and (args.score or args.aggregate or args.method):
+        raise UserError(
+            '--score, --aggregate and --method are of a policy to fit; give --budget, --latency-budget or --max-drop.'
+        )
     if args.save_policy and not goals:
         raise UserError('--save-policy: no policy is fitted; give --budget, --latency-budget or --max-drop.')
     if args.latency_budget is not None and not 0 < args.latency_budget < math.inf:
@@ -116,8 +137,9 @@ def load_calibration(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tu
     """
     split = args.calibration_split
     if split is None and 'val_indices' in checkpoint:
-        if args.held_out:
-            raise UserError('--held-out: the policy is fitted to these images; report on others, --split test say.')
+        if args.held_out or is_trained_on(args, checkpoint, args.split):
+            flag = '--held-out' if args.held_out else f'--split {args.split}'
+            raise UserError(f'{flag}: the policy is fitted to these images; report on others, --split test say.')
         return held_out(args, checkpoint)
     split = split or checkpoint.get('val_split')
     if split is None:
@@ -131,7 +153,7 @@ def load_calibration(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tu
         raise UserError(
             f'the checkpoint was trained on split {split!r}: thresholds fitted there would promise too much; {instead}.'
         )
-    if split == args.split and not args.held_out:
+    if same_split(split, args.split) and not args.held_out:
         raise UserError(f'the policy would be fitted to split {split!r} and reported on it; name another --split.')
     return load_dataset(args, split, needs_folder=True), split
 
@@ -152,10 +174,11 @@ def fit_policy(
         costs: Of the exits.
         example: One image [1, C, H, W] on the model's device, to time the stages with.
     """
-    temperatures = fit_temperatures(*val)
-    fitted = dict(score=args.score, aggregate=args.aggregate, temperatures=temperatures)
-    if args.aggregate == 'fitted':
-        fitted['weights'] = fit_weights(*val, temperatures)
+    fitted: Dict[str, Any] = dict(score=args.score or 'confidence', aggregate=args.aggregate or 'last')
+    with blame('the validation images do not fit the network'):
+        fitted['temperatures'] = fit_temperatures(*val)
+        if args.aggregate == 'fitted':
+            fitted['weights'] = fit_weights(*val, fitted['temperatures'])
     fitted['exit_names'] = model.exit_names
     goal: Dict[str, float] = dict(max_drop=args.max_drop)
     flag = '--max-drop'
@@ -165,7 +188,7 @@ def fit_policy(
         flag, goal = '--latency-budget', dict(budget=args.latency_budget)
         costs = stage_times(model, example, repeats=20, autocast=autocast_of(args, example.device))
     with blame(flag):
-        return calibrate(*val, costs, method=args.method, **goal, **fitted)
+        return calibrate(*val, costs, method=args.method or 'optimal', **goal, **fitted)
 
 
 def backbone_macs(costs: Sequence[ExitCost]) -> int:
@@ -186,23 +209,14 @@ def load_policy(path: Optional[Path], model: MultiExitModel) -> ExitPolicy:
     return policy
 
 
-def policy_beside(args: argparse.Namespace) -> Optional[Path]:
-    """The policy beside the weights that the flags name, if there is one."""
-    if args.model:
-        with blame(f'--model {args.model}'):
-            return find_policy(args.model)
-    path = policy_path(argparse.Namespace(**{**vars(args), 'save_policy': True}))
-    return path if path.is_file() else None
-
-
 def policy_path(args: argparse.Namespace) -> Path:
     """Where ``--save-policy`` wants the policy."""
     if args.save_policy is not True:
         return Path(args.save_policy)
-    source = Path(args.checkpoint or args.model.partition('local-dir:')[2] or '.')
-    if args.model and not args.model.startswith('local-dir:'):
+    path = policy_place(args.checkpoint or args.model)
+    if path is None:
         raise UserError(f'--save-policy: {args.model!r} is no place to write to; name a FILE.')
-    return (source if source.is_dir() else source.parent) / POLICY
+    return path
 
 
 @torch.inference_mode()
@@ -211,6 +225,7 @@ def run_adaptive(
     model: MultiExitModel,
     policy: ExitPolicy,
     loader: Iterable[Any],
+    num_images: int,
     device: torch.device,
     look: Optional[Callable[[int, torch.Tensor], None]] = None,
 ) -> Run:
@@ -221,10 +236,13 @@ def run_adaptive(
         model: The network.
         policy: When images leave.
         loader: Batches of (images, class indices).
+        num_images: How many these are.
         device: Where the network is.
         look: Called with each batch: how many images were before it, and its images.
     """
     adaptive, autocast = AdaptiveModel(model, policy, range(model.num_exits)), autocast_of(args, device)
+    # some at random: data sets are often sorted by class
+    alone = set(torch.randperm(num_images, generator=torch.Generator().manual_seed(0))[:LATENCY_IMAGES].tolist())
 
     def timed(run: Callable[[torch.Tensor], Any], images: torch.Tensor) -> Tuple[Any, float]:
         if device.type == 'cuda':
@@ -243,14 +261,14 @@ def run_adaptive(
         images, target = images.to(device), target.to(device)
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        if not seconds:  # neither clock pays for what is set up on the first call
-            adaptive.predict(images), model(images)
+        if not seconds:  # neither clock pays for what is set up on a first call
+            for some in (images, images[:1]):
+                timed(lambda x: list(adaptive.iter_exits(x)), some)
+                timed(model, some)
         prediction, took = timed(adaptive.predict, images)
         logits, plain_took = timed(model, images)
         seconds.append((took, plain_took))
-        for image in images.split(1)[: LATENCY_IMAGES - len(latencies)]:
-            if not latencies:
-                adaptive.predict(image), model(image)
+        for image in (images[i : i + 1] for i in range(len(images)) if count + i in alone):
             latencies.append((timed(adaptive.predict, image)[1], timed(model, image)[1]))
         exits.append(prediction.exit_index.cpu())
         right += (prediction.logits.argmax(-1) == target).sum().item()
@@ -278,7 +296,7 @@ def tables(
     """What to print, and the same for the results file."""
     right = result.prediction == test.targets
     before = expected_calibration_error(*test)
-    after = expected_calibration_error(*test, policy.temperatures)
+    after = expected_calibration_error(test.answers(policy), test.targets)
     exits = []
     for k, share in enumerate(result.exit_fractions):
         here = result.exit_index == k
@@ -291,10 +309,10 @@ def tables(
                 top1=top1,
                 temperature=policy.temperatures[k] if policy.temperatures else 1.0,
                 ece=before[k],
-                ece_scaled=after[k],
+                ece_of_answers=after[k],
             )
         )
-    headers = ('Exit', 'Threshold', 'Leave here %', 'Top-1 of these %', 'Temperature', 'ECE %', 'ECE scaled %')
+    headers = ('Exit', 'Threshold', 'Leave here %', 'Top-1 of these %', 'Temperature', 'ECE %', 'ECE of the answers %')
     rows = [
         (f'Ex{k}', f'{t:.4f}' if isinstance(t, float) else t, *rest)
         for k, (t, *rest) in enumerate(map(dict.values, exits), 1)
@@ -303,7 +321,11 @@ def tables(
     beside = [
         ('Top-1 %', run.top1, run.backbone_top1, None),
         ('MMACs', result.cost / 1e6, plain_macs / 1e6, result.cost / plain_macs),
-        (f'Images/s, batch {batch_size}', *run.images_per_second, run.images_per_second[0] / run.images_per_second[1]),
+        (
+            f'Images/s, batch {min(batch_size, len(right))}',
+            *run.images_per_second,
+            run.images_per_second[0] / run.images_per_second[1],
+        ),
         *(
             (f'ms at batch 1, {name}', *pair, pair[0] / pair[1])
             for name, pair in zip(('median', '90th percentile', '99th percentile'), run.latencies)

@@ -269,9 +269,9 @@ def validate_parser() -> argparse.ArgumentParser:
     group.add_argument(
         '--max-drop', type=float, metavar='P', help='the least cost that loses at most P points of accuracy'
     )
-    group.add_argument('--score', choices=SCORES, default='confidence', help='how sure an exit is')
-    group.add_argument('--aggregate', choices=AGGREGATES, default='last', help='what an exit answers')
-    group.add_argument('--method', choices=METHODS, default='optimal', help='how thresholds are found')
+    group.add_argument('--score', choices=SCORES, help='how sure an exit is (default: confidence)')
+    group.add_argument('--aggregate', choices=AGGREGATES, help='what an exit answers (default: last)')
+    group.add_argument('--method', choices=METHODS, help='how thresholds are found (default: optimal)')
     group.add_argument(
         '--calibration-split',
         metavar='NAME',

@@ -21,6 +21,7 @@ __all__ = [
     'is_trained_on',
     'load_dataset',
     'mixup_active',
+    'same_split',
     'train_and_val_datasets',
     'train_loader',
 ]
@@ -183,20 +184,23 @@ def held_out(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Data
     return TransformSubset(dataset, checkpoint['val_indices'].tolist()), f'the held-out part of {split}'
 
 
+def same_split(split: str, other: str) -> bool:
+    """Whether two names stand for the same images, or for some of the same: timm's synonyms, parts of one split."""
+
+    def whole(split: str) -> str:
+        name = split.partition('[')[0].lower()
+        return next((names[0] for names in _SPLIT_FOLDERS if name in names), name)
+
+    return whole(split) == whole(other)
+
+
 def is_trained_on(args: argparse.Namespace, checkpoint: Dict[str, Any], split: str) -> bool:
     """Whether a split of the data that the flags name is, as far as a checkpoint tells, what it was trained on."""
-
-    def source(dataset: str, data_dir: Optional[str], split: str) -> Tuple:
-        name = split.partition('[')[0].lower()  # a part of a split is still of that split
-        name = next((names[0] for names in _SPLIT_FOLDERS if name in names), name)
-        return dataset.lower(), os.path.realpath(data_dir or ''), name
-
-    trained = checkpoint.get('args', {})
-    if 'train_split' not in checkpoint:
+    if 'train_split' not in checkpoint or not same_split(split, checkpoint['train_split']):
         return False
-    return source(args.dataset, args.data_dir, split) == source(
-        trained.get('dataset') or '', trained.get('data_dir'), checkpoint['train_split']
-    )
+    trained = checkpoint.get('args', {})
+    same_set = args.dataset.lower() == (trained.get('dataset') or '').lower()
+    return same_set and os.path.realpath(args.data_dir or '') == os.path.realpath(trained.get('data_dir') or '')
 
 
 def mixup_active(args: argparse.Namespace) -> bool:

@@ -37,9 +37,9 @@ class Album:
     """
 
     def __init__(self, result: PolicyResult, test: Logits, policy: ExitPolicy, data_config: Dict[str, Any]):
-        self.probs = torch.stack([z.softmax(-1) for z in _scaled(test.logits, policy)])
-        sure = self.probs.amax(-1).gather(0, result.exit_index[None])[0]
-        last = len(self.probs) - 1
+        self.answers = test.answers(policy)
+        sure = torch.stack([z.softmax(-1).amax(-1) for z in self.answers]).gather(0, result.exit_index[None])[0]
+        last = len(self.answers) - 1
         early = (result.exit_index + (1 - sure)).argsort()
         late = ((last - result.exit_index) + sure).argsort()
         self.groups = dict(
@@ -60,10 +60,6 @@ class Album:
                 file = io.BytesIO()
                 picture.save(file, 'PNG')
                 self.images[i] = 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
-
-
-def _scaled(logits: torch.Tensor, policy: ExitPolicy) -> torch.Tensor:
-    return logits / torch.tensor(policy.temperatures or [1.0] * len(logits))[:, None, None]
 
 
 def _policies(policy: ExitPolicy, val: Logits, costs: Sequence[ExitCost]) -> List[ExitPolicy]:
@@ -106,23 +102,24 @@ def page_data(
     """
 
     def label(index: int) -> str:
-        return class_names[index] if class_names else str(index)
+        return class_names[index] if class_names and index < len(class_names) else str(index)
 
     results = [(p, evaluate_policy(*test, costs, p)) for p in _policies(policy, val, costs)]
     results.sort(key=lambda pair: pair[1].cost)
     exits = [f'Ex{k}' for k in range(1, len(costs) + 1)]
-    right = test.logits.argmax(-1) == test.targets
+    right = album.answers.argmax(-1) == test.targets
     sweep = budgeted_curve(val, test, costs, score=policy.score) if len(costs) > 1 else []
-    before, after = (expected_calibration_error(*test, t) for t in (None, policy.temperatures))
+    before = expected_calibration_error(*test)
+    after = expected_calibration_error(album.answers, test.targets)
     pictures = []
     for group, members in album.groups.items():
         for i in members:
-            best = album.probs[:, i].max(-1)
+            best = album.answers[:, i].softmax(-1).max(-1)
             pictures.append(
                 dict(
                     group=group,
                     src=album.images[i],
-                    truth=label(test.targets[i]),
+                    truth=label(int(test.targets[i])),
                     says=[[label(k), p] for k, p in zip(best.indices.tolist(), best.values.tolist())],
                     leaves=[result.exit_index[i].item() for _, result in results],
                 )
@@ -141,7 +138,7 @@ def page_data(
         + [[name, *pair] for name, pair in zip(names, [run.images_per_second, *run.latencies])],
         reliability=[
             dict(before=b, ece=a, bins=bins)
-            for b, a, bins in zip(before, after, confidence_bins(*test, policy.temperatures))
+            for b, a, bins in zip(before, after, confidence_bins(album.answers, test.targets))
         ],
         pictures=pictures,
     )

@@ -93,8 +93,8 @@ def _policy(args: argparse.Namespace, network: Network) -> Optional[ExitPolicy]:
         raise UserError(f'--threshold: the network answers at its last exit only: {model.why_not_resumable}.')
     if args.threshold is not None:
         return ExitPolicy([args.threshold] * (model.num_exits - 1))
-    policy = ExitPolicy.load(network.policy_file)
-    with blame(f'{str(network.policy_file)!r}'):
+    with blame('the exit policy cannot be used'):
+        policy = ExitPolicy.load(network.policy_file)
         policy.check(model.num_exits, model.exit_names)
     return policy
 

@@ -51,7 +51,8 @@ def push(args: argparse.Namespace) -> str:
         card = dict(results=trained['results'], measured_on=trained['measured_on'])
     if trained:
         card['training'] = {key: trained['args'][key] for key in _SETTINGS if trained['args'].get(key) is not None}
-    policy = None if network.policy_file is None else ExitPolicy.load(network.policy_file)
+    with blame('the exit policy cannot be used'):
+        policy = None if network.policy_file is None else ExitPolicy.load(network.policy_file)
     with blame(f'{args.repo!r} cannot be pushed to'):
         address = push_to_hub(
             network.model,

@@ -14,8 +14,9 @@ import torch
 from ..adaptive import ExitPolicy, evaluate_policy
 from ..cost import ExitCost, exit_costs
 from ..errors import UserError, blame, run_script
+from ..hub import SOURCES
 from ..models import MultiExitModel
-from ..network import load_checkpoint, model_of
+from ..network import Network, load_network
 from ..report import format_table, plot_accuracy_against_cost, write_page
 from .adaptive import (
     Logits,
@@ -23,12 +24,11 @@ from .adaptive import (
     fit_policy,
     load_calibration,
     load_policy,
-    policy_beside,
     policy_path,
     run_adaptive,
     tables,
 )
-from .build import autocast_of, build_model, compiled, data_config_of, resolve_device
+from .build import autocast_of, compiled, data_config_of, resolve_device
 from .config import parse_args
 from .evaluate import Evaluation, evaluate, exit_logits
 from .flags import validate_parser
@@ -58,9 +58,10 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
     check_flags(args)
     _check_outputs(args)
     device = resolve_device(args)
-    checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
-    model = load_model(args, checkpoint)
+    network = load_model(args)
+    model, checkpoint = network.model, network.checkpoint
     data_flags_from(args, checkpoint)
+    args.in_chans = args.in_chans or model.in_chans
     data_config = data_config_of(args, model, checkpoint.get('data_config'))
     if (args.plot or args.adaptive) and not model.resumable:
         flag = '--adaptive' if args.adaptive else '--plot'
@@ -69,7 +70,7 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
     dataset, split = load_split(args, checkpoint)
     names = class_names(dataset)
-    check_classes(names, checkpoint.get('class_names'), split)
+    check_classes(names, network.class_names, split)
     if names and len(names) > model.num_classes:
         raise UserError(f'the data has {len(names)} classes, the model {model.num_classes}: they do not fit.')
     model.to(device)
@@ -91,15 +92,16 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
         rows, record = _rows(model, result, costs), {}
         print(f'{source}: {result.num_samples} images of {split}, input {size}\n{_table(rows, result)}')
     else:
-        policy, val, fitted_to = _policy(args, model, checkpoint, names, costs, loader_of, batches_of)
+        policy, val, fitted_to = _policy(args, network, names, costs, loader_of, batches_of)
         loader = loader_of(dataset)
         test = Logits.of(batches_of(loader))
         result = evaluate(zip(test.logits.split(1024, dim=1), test.targets.split(1024)))
         rows = _rows(model, result, costs)
         print(f'{source}: {result.num_samples} images of {split}, input {size}\n{_table(rows, result)}')
-        adaptive = evaluate_policy(*test, costs, policy)
+        with blame(f'the images of {split} do not fit the network'):
+            adaptive = evaluate_policy(*test, costs, policy)
         album = Album(adaptive, test, policy, data_config) if args.report else None
-        run = run_adaptive(args, model, policy, loader, device, album and album.look)
+        run = run_adaptive(args, model, policy, loader, len(test.targets), device, album and album.look)
         text, record = tables(policy, adaptive, run, test, costs, args.batch_size)
         print(f'\nAdaptive, {fitted_to}: {policy.score}, aggregate {policy.aggregate}\n{text}')
         record['fitted_to'] = fitted_to
@@ -107,7 +109,7 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
             policy.save(policy_path(args))
             print(f'policy: {policy_path(args)}')
         if args.report:
-            names = names or checkpoint.get('class_names')
+            names = names or network.class_names
             title = f'{source} on {split}'
             write_page(args.report, page_data(title, fitted_to, policy, val, test, costs, run, album, names))
             print(f'page: {args.report}')
@@ -121,8 +123,7 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
 def _policy(
     args: argparse.Namespace,
-    model: MultiExitModel,
-    checkpoint: Dict[str, Any],
+    network: Network,
     names: Optional[List[str]],
     costs: Sequence[ExitCost],
     loader_of: Callable[[Any], Any],
@@ -132,18 +133,20 @@ def _policy(
     goals = {flag: getattr(args, flag) for flag in ('budget', 'latency_budget', 'max_drop')}
     goal = ', '.join(f'{flag.replace("_", " ")} {value}' for flag, value in goals.items() if value is not None)
     if not goal:
-        path = Path(args.policy) if args.policy else policy_beside(args)
-        policy = load_policy(path, model)
+        path = Path(args.policy) if args.policy else network.policy_file
+        policy = load_policy(path, network.model)
         if not args.report:
             return policy, None, f'policy {path}'
-    dataset, split = load_calibration(args, checkpoint)
-    check_classes(class_names(dataset), checkpoint.get('class_names') or names, split)
+    dataset, split = load_calibration(args, network.checkpoint)
+    check_classes(class_names(dataset), network.class_names or names, split)
     loader = loader_of(dataset)
     val = Logits.of(batches_of(loader))
     if not goal:
         return policy, val, f'policy {path}'
-    example = next(iter(loader))[0][:1].to(next(model.parameters()).device)
-    policy = fit_policy(args, model, val, costs, example)
+    example = next(iter(loader))[0][:1].to(next(network.model.parameters()).device)
+    if args.channels_last:
+        example = example.contiguous(memory_format=torch.channels_last)
+    policy = fit_policy(args, network.model, val, costs, example)
     return policy, val, f'fitted to {len(val.targets)} images of {split}, {goal}'
 
 
@@ -169,18 +172,16 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise UserError(f'{path!r} cannot be written: {e.strerror}.') from None
 
 
-def load_model(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> MultiExitModel:
+def load_model(args: argparse.Namespace) -> Network:
     """The network that ``--checkpoint`` or ``--model`` names, with its weights."""
     if bool(args.checkpoint) == bool(args.model):
         raise UserError('give either --checkpoint PATH (of train.py) or --model hf-hub:REPO|local-dir:PATH.')
-    if args.model:
-        if args.use_ema:
-            raise UserError('--use-ema needs --checkpoint: a --model has one set of weights.')
-        return build_model(args.model, pretrained=True)
-    model = model_of(checkpoint, args.checkpoint, args.use_ema)
-    if 'state_dict_ema' in checkpoint and not args.use_ema:
+    if args.model and not args.model.startswith(SOURCES):
+        raise UserError(f'--model {args.model!r} must be hf-hub:REPO or local-dir:PATH.')
+    network = load_network(args.checkpoint or args.model, args.use_ema)
+    if 'state_dict_ema' in network.checkpoint and not args.use_ema:
         _logger.warning('The checkpoint also has averaged weights, which chose its epoch: --use-ema evaluates them.')
-    return model
+    return network
 
 
 def data_flags_from(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> None:
