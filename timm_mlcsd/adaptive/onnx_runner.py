@@ -67,6 +67,8 @@ class AdaptiveModel:
         self.costs = np.cumsum(np.array(own, dtype=np.float64))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # the threads of a stage that has run must not spin while the next one works
+        options.add_session_config_entry('session.intra_op.allow_spinning', '0')
         self.sessions = [
             onnxruntime.InferenceSession(str(folder / Path(stage['file']).name), options, providers=list(providers))
             for stage in self.stages
