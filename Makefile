@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := output/quickstart
+# test processes, one thread and about 3 GB of memory each
+JOBS ?= 2
 
 .PHONY: quickstart test format
 
@@ -23,7 +25,7 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

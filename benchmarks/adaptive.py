@@ -183,6 +183,7 @@ def measure(args: argparse.Namespace) -> str:
                 macs.append(statistics.mean(spent[k].item() for k in exits) / plain_macs)
             medians = [statistics.median(column) for column in (macs, speedups, ratios)]
             rows.append((batch_size, share, *medians, max(ratios) - min(ratios)))
+            print(rows[-1], file=sys.stderr, flush=True)  # large batches take minutes
     table = format_table(
         ('Batch', 'MACs wanted', 'MACs spent', 'Speed-up over plain', 'Possible / realised', 'Spread of that'), rows
     )

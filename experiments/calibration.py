@@ -22,8 +22,8 @@ from timm_mlcsd.adaptive import (
     fit_weights,
 )
 from timm_mlcsd.cost import exit_costs
-from timm_mlcsd.engine.adaptive import Logits, backbone_macs, load_calibration
 from timm_mlcsd.engine.build import autocast_of, data_config_of, resolve_device
+from timm_mlcsd.engine.calibration import Logits, backbone_macs, load_calibration
 from timm_mlcsd.engine.config import parse_args
 from timm_mlcsd.engine.evaluate import exit_logits
 from timm_mlcsd.engine.flags import validate_parser

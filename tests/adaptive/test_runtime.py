@@ -63,21 +63,23 @@ def spread(logits, policy, seed, off=()):
     return policy.with_thresholds(thresholds)
 
 
-@pytest.mark.parametrize('name', NETWORKS)
-def test_every_sample_gets_the_exit_and_the_answer_that_its_logits_give(name):
+@pytest.mark.parametrize(
+    'name, count, batches', [*((name, 12, (1, 5, 12)) for name in NETWORKS), ('resnet18', 256, (60, 256))]
+)
+def test_every_sample_gets_the_exit_and_the_answer_that_its_logits_give(name, count, batches):
     model = make(name)
-    images = images_for(model, 12)
+    images = images_for(model, count)
     logits = logits_of(model, images)
-    weights = fit_weights(logits, torch.arange(12) % 5)
+    weights = fit_weights(logits, torch.arange(count) % 5)
     costs = exit_costs(model, images.shape[1:])
     for seed, (score, aggregate) in enumerate(itertools.product(SCORES, AGGREGATES)):
         base = ExitPolicy(
             [0.0] * (model.num_exits - 1), score, None, aggregate, weights if aggregate == 'fitted' else None
         )
         policy = spread(logits, base, seed, off={1} if seed % 3 == 0 else ())
-        expected = evaluate_policy(logits, torch.zeros(12, dtype=torch.long), costs, policy)
+        expected = evaluate_policy(logits, torch.zeros(count, dtype=torch.long), costs, policy)
         adaptive = AdaptiveModel(model, policy, costs)
-        for batch in (1, 5, 12):
+        for batch in batches:
             found = [adaptive.predict(part) for part in images.split(batch)]
             exits = torch.cat([p.exit_index for p in found])
             predictions = torch.cat([p.logits for p in found]).argmax(-1)

@@ -61,6 +61,7 @@ def test_a_policy_for_every_goal(goal, flags, mine, tmp_path, capsys):
         ('--score', 'patience'),
         ('--aggregate', 'mean'),
         ('--aggregate', 'fitted'),
+        ('--aggregate', 'mean', '--budget', '100%'),
         ('--score', 'margin', '--method', 'exit_rates'),
         ('--amp', '--amp-dtype', 'bfloat16'),
     ],

@@ -17,7 +17,8 @@ from ..adaptive import (
     expected_calibration_error,
 )
 from ..cost import ExitCost
-from .adaptive import Logits, Run, backbone_macs
+from .adaptive import Run
+from .calibration import Logits, backbone_macs
 
 __all__ = ['Album', 'page_data']
 

@@ -7,28 +7,20 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
-from ..adaptive import ExitPolicy, evaluate_policy
+from ..adaptive import evaluate_policy
 from ..cost import ExitCost, exit_costs
 from ..errors import UserError, blame, run_script
 from ..hub import SOURCES
 from ..models import MultiExitModel
 from ..network import Network, load_network
 from ..report import format_table, plot_accuracy_against_cost, write_page
-from .adaptive import (
-    Logits,
-    check_flags,
-    fit_policy,
-    load_calibration,
-    load_policy,
-    policy_path,
-    run_adaptive,
-    tables,
-)
+from .adaptive import run_adaptive, tables
 from .build import autocast_of, compiled, data_config_of, resolve_device
+from .calibration import Logits, check_flags, policy_of, policy_path
 from .config import parse_args
 from .evaluate import Evaluation, evaluate, exit_logits
 from .flags import validate_parser
@@ -92,7 +84,7 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
         rows, record = _rows(model, result, costs), {}
         print(f'{source}: {result.num_samples} images of {split}, input {size}\n{_table(rows, result)}')
     else:
-        policy, val, fitted_to = _policy(args, network, names, costs, loader_of, batches_of)
+        policy, val, fitted_to = policy_of(args, network, names, costs, loader_of, batches_of)
         loader = loader_of(dataset)
         test = Logits.of(batches_of(loader))
         result = evaluate(zip(test.logits.split(1024, dim=1), test.targets.split(1024)))
@@ -119,35 +111,6 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
         points = [(row['macs'] / 1e6, row['top1']) for row in rows]
         plot_accuracy_against_cost(args.plot, {source: points}, title=f'{source} on {split}')
     return rows
-
-
-def _policy(
-    args: argparse.Namespace,
-    network: Network,
-    names: Optional[List[str]],
-    costs: Sequence[ExitCost],
-    loader_of: Callable[[Any], Any],
-    batches_of: Callable[[Any], Iterator[Tuple[torch.Tensor, torch.Tensor]]],
-) -> Tuple[ExitPolicy, Optional[Logits], str]:
-    """The policy, what it was or could be fitted to, and how to call where it comes from."""
-    goals = {flag: getattr(args, flag) for flag in ('budget', 'latency_budget', 'max_drop')}
-    goal = ', '.join(f'{flag.replace("_", " ")} {value}' for flag, value in goals.items() if value is not None)
-    if not goal:
-        path = Path(args.policy) if args.policy else network.policy_file
-        policy = load_policy(path, network.model)
-        if not args.report:
-            return policy, None, f'policy {path}'
-    dataset, split = load_calibration(args, network.checkpoint)
-    check_classes(class_names(dataset), network.class_names or names, split)
-    loader = loader_of(dataset)
-    val = Logits.of(batches_of(loader))
-    if not goal:
-        return policy, val, f'policy {path}'
-    example = next(iter(loader))[0][:1].to(next(network.model.parameters()).device)
-    if args.channels_last:
-        example = example.contiguous(memory_format=torch.channels_last)
-    policy = fit_policy(args, network.model, val, costs, example)
-    return policy, val, f'fitted to {len(val.targets)} images of {split}, {goal}'
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
