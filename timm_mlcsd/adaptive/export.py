@@ -6,6 +6,7 @@ onnxruntime only.
 
 import importlib.util
 import json
+import logging
 import platform
 import shutil
 import tempfile
@@ -248,6 +249,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     def run():
         args = export_parser().parse_args(argv)
+        for name in ('onnxscript', 'onnx_ir', 'torch.onnx'):
+            logging.getLogger(name).setLevel(logging.WARNING)  # every pass of theirs has something to say
         network = load_network(args.network, args.use_ema)
         policy_file = args.policy or network.policy_file
         if policy_file is None:
