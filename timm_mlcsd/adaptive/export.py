@@ -172,7 +172,9 @@ def _write_stages(
             run = write(program, folder / file, inputs, outputs)
             found = {count: run([t[:count] for t in tensors]) for count in (len(images), 1)}
         except Exception as e:
-            raise ValueError(f'stage {k} cannot be written as {format}: {type(e).__name__}: {shortened(e)}') from e
+            raise ValueError(
+                f'torch {torch.__version__} cannot write stage {k} as {format}: {type(e).__name__}: {shortened(e)}'
+            ) from e
         for count, results in found.items():
             for name, ours, theirs in zip(outputs, results, (t[:count] for t in expected)):
                 error = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float('nan')
