@@ -185,7 +185,8 @@ def table(rows: List[Dict[str, Any]], families_known: List[str]) -> str:
         [
             '# Coverage',
             '',
-            'Written by `benchmarks/coverage.py`: the smallest member of every family of timm and one of the middle, '
+            'Written by `benchmarks/coverage.py`: the smallest member of every family of timm and one of the middle '
+            '(encoders without a classifier, `..._enc`, aside), '
             'made by `create_multi_exit(name)` alone (most of those for images larger than 384 at 224 or 240). *Last '
             'exit*: its logits equal the backbone\'s bit for bit in evaluation mode. *Trains*: one step of all-for-all '
             'gives every parameter a finite gradient. *Stages*: run one by one they give every exit\'s logits bit for '
