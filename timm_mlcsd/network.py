@@ -11,7 +11,7 @@ from .errors import UserError, blame
 from .hub import CONFIG, POLICY, SOURCES, find_policy, from_pretrained
 from .models import MultiExitModel, create_named
 
-__all__ = ['LAST', 'Network', 'load_checkpoint', 'load_network', 'model_of', 'policy_place']
+__all__ = ['LAST', 'Network', 'load_checkpoint', 'load_network', 'policy_place']
 
 _logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def load_network(source: Union[str, Path], use_ema: bool = False) -> Network:
         names = model.pretrained_cfg.get('label_names')
         return Network(model, resolve_data_config({}, model=model), list(names) if names else None, {}, policy_file)
     checkpoint = load_checkpoint(source)
-    model = model_of(checkpoint, source, use_ema).eval()
+    model = _model_of(checkpoint, source, use_ema).eval()
     policy_file = policy_place(source)
     if not policy_file.is_file():
         policy_file = None
@@ -76,7 +76,7 @@ def policy_place(source: str) -> Optional[Path]:
     return (path if path.is_dir() else path.parent) / POLICY
 
 
-def model_of(checkpoint: Dict[str, Any], source: str, use_ema: bool = False) -> MultiExitModel:
+def _model_of(checkpoint: Dict[str, Any], source: str, use_ema: bool = False) -> MultiExitModel:
     """The network in a checkpoint of train.py."""
     key = 'state_dict_ema' if use_ema else 'state_dict'
     if key not in checkpoint:

@@ -120,12 +120,14 @@ def export_stages(
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n', encoding='utf-8')
         if format == 'onnx':
             shutil.copyfile(Path(__file__).with_name('onnx_runner.py'), partial / RUNNER)
+        old = Path(folder) / 'old'
         if directory.exists():
-            directory.rename(Path(folder) / 'old')
+            directory.rename(old)
         try:
             partial.rename(directory)
         except OSError:
-            (Path(folder) / 'old').rename(directory)
+            if old.exists():
+                old.rename(directory)
             raise
 
 

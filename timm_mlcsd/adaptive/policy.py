@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 
+from ..files import replacing
 from ..hub import POLICY
 
 __all__ = ['AGGREGATES', 'SCORES', 'ExitPolicy', 'Memory', 'score_of']
@@ -172,12 +172,8 @@ class ExitPolicy:
         """Write the policy as JSON; a folder gets ``exit_policy.json``. Nothing is left half written."""
         path = Path(path)
         path = path / POLICY if path.is_dir() else path
-        partial = path.with_name(f'.{path.name}.{os.getpid()}')
-        try:
-            partial.write_text(json.dumps(self.to_dict(), indent=2) + '\n', encoding='utf-8')
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + '\n', encoding='utf-8')
 
     def to_dict(self) -> Dict[str, Any]:
         """What `save` writes: plain values, ``off`` for the threshold ``inf``."""

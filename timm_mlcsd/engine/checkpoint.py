@@ -1,6 +1,5 @@
 """Checkpoints that survive a crash: written beside their place, flushed to disk, then renamed."""
 
-import contextlib
 import os
 import re
 import shutil
@@ -9,6 +8,7 @@ from typing import Any, Dict, List, Union
 
 import torch
 
+from ..files import replacing
 from ..network import LAST
 
 __all__ = ['CheckpointSaver']
@@ -50,7 +50,7 @@ class CheckpointSaver:
             Whether it is the best so far.
         """
         path = self.folder / f'checkpoint-{epoch}.pth.tar'
-        with _replacing(path) as temporary, open(temporary, 'wb') as f:
+        with replacing(path) as temporary, open(temporary, 'wb') as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
@@ -65,7 +65,7 @@ class CheckpointSaver:
         return is_best
 
     def _also_as(self, path: Path, name: str) -> None:
-        with _replacing(self.folder / name) as temporary:
+        with replacing(self.folder / name) as temporary:
             try:
                 os.link(path, temporary)
             except OSError:  # a file system without hard links
@@ -78,17 +78,6 @@ class CheckpointSaver:
         """Numbered checkpoints, the oldest file first."""
         found = [p for p in self.folder.iterdir() if _NUMBERED.fullmatch(p.name)]
         return sorted(found, key=lambda p: p.stat().st_mtime_ns)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path):
-    """Give a temporary name; when all went well, its file takes the place of `path` in one step."""
-    temporary = path.with_name(f'.{path.name}.tmp')
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import fields
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
@@ -63,18 +64,16 @@ class Album:
                 self.images[i] = 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
 
 
+def _settings(policy: ExitPolicy) -> Dict[str, Any]:
+    """All of a policy but its thresholds."""
+    return {field.name: getattr(policy, field.name) for field in fields(policy) if field.name != 'thresholds'}
+
+
 def _policies(policy: ExitPolicy, val: Logits, costs: Sequence[ExitCost]) -> List[ExitPolicy]:
     """This one, and the best for other budgets."""
-    own = dict(
-        score=policy.score,
-        aggregate=policy.aggregate,
-        temperatures=policy.temperatures,
-        weights=policy.weights,
-        exit_names=policy.exit_names,
-    )
     low, high = costs[0].stage_macs + costs[0].head_macs, backbone_macs(costs)
     budgets = [low + (high - low) * i / (BUDGETS - 1) for i in range(BUDGETS)] if len(costs) > 1 else []
-    return [policy, *(calibrate(*val, costs, budget=budget, **own) for budget in budgets)]
+    return [policy, *(calibrate(*val, costs, budget=budget, **_settings(policy)) for budget in budgets)]
 
 
 def page_data(
@@ -109,7 +108,7 @@ def page_data(
     results.sort(key=lambda pair: pair[1].cost)
     exits = [f'Ex{k}' for k in range(1, len(costs) + 1)]
     right = album.answers.argmax(-1) == test.targets
-    sweep = budgeted_curve(val, test, costs, score=policy.score) if len(costs) > 1 else []
+    sweep = budgeted_curve(val, test, costs, **_settings(policy)) if len(costs) > 1 else []
     before = expected_calibration_error(*test)
     after = expected_calibration_error(album.answers, test.targets)
     pictures = []
