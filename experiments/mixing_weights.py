@@ -36,7 +36,7 @@ def main() -> None:
     data_flags_from(args, checkpoint)
     dataset, split = load_split(args, checkpoint)
     loader = eval_loader(args, dataset, data_config_of(args, model, checkpoint['data_config']), device)
-    weights = torch.cat([criterion.mixing_weights(model.forward_exits(images)).cpu() for images, _ in loader])
+    weights = torch.cat([criterion.mixing_weights(model.forward_exits(x), target).cpu() for x, target in loader])
 
     names = [f'Ex{k + 1}' for k in range(model.num_exits)]
     uniform = (weights - 1 / model.num_exits).abs().sum(-1).div(2).mean(0)

@@ -8,6 +8,7 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from timm_mlcsd import MLCSDLoss, MultiExitOutput
+from timm_mlcsd.losses import Lesson
 
 B, K, C, D, H, W = 6, 4, 5, 7, 3, 2
 
@@ -141,7 +142,7 @@ def test_gradcheck_with_constant_teachers(distill, term):
     constant = MultiExitOutput(*(tuple(t.detach().clone() for t in part) for part in output))
 
     if term != 'cls':
-        mixing = criterion.mixing_weights(constant)
+        mixing = criterion.mixing_weights(constant, target)
         t = (mixing @ torch.stack(constant.logits, 1)).detach()
         g = (mixing @ torch.stack(constant.features, 1).flatten(2)).view(B, K, D, H, W).detach()
 
@@ -150,7 +151,7 @@ def test_gradcheck_with_constant_teachers(distill, term):
         if term == 'cls':
             return criterion(MultiExitOutput(z, f), target)
         if term == 'kd':
-            return criterion._kd(torch.stack(z, 1), t)
+            return criterion.method(Lesson(torch.stack(z, 1), t, None, None, target, None)).sum()
         return sum((f[i] - g[:, i]).square().mean() for i in range(K))
 
     tensors = (*output.logits, *output.features)
@@ -195,12 +196,12 @@ def test_cwem_learns_whom_to_trust():
     output = MultiExitOutput(tuple(logits), output.features)
     criterion = MLCSDLoss(K, D)
     optimizer = torch.optim.SGD(criterion.parameters(), lr=0.5, momentum=0.9)
-    start = criterion.mixing_weights(output).mean(0)
+    start = criterion.mixing_weights(output, target).mean(0)
     for _ in range(60):
         optimizer.zero_grad()
         criterion(output, target).backward()
         optimizer.step()
-    end = criterion.mixing_weights(output).mean(0)
+    end = criterion.mixing_weights(output, target).mean(0)
     assert start[:, 2].max() < 0.5
     assert end[:, 2].min() > 0.8
     torch.testing.assert_close(end.sum(-1), torch.ones(K))
@@ -330,8 +331,10 @@ def test_exits_of_unlike_widths_and_sizes():
 @pytest.mark.parametrize(
     'kwargs, message',
     [
-        (dict(distill='some'), "distill='some' is unknown; choose one of none, one-for-all, all-for-all"),
+        (dict(distill='some'), "distill='some' is unknown; choose one of none, one-for-all, minimum"),
         (dict(cwem_supervision='x'), "cwem_supervision='x' is unknown"),
+        (dict(method='x'), "method='x' is unknown; choose one of kd, cc, crd, dkd, or pass a Method"),
+        (dict(method='crd'), 'pass num_samples, how many there are'),
         (dict(alpha=-1), 'alpha=-1 must not be negative'),
         (dict(temperature=0), 'temperature=0 must be positive'),
         (dict(exit_weights=[1.0]), 'exit_weights has 1 numbers for 4 exits'),
@@ -352,4 +355,4 @@ def test_wrong_number_of_exits_is_named():
     with pytest.raises(ValueError, match='output has 4 exits, the loss was made for num_exits=5'):
         criterion(random_output(), torch.randint(C, (B,)))
     with pytest.raises(ValueError, match=r"distill='none' has no teacher"):
-        MLCSDLoss(K, D, distill='none').mixing_weights(random_output())
+        MLCSDLoss(K, D, distill='none').mixing_weights(random_output(), torch.zeros(B, dtype=torch.long))

@@ -1,6 +1,21 @@
 """Losses of multi-exit networks; they know nothing of backbones."""
 
-from .mlcsd import CWEM, CWEM_SUPERVISIONS, DISTILLS, MLCSDLoss
-from .teachers import LastExit
+from .distill import CC, CRD, DKD, KD, METHODS, Lesson, Method
+from .mlcsd import CWEM_SUPERVISIONS, DISTILLS, MLCSDLoss
+from .teachers import CWEM, TEACHERS, Mixer
 
-__all__ = ['CWEM', 'CWEM_SUPERVISIONS', 'DISTILLS', 'LastExit', 'MLCSDLoss']
+__all__ = [
+    'CC',
+    'CRD',
+    'CWEM',
+    'CWEM_SUPERVISIONS',
+    'DISTILLS',
+    'DKD',
+    'KD',
+    'METHODS',
+    'TEACHERS',
+    'Lesson',
+    'MLCSDLoss',
+    'Method',
+    'Mixer',
+]

@@ -10,7 +10,8 @@ With logits z_k, features f_k, labels y, K exits, temperature T and weights w_i 
     L_HT  = sum_i w_i MSE(f_i, g_i)                 eq. 6
     L     = gamma L_CLS + alpha L_KD + beta L_HT    eq. 7
 
-t_i and g_i are constants for L_KD and L_HT: students never pull their teacher.
+t_i and g_i are constants for L_KD and L_HT: students never pull their teacher. Other teachers than the CWEM's are other
+W_i (`TEACHERS`), other ways to learn from them are other L_KD (`METHODS`).
 """
 
 from typing import Dict, List, Optional, Sequence, Union
@@ -20,48 +21,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.loss import JsdCrossEntropy
 
-from .teachers import LastExit
+from .distill import CC, CRD, METHODS, Lesson, Method
+from .teachers import CWEM, TEACHERS, Mixer
 
-__all__ = ['CWEM', 'CWEM_SUPERVISIONS', 'DISTILLS', 'MLCSDLoss']
+__all__ = ['CWEM_SUPERVISIONS', 'DISTILLS', 'MLCSDLoss']
 
-DISTILLS = ('none', 'one-for-all', 'all-for-all')
+DISTILLS = ('none', *TEACHERS)
 CWEM_SUPERVISIONS = ('ce', 'kd', 'none')
-
-
-class CWEM(nn.Module):
-    """Classifier weight encoding module (paper, section of that name): 1x1 conv, BatchNorm and softmax per exit.
-
-    The K convolutions are one grouped convolution and the K norms one norm. A training batch of one image has no
-    statistics of its own and is normalised with the running ones.
-
-    Args:
-        num_exits: K.
-        feature_dim: D.
-    """
-
-    def __init__(self, num_exits: int, feature_dim: int):
-        super().__init__()
-        self.num_exits = num_exits
-        self.conv = nn.Conv1d(num_exits * feature_dim, num_exits**2, 1, groups=num_exits, bias=False)
-        self.norm = nn.BatchNorm1d(num_exits**2)
-
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Map max-pooled features [B, K, D] to mixing weights [B, K, K] whose rows sum to 1."""
-        x = self.conv(pooled.flatten(1).unsqueeze(-1)).squeeze(-1)
-        if self.training and x.shape[0] == 1:
-            norm = self.norm
-            x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-        else:
-            x = self.norm(x)
-        return x.view(-1, self.num_exits, self.num_exits).softmax(dim=-1)
 
 
 class MLCSDLoss(nn.Module):
     """The paper's total loss, every term of it switchable.
 
     ``distill='none'`` is a multi-exit network trained with cross-entropy alone (MENM), ``'one-for-all'`` learns from
-    the last exit (with ``beta=0`` from its logits only), ``'all-for-all'`` is MLCSD. Everything is computed in at
-    least float32, under autocast too.
+    the last exit (with ``beta=0`` from its logits only), ``'all-for-all'`` is MLCSD; the rest of `TEACHERS` are the
+    paper's rivals. Everything is computed in at least float32, under autocast too.
 
     The loss owns the CWEM, which needs training: give the optimizer the parameters of both, or use `MLCSDTask`. The
     paper does not say what trains it, hence `cwem_supervision`:
@@ -76,14 +50,16 @@ class MLCSDLoss(nn.Module):
         num_exits: K.
         feature_dim: D of the features, or one per exit; where they differ, training-only 1x1 convs project all to the
             last one's.
-        alpha: Weight of L_KD (paper's best: 5).
+        alpha: Weight of L_KD; default what goes with the method, for ``kd`` 5 (paper's best).
         beta: Weight of L_HT (paper's best: 10).
         gamma: Weight of L_CLS (paper's best: 1).
         temperature: T (paper's best: 4).
         cls_loss: Criterion (logits [B, C], target) -> scalar, any timm classification loss; default cross-entropy.
         exit_weights: w_i, K numbers; default all 1, as in the paper.
-        distill: Who teaches: ``none``, ``one-for-all``, ``all-for-all``.
+        distill: Who teaches: ``none`` or one of `TEACHERS`.
         cwem_supervision: What trains the CWEM.
+        method: What L_KD is: one of `METHODS` with its authors' hyper-parameters, or a `Method`.
+        num_samples: Images in the training set; ``crd`` remembers them all.
 
     Examples:
         ```python
@@ -102,7 +78,7 @@ class MLCSDLoss(nn.Module):
         num_exits: int,
         feature_dim: Union[int, Sequence[int]],
         *,
-        alpha: float = 5.0,
+        alpha: Optional[float] = None,
         beta: float = 10.0,
         gamma: float = 1.0,
         temperature: float = 4.0,
@@ -110,6 +86,8 @@ class MLCSDLoss(nn.Module):
         exit_weights: Optional[Sequence[float]] = None,
         distill: str = 'all-for-all',
         cwem_supervision: str = 'ce',
+        method: Union[str, Method] = 'kd',
+        num_samples: Optional[int] = None,
     ):
         super().__init__()
         if distill not in DISTILLS:
@@ -118,6 +96,12 @@ class MLCSDLoss(nn.Module):
             raise ValueError(
                 f'cwem_supervision={cwem_supervision!r} is unknown; choose one of {", ".join(CWEM_SUPERVISIONS)}.'
             )
+        if not isinstance(method, Method) and method not in METHODS:
+            raise ValueError(f'method={method!r} is unknown; choose one of {", ".join(METHODS)}, or pass a Method.')
+        if method == 'crd' and not num_samples:
+            raise ValueError("method='crd' remembers every training image: pass num_samples, how many there are.")
+        if alpha is None:
+            alpha = (METHODS[method] if isinstance(method, str) else method).weight
         for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
             if not value >= 0:
                 raise ValueError(f'{name}={value} must not be negative; 0 switches the term off.')
@@ -150,21 +134,28 @@ class MLCSDLoss(nn.Module):
         # a tensor, not a number: a ramp must not recompile a compiled loss
         self.register_buffer('distill_scale', torch.ones(()), persistent=False)
 
-        self.mixer: Optional[nn.Module] = None
+        self.mixer: Optional[Mixer] = None
+        self.method: Optional[Method] = None
         self.projections = nn.ModuleList()
         # one exit has nobody to learn from
         if distill != 'none' and (alpha or beta) and num_exits > 1:
-            if distill == 'one-for-all':
-                self.mixer = LastExit()
-            else:
-                self.mixer = CWEM(num_exits, dims[-1])
-                # what nothing trains must not wait for a gradient
-                self.mixer.requires_grad_(cwem_supervision == 'ce' or (cwem_supervision == 'kd' and alpha > 0))
+            self.mixer = TEACHERS[distill](num_exits, dims[-1])
+            # what nothing trains must not wait for a gradient
+            self.mixer.requires_grad_(cwem_supervision == 'ce' or (cwem_supervision == 'kd' and alpha > 0))
+            if alpha:
+                self.method = self._make_method(method, num_samples, dims[-1]) if isinstance(method, str) else method
             if len(set(dims)) > 1:
                 self.projections.extend(
                     nn.Identity() if dim == dims[-1] else nn.Conv2d(dim, dims[-1], 1, bias=False) for dim in dims
                 )
-                self.projections.requires_grad_(beta > 0)
+                self.projections.requires_grad_(beta > 0 or (self.method is not None and self.method.reads_features))
+
+    def _make_method(self, name: str, num_samples: Optional[int], feature_dim: int) -> Method:
+        if name == 'cc':
+            return CC()
+        if name == 'crd':
+            return CRD(self.num_exits - (not self.mixer.last_learns), feature_dim, num_samples)
+        return METHODS[name](self.temperature)
 
     def set_distill_scale(self, scale: float) -> None:
         """Scale alpha and beta, from 0 to 1, as a warm-up does."""
@@ -175,6 +166,7 @@ class MLCSDLoss(nn.Module):
         output: Sequence[Sequence[torch.Tensor]],
         target: torch.Tensor,
         return_components: bool = False,
+        indices: Optional[torch.Tensor] = None,
     ) -> Union[torch.Tensor, Dict[str, torch.Tensor]]:
         """Compute the loss.
 
@@ -182,14 +174,15 @@ class MLCSDLoss(nn.Module):
             output: `MultiExitOutput`: K logits [B, C] and K features [B, D, H, W].
             target: Class indices [B], or whatever `cls_loss` takes: soft targets [B, C], say.
             return_components: Return a dict instead.
+            indices: Which images of the training set these are, [B]; for ``method='crd'``.
 
         Returns:
             The loss, a scalar; or a dict with ``loss`` and its parts before weighting: ``cls`` (L_CLS), and where
             there is a teacher ``kd`` (L_KD), ``ht`` (L_HT), ``cwem`` (what trains the CWEM beside them).
 
         Raises:
-            ValueError: `output` is one tensor or has another number of exits; or the loss itself was cast to half
-                precision.
+            ValueError: `output` is one tensor or has another number of exits; the loss itself was cast to half
+                precision; the method needs class indices for a target, or `indices`.
         """
         if isinstance(output, torch.Tensor):
             raise ValueError(
@@ -207,17 +200,19 @@ class MLCSDLoss(nn.Module):
             parts = {'cls': sum(w * self.cls_loss(z, target) for w, z in zip(exit_weights, logits))}
             loss = self.gamma * parts['cls']
             if self.mixer is not None:
-                parts.update(self._distill(torch.stack(logits, dim=1), features, target))
+                parts.update(self._distill(torch.stack(logits, dim=1), features, target, indices))
                 distill_loss = sum(w * parts[n] for n, w in (('kd', self.alpha), ('ht', self.beta)) if n in parts)
                 loss = loss + self.distill_scale * distill_loss + parts.get('cwem', 0.0)
         return dict(loss=loss, **parts) if return_components else loss
 
-    def mixing_weights(self, output: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    def mixing_weights(self, output: Sequence[Sequence[torch.Tensor]], target: torch.Tensor) -> torch.Tensor:
         """The weights W [B, K, K] with which the teachers are mixed: row i is exit i's teacher (paper, Table 15)."""
         if self.mixer is None:
             raise ValueError(f'distill={self.distill!r} has no teacher, so there are no mixing weights.')
-        with torch.autocast(output[1][0].device.type, enabled=False):
-            return self._mix(self._align(output[1]))
+        logits, features = output
+        with torch.autocast(logits[0].device.type, enabled=False):
+            logits = torch.stack([_at_least_float32(z) for z in logits], dim=1)
+            return self._mix(logits, self._align(features), target)
 
     def _align(self, features: Sequence[torch.Tensor]) -> List[torch.Tensor]:
         """The features [B, D, H, W] in at least float32, all at the last one's width and size."""
@@ -227,40 +222,51 @@ class MLCSDLoss(nn.Module):
         size = features[-1].shape[-2:]
         return [f if f.shape[-2:] == size else F.adaptive_avg_pool2d(f, size) for f in features]
 
-    def _mix(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _mix(self, logits: torch.Tensor, features: Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
         pooled = torch.stack([f.detach().amax(dim=(-2, -1)) for f in features], dim=1)
-        return self.mixer(pooled.to(self.exit_weights.dtype)).to(pooled.dtype)
+        return self.mixer(pooled.to(self.exit_weights.dtype), logits.detach(), target).to(logits.dtype)
 
     def _distill(
         self,
         logits: torch.Tensor,
         features: Sequence[torch.Tensor],
         target: torch.Tensor,
+        indices: Optional[torch.Tensor],
     ) -> Dict[str, torch.Tensor]:
         parts = {}
         features = self._align(features)
-        weights = self._mix(features)
+        weights = self._mix(logits, features, target)
         teacher = weights @ logits.detach()
         if isinstance(self.mixer, CWEM) and self.cwem_supervision == 'ce':
             parts['cwem'] = sum(self.cls_loss(t, target) for t in teacher.unbind(dim=1))
-        if self.alpha:
-            parts['kd'] = self._kd(logits, teacher if self.cwem_supervision == 'kd' else teacher.detach())
+        exit_weights = self.exit_weights.to(logits.dtype)
+        if self.method is not None:
+            self._check_lesson(target, indices)
+            through = weights if self.cwem_supervision == 'kd' else weights.detach()
+            pooled = teacher_pooled = None
+            if self.method.reads_features:
+                pooled = torch.stack([f.mean(dim=(-2, -1)) for f in features], dim=1)
+                teacher_pooled = through @ pooled.detach()
+            lesson = Lesson(logits, through @ logits.detach(), pooled, teacher_pooled, target, indices)
+            parts['kd'] = exit_weights @ self.method(lesson).to(logits.dtype)
         if self.beta:
             # the mean doesn't care for the order of the elements, so take them as they lie in memory
             if features[-1].is_contiguous(memory_format=torch.channels_last):
                 features = [f.permute(0, 2, 3, 1) for f in features]
             features = [f.flatten(1) for f in features]
             teachers = weights.detach() @ torch.stack([f.detach() for f in features], dim=1)
-            exit_weights = self.exit_weights.to(teachers.dtype)
             parts['ht'] = sum(w * F.mse_loss(f, g) for w, f, g in zip(exit_weights, features, teachers.unbind(dim=1)))
         return parts
 
-    def _kd(self, logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """L_KD of student and teacher logits [B, K, C]."""
-        log_p = F.log_softmax(logits / self.temperature, dim=-1)
-        log_t = F.log_softmax(teacher / self.temperature, dim=-1)
-        divergence = F.kl_div(log_p, log_t, reduction='none', log_target=True).sum(dim=-1)
-        return self.temperature**2 * (self.exit_weights.to(logits.dtype) @ divergence.mean(dim=0))
+    def _check_lesson(self, target: torch.Tensor, indices: Optional[torch.Tensor]) -> None:
+        name = type(self.method).__name__
+        if self.method.hard_labels and target.ndim != 1:
+            raise ValueError(
+                f'{name} needs class indices [B] as target, not {list(target.shape)}: it tells an image\'s own class '
+                f'from the others, so leave out mixup and cutmix, or take method=\'kd\' or \'cc\'.'
+            )
+        if self.method.needs_indices and indices is None:
+            raise ValueError(f'{name} needs indices [B]: which images of the training set the batch holds.')
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
