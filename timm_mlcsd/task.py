@@ -33,9 +33,11 @@ class MultiExitTrainableModule(nn.Module):
         # what only the loss owns trains like the last layers
         return lambda name: layers[name[len('model.') :]] if name.startswith('model.') else last
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
+    def forward(
+        self, input: torch.Tensor, target: torch.Tensor, indices: Optional[torch.Tensor] = None
+    ) -> Dict[str, Any]:
         output = self.model(input)
-        parts = self.criterion(output, target, return_components=True)
+        parts = self.criterion(output, target, return_components=True, indices=indices)
         return dict(parts, output=output.logits[-1], exit_logits=output.logits)
 
 
@@ -111,14 +113,17 @@ class MLCSDTask(TrainingTask):
             raise RuntimeError('Cannot load EMA task state before setup_ema().')
         unwrap_model(module).criterion.load_state_dict((state or {}).get('criterion', {}), strict=strict)
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
+    def forward(
+        self, input: torch.Tensor, target: torch.Tensor, indices: Optional[torch.Tensor] = None
+    ) -> Dict[str, Any]:
         """Compute outputs and loss.
 
         Args:
             input: Images [B, C, H, W].
             target: Class indices [B] or soft targets [B, C].
+            indices: Which images of the training set these are, [B], for losses that remember them.
 
         Returns:
             ``loss``, its parts (see `MLCSDLoss`), ``output`` (the last exit's logits) and ``exit_logits`` (K of them).
         """
-        return self.trainable_module(input, target)
+        return self.trainable_module(input, target, indices)

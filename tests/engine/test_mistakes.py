@@ -32,6 +32,8 @@ from timm_mlcsd.engine import train, validate
         ('--dataset torch/cifar100 --data-dir', 'expected one argument'),
         ('--config', 'expected one argument'),
         ('--mixup 1 --batch-size 7', 'must be even'),
+        ('--distill-method crd --mixup 1', 'leave out --mixup'),
+        ('--distill-method dkd --cutmix 1', 'leave out --mixup'),
         ('--torchcompile nonsense', '--torchcompile nonsense is unknown'),
         ('--in-chans 1 --mean .5 .5 .5', '--mean has 3 values for 1 channels'),
         ('--epochs 0', 'must be at least 1'),

@@ -15,6 +15,7 @@ import torch
 import yaml
 from scripts import ROOT, assert_same, run, weights
 
+from timm_mlcsd import MLCSDLoss
 from timm_mlcsd.engine import train, validate
 from timm_mlcsd.engine.config import parse_args
 from timm_mlcsd.engine.flags import train_parser
@@ -47,6 +48,28 @@ def test_what_a_run_leaves(trained, folder):
     assert len(checkpoint['val_indices']) == 5 and checkpoint['val_fraction'] == 0.1 and checkpoint['val_seed'] == 0
     best = load_checkpoint(trained / 'model_best.pth.tar')
     assert best['metric'] == max(float(row['eval_mean_top1']) for row in rows) == checkpoint['best_metric']
+
+
+@pytest.mark.parametrize('method', ['dkd', 'cc', 'crd'])
+def test_distillation_methods(method, small, tmp_path):
+    flags = [*small, '--distill-method', method, '--alpha', 0.5]
+    assert run(train.main, [*flags, '--epochs', 2, '--experiment', 'whole', '--checkpoint-hist', 2]) == 0
+    rows = list(csv.DictReader((tmp_path / 'whole' / 'summary.csv').open()))
+    assert float(rows[0]['train_kd']) > 0
+    if method == 'crd':
+        state = load_checkpoint(tmp_path / 'whole')['task_state']['criterion']
+        # 43 images to train on, of which the last batch of 3 is dropped: nearly all have been seen in two epochs
+        assert state['method.labels'].shape == (43,) and state['method.labels'].ge(0).sum() >= 40
+
+
+def test_crd_resumes_with_its_memory(small, tmp_path):
+    whole = [*small, '--distill-method', 'crd', '--experiment', 'whole', '--checkpoint-hist', 2]
+    assert run(train.main, whole) == 0
+    cut = tmp_path / 'cut'
+    cut.mkdir()
+    (tmp_path / 'whole' / 'checkpoint-0.pth.tar').rename(cut / 'last.pth.tar')
+    assert run(train.main, [*whole, '--experiment', 'cut', '--resume', cut]) == 0
+    assert_same(weights(tmp_path / 'whole'), weights(cut))
 
 
 def test_resume_equals_a_run_that_never_stopped(small, tmp_path):
@@ -173,8 +196,9 @@ def test_gradient_accumulation_averages_groups_and_the_short_last_one(small):
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.criterion = MLCSDLoss(2, 1)
 
-        def forward(self, input, target):
+        def forward(self, input, target, indices=None):
             return dict(loss=self.weight * input.mean(), exit_logits=(torch.zeros(len(target), 2),))
 
     class NoSchedule:
@@ -185,7 +209,7 @@ def test_gradient_accumulation_averages_groups_and_the_short_last_one(small):
     values = [1.0, 3.0, 5.0, 9.0, 10.0]
     batches = [(torch.full((4, 1), v), torch.zeros(4, dtype=torch.long)) for v in values]
     task, schedule = Mean(), NoSchedule()
-    optimizer = torch.optim.SGD(task.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD([task.weight], lr=1.0)
     train._train_epoch(0, task, batches, optimizer, schedule, None, contextlib.nullcontext(), args, 10)
     assert task.weight.item() == -((1 + 3) / 2 + (5 + 9) / 2 + 10)
     assert schedule.last == 13

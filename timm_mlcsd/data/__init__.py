@@ -2,6 +2,6 @@
 
 from .digits import DigitsDataset
 from .pad_crop import PadCrop
-from .subset import ConvertedImages, TransformSubset, hold_out
+from .subset import ConvertedImages, IndexedTargets, TransformSubset, hold_out
 
-__all__ = ['ConvertedImages', 'DigitsDataset', 'PadCrop', 'TransformSubset', 'hold_out']
+__all__ = ['ConvertedImages', 'DigitsDataset', 'IndexedTargets', 'PadCrop', 'TransformSubset', 'hold_out']

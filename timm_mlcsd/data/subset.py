@@ -5,7 +5,7 @@ from typing import Any, Callable, Optional, Sequence, Tuple
 import torch
 from torch.utils.data import Dataset
 
-__all__ = ['ConvertedImages', 'TransformSubset', 'hold_out']
+__all__ = ['ConvertedImages', 'IndexedTargets', 'TransformSubset', 'hold_out']
 
 
 class TransformSubset(Dataset):
@@ -46,6 +46,25 @@ class ConvertedImages(Dataset):
         image, target = self.dataset[index]
         image = image.convert(self.mode)
         return self.transform(image) if self.transform else image, target
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class IndexedTargets(Dataset):
+    """The same images, each target a tensor [2]: the class and the image's index.
+
+    Args:
+        dataset: Gives (image, class) without a transform of its own.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        self.transform: Optional[Callable] = None
+
+    def __getitem__(self, index: int) -> Tuple[Any, torch.Tensor]:
+        image, target = self.dataset[index]
+        return self.transform(image) if self.transform else image, torch.tensor([int(target), index])
 
     def __len__(self) -> int:
         return len(self.dataset)

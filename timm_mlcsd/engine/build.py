@@ -12,7 +12,7 @@ from timm.loss import create_classification_loss
 from timm.models import load_state_dict
 
 from ..errors import UserError, blame
-from ..losses import MLCSDLoss
+from ..losses import METHODS, MLCSDLoss
 from ..models import MultiExitModel, create_named, load_backbone
 from .loaders import mixup_active
 
@@ -111,8 +111,8 @@ def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:
     _logger.info(f'Starting from {path}')
 
 
-def build_criterion(args: argparse.Namespace, model: MultiExitModel) -> MLCSDLoss:
-    """The loss that the flags describe."""
+def build_criterion(args: argparse.Namespace, model: MultiExitModel, num_samples: Optional[int] = None) -> MLCSDLoss:
+    """The loss that the flags describe, for a training set of `num_samples` images."""
     if args.jsd_loss or args.aug_splits:
         raise UserError(
             '--jsd-loss/--aug-splits compare augmented copies of each image across the batch, while the teachers of '
@@ -120,6 +120,14 @@ def build_criterion(args: argparse.Namespace, model: MultiExitModel) -> MLCSDLos
         )
     if not 0.0 <= args.smoothing < 1.0:
         raise UserError(f'--smoothing {args.smoothing} must be at least 0 and less than 1.')
+    method = METHODS[args.distill_method]
+    if method.hard_labels and mixup_active(args):
+        raise UserError(
+            f'--distill-method {args.distill_method} tells an image\'s own class from the others: leave out --mixup '
+            f'and --cutmix, or take --distill-method kd or cc.'
+        )
+    if method.needs_indices and num_samples is None:
+        raise UserError(f'--distill-method {args.distill_method} remembers every image: it cannot train on a stream.')
     with blame('the loss cannot be made'):
         cls_loss = create_classification_loss(
             'bce' if args.bce_loss else 'ce',
@@ -139,4 +147,6 @@ def build_criterion(args: argparse.Namespace, model: MultiExitModel) -> MLCSDLos
             exit_weights=args.exit_weights,
             distill=args.distill,
             cwem_supervision=args.cwem_supervision,
+            method=args.distill_method,
+            num_samples=num_samples,
         )

@@ -6,6 +6,7 @@ import os
 from ..adaptive import AGGREGATES, METHODS, SCORES
 from ..arguments import KeyValues, ScriptParser, exits, non_negative_int, positive_int
 from ..losses import CWEM_SUPERVISIONS, DISTILLS
+from ..losses import METHODS as DISTILL_METHODS
 from ..models import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS
 
 __all__ = ['train_parser', 'validate_parser']
@@ -123,8 +124,18 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
 
     group = parser.add_argument_group('Distillation')
-    group.add_argument('--distill', default='all-for-all', choices=DISTILLS)
-    group.add_argument('--alpha', type=float, default=5.0, help='weight of the logit distillation L_KD')
+    group.add_argument('--distill', default='all-for-all', choices=DISTILLS, help='who teaches')
+    group.add_argument(
+        '--distill-method', default='kd', choices=tuple(DISTILL_METHODS), help='how exits learn from their teacher'
+    )
+    group.add_argument(
+        '--alpha',
+        type=float,
+        default=None,
+        help='weight of that distillation, L_KD (default: '
+        + ', '.join(f'{m.weight:g} for {name}' for name, m in DISTILL_METHODS.items())
+        + ')',
+    )
     group.add_argument('--beta', type=float, default=10.0, help='weight of the feature distillation L_HT')
     group.add_argument('--gamma', type=float, default=1.0, help='weight of the classification loss L_CLS')
     group.add_argument('--temperature', type=float, default=4.0)

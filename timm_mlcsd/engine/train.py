@@ -20,8 +20,10 @@ from timm.utils import (
     trim_summary,
     update_summary,
 )
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
+from ..data import IndexedTargets
 from ..errors import UserError, blame, run_script
 from ..network import LAST, load_checkpoint
 from ..task import MLCSDTask
@@ -87,8 +89,10 @@ def train(args: argparse.Namespace) -> Path:
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
 
-    task = MLCSDTask(model, build_criterion(args, model), device=device, verbose=False)
-    args.lr = _scaled_lr(args)
+    num_samples = None if isinstance(train_data, IterableDataset) else len(train_data)
+    criterion = build_criterion(args, model, num_samples)
+    task = MLCSDTask(model, criterion, device=device, verbose=False)
+    args.lr, args.alpha = _scaled_lr(args), criterion.alpha
     optimizer = _create_optimizer(args, task)
     autocast = autocast_of(args, device)
     scaler = NativeScaler(device=device.type) if args.amp and args.amp_dtype == 'float16' else None
@@ -105,6 +109,8 @@ def train(args: argparse.Namespace) -> Path:
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
 
+    if criterion.needs_indices:
+        train_data = IndexedTargets(train_data)
     with blame('the data flags cannot be used'):
         batches = train_loader(args, train_data, data_config, num_classes, device)
         val_batches = eval_loader(args, val_data, data_config, device, args.validation_batch_size)
@@ -232,8 +238,9 @@ def _train_epoch(
         need_update = (i + 1) % accumulate == 0 or is_last
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        target, indices = target.unbind(dim=1) if task.criterion.needs_indices else (target, None)
         with autocast:
-            result = task(images, target)
+            result = task(images, target, indices)
         loss = result['loss'] / group_size
         if scaler:
             scaler(

@@ -157,6 +157,11 @@ class MLCSDLoss(nn.Module):
             return CRD(self.num_exits - (not self.mixer.last_learns), feature_dim, num_samples)
         return METHODS[name](self.temperature)
 
+    @property
+    def needs_indices(self) -> bool:
+        """Whether the method must know which images a batch holds."""
+        return self.method is not None and self.method.needs_indices
+
     def set_distill_scale(self, scale: float) -> None:
         """Scale alpha and beta, from 0 to 1, as a warm-up does."""
         self.distill_scale.fill_(scale)
@@ -265,7 +270,7 @@ class MLCSDLoss(nn.Module):
                 f'{name} needs class indices [B] as target, not {list(target.shape)}: it tells an image\'s own class '
                 f'from the others, so leave out mixup and cutmix, or take method=\'kd\' or \'cc\'.'
             )
-        if self.method.needs_indices and indices is None:
+        if self.needs_indices and indices is None:
             raise ValueError(f'{name} needs indices [B]: which images of the training set the batch holds.')
 
 
