@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import statistics
 import time
-from typing import Callable, ContextManager, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,13 +20,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .arguments import KeyValues, ScriptParser, exits, positive_int
 from .errors import UserError, run_script
-from .models import DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS, MultiExitModel, OnMeta, create_named
+from .models import DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS, MultiExitBackbone, MultiExitModel, OnMeta, create_named
 from .report import format_table
 
 __all__ = ['ExitCost', 'ExitTime', 'exit_costs', 'exit_times', 'plan', 'stage_times']
 
 # an exit that costs more than this share of the whole backbone saves little
 TOO_DEAR = 0.5
+PLAIN = 'plain backbone'
 
 _WEIGHTED_LAYERS = {torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.linear}
 
@@ -202,19 +203,41 @@ def stage_times(
     return [ExitTime(*pair) for pair in zip(medians[::2], medians[1::2])]
 
 
+class _LastOnly(MultiExitModel):
+    """A network that answers at its last exit alone: what one designed with exits has for a plain backbone."""
+
+    num_exits = 1
+
+    def __init__(self, model: MultiExitModel):
+        super().__init__()
+        self.model = model
+
+    def run_stage(self, k: int, state: Any) -> Any:
+        for stage in range(self.model.num_exits):
+            state = self.model.run_stage(stage, state)
+        return state
+
+    def run_head(self, k: int, state: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+        return self.model.run_head(self.model.num_exits - 1, state)
+
+
 def plan(args: argparse.Namespace) -> str:
     """Compare all exit heads on one network before anyone trains it; returns the report."""
     model_args = dict(num_classes=args.num_classes, small_input=args.small_input)
     if args.input_size:
         model_args['in_chans'] = args.input_size[0]
     model_args.update(args.model_kwargs)
-    models = {None: create_named(args.model, exits=1, **model_args)}
-    input_size = tuple(args.input_size or models[None].probe_size)
-    for head in EXIT_HEADS:
-        models[head] = create_named(
-            args.model, exits=args.exits, exit_head=head, exit_pool=args.exit_pool, **model_args
-        )
-    model = models[head]
+    model = create_named(args.model, exits=args.exits, exit_pool=args.exit_pool, **model_args)
+    if isinstance(model, MultiExitBackbone):
+        models = {PLAIN: create_named(args.model, exits=1, **model_args)}
+        for head in EXIT_HEADS:
+            models[head] = create_named(
+                args.model, exits=args.exits, exit_head=head, exit_pool=args.exit_pool, **model_args
+            )
+    else:
+        models = {PLAIN: _LastOnly(model), 'its own': model}
+    heads = [name for name in models if name != PLAIN]
+    input_size = tuple(args.input_size or model.probe_size)
     costs = {head: exit_costs(m, input_size) for head, m in models.items()}
     # in turn, so that a machine whose speed drifts is fair to all
     rounds = [
@@ -222,20 +245,19 @@ def plan(args: argparse.Namespace) -> str:
         for _ in range(args.repeats)
     ]
     times = {head: [statistics.median(t) for t in zip(*(r[head] for r in rounds))] for head in models}
-    base, base_time = costs[None][0], times[None][0]
+    base, base_time = costs[PLAIN][0], times[PLAIN][0]
 
     def table(title: str, cell: Callable[[str, int], str]) -> str:
-        rows = [
-            (f'Ex{k + 1}', name, *(cell(head, k) for head in EXIT_HEADS)) for k, name in enumerate(model.exit_names)
-        ]
-        return f'{title}\n{format_table(("Exit", "Tap", *EXIT_HEADS), rows)}\n'
+        rows = [(f'Ex{k + 1}', name, *(cell(head, k) for head in heads)) for k, name in enumerate(model.exit_names)]
+        return f'{title}\n{format_table(("Exit", "Tap", *heads), rows)}\n'
 
     size = 'x'.join(str(n) for n in input_size)
+    what = PLAIN if isinstance(model, MultiExitBackbone) else 'last exit alone'
     parts = [
-        f'{args.model} at {size}: plain backbone {base.macs / 1e6:.1f} MMACs, {base.params / 1e6:.2f} M parameters, '
+        f'{args.model} at {size}: {what} {base.macs / 1e6:.1f} MMACs, {base.params / 1e6:.2f} M parameters, '
         f'depth {base.depth}, {base_time:.1f} ms\n',
         table(
-            'MMACs to answer (share of the plain backbone)',
+            f'MMACs to answer (share of the {what})',
             lambda h, k: f'{costs[h][k].macs / 1e6:.1f} ({costs[h][k].macs / base.macs:.2f})',
         ),
         table('Parameters, M', lambda h, k: f'{costs[h][k].params / 1e6:.2f}'),
@@ -246,12 +268,12 @@ def plan(args: argparse.Namespace) -> str:
             lambda h, k: f'{times[h][k]:.1f} ({times[h][k] / base_time:.2f})',
         ),
     ]
-    for head in EXIT_HEADS:
+    for head in heads:
         share, time_share = costs[head][0].macs / base.macs, times[head][0] / base_time
         if model.num_exits > 1 and max(share, time_share) > TOO_DEAR:
             parts.append(
                 f'warning: {head}: the first exit costs {share:.0%} of the MACs, {time_share:.0%} of the time of the '
-                f'plain backbone; leaving there saves little. Take a lighter head, or put the first exit earlier.'
+                f'{what}; leaving there saves little. Take a lighter head, or put the first exit earlier.'
             )
     return '\n'.join(parts).rstrip()
 
@@ -261,7 +283,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = ScriptParser(prog='timm_mlcsd.cost', description='What the exits of a network will cost, head by head')
     parser.add_argument('model', help='a multi-exit model, such as mlcsd_resnet50')
     parser.add_argument('--exits', type=exits, help='number, or comma-separated modules to tap (default: 8)')
-    parser.add_argument('--exit-pool', default=DEFAULT_EXIT_POOL, choices=EXIT_POOLS)
+    parser.add_argument('--exit-pool', choices=EXIT_POOLS, help=f'(default: {DEFAULT_EXIT_POOL})')
     parser.add_argument(
         '--input-size', type=positive_int, nargs=3, metavar='N', help='C H W (default: the model\'s own)'
     )

@@ -13,7 +13,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, _get_global_pool, hf_split, save_config_for_hf
 
 from .errors import shortened
-from .models import MultiExitBackbone, MultiExitModel, create_named
+from .models import MultiExitModel, create_named
 from .report import model_card
 from .version import __version__
 
@@ -32,7 +32,7 @@ SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')
 
 
 def save_pretrained(
-    model: MultiExitBackbone,
+    model: MultiExitModel,
     directory: Union[str, Path],
     *,
     data_config: Optional[Dict[str, Any]] = None,
@@ -76,8 +76,9 @@ def save_pretrained(
         **card,
     )
     # a backbone that was made first keeps its own arguments; the stored weights hold timm's already
-    model_args = {**_own_args(model.backbone), **_own_args(model), **model.exit_args, 'pretrained_backbone': False}
-    pool = _get_global_pool(model.backbone)
+    backbone = getattr(model, 'backbone', model)
+    model_args = {**_own_args(backbone), **_own_args(model), **model.exit_args, 'pretrained_backbone': False}
+    pool = _get_global_pool(backbone)
     if isinstance(pool, str):
         model_args['global_pool'] = pool  # as it is now
     directory.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ def save_pretrained(
 
 
 def push_to_hub(
-    model: MultiExitBackbone,
+    model: MultiExitModel,
     repo_id: str,
     *,
     private: bool = False,
@@ -192,7 +193,7 @@ def _own_args(model: torch.nn.Module) -> Dict[str, Any]:
 
 
 def _card(
-    model: MultiExitBackbone,
+    model: MultiExitModel,
     name: str,
     source: str,
     input_size: Sequence[int],

@@ -3,7 +3,9 @@
 from .backbone import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, MultiExitBackbone, create_multi_exit
 from .heads import EXIT_HEADS, EXIT_POOLS, ExitHead
 from .meta import OnMeta
+from .msdnet import MSDNet
 from .multi_exit import MultiExitModel, MultiExitOutput
+from .ranet import RANet
 from .registry import create_named  # registers mlcsd_* with timm
 from .shufflenetv2 import ShuffleNetV2
 from .weights import load_backbone
@@ -14,10 +16,12 @@ __all__ = [
     'EXIT_HEADS',
     'EXIT_POOLS',
     'ExitHead',
+    'MSDNet',
     'MultiExitBackbone',
     'MultiExitModel',
     'MultiExitOutput',
     'OnMeta',
+    'RANet',
     'ShuffleNetV2',
     'create_multi_exit',
     'create_named',

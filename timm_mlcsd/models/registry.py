@@ -2,19 +2,19 @@
 
 import difflib
 import pickle
-import re
 from functools import partial
-from typing import Any, Callable, Dict
+from typing import Any, Callable
 
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 
-# registers names that get exits too
-from . import shufflenetv2  # noqa: F401
+# shufflenetv2 registers names that get exits too, the others networks that have them
+from . import msdnet, ranet, shufflenetv2  # noqa: F401
 from .backbone import MultiExitBackbone, create_multi_exit, without_weights
 from .multi_exit import MultiExitModel
+from .weights import drop_unfit_classifiers
 
 __all__ = ['create_named']  # timm's register_model adds the models
 
@@ -48,16 +48,6 @@ def create_named(name: str, **kwargs: Any) -> MultiExitModel:
     return model
 
 
-def _drop_unfit_classifiers(state_dict: Dict[str, torch.Tensor], model: MultiExitBackbone) -> Dict[str, torch.Tensor]:
-    """For another number of classes, leave out the exits' classifiers, as timm does with the backbone's."""
-    fit = model.state_dict()
-    return {
-        name: t
-        for name, t in state_dict.items()
-        if not re.match(r'heads\.\d+\.fc\.', name) or (name in fit and fit[name].shape == t.shape)
-    }
-
-
 def _multi_exit_cfg(arch: str) -> PretrainedCfg:
     return PretrainedCfg(**without_weights(vars(get_pretrained_cfg(arch) or PretrainedCfg(architecture=arch))))
 
@@ -86,7 +76,7 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
             partial(create_multi_exit, arch),
             PREFIX + arch,
             pretrained,
-            pretrained_filter_fn=_drop_unfit_classifiers,
+            pretrained_filter_fn=drop_unfit_classifiers,
             feature_cfg=dict(feature_cls='getter', **indices),
             **kwargs,
         )

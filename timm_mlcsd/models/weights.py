@@ -1,5 +1,6 @@
 """Weights that go from a plain backbone to its multi-exit network and back."""
 
+import re
 from pathlib import Path
 from typing import Dict, Union
 
@@ -10,7 +11,7 @@ from timm.models import load_state_dict
 from ..errors import shortened
 from .multi_exit import MultiExitModel
 
-__all__ = ['load_backbone']
+__all__ = ['drop_unfit_classifiers', 'load_backbone']
 
 _PREFIX = 'backbone.'
 
@@ -31,6 +32,8 @@ def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Ten
         load_backbone(timm.create_model('resnet50'), 'output/train/run/model_best.pth.tar')
         ```
     """
+    if isinstance(model, MultiExitModel) and not hasattr(model, 'backbone'):
+        raise ValueError(f'{type(model).__name__} has no backbone to load; use its load_state_dict.')
     if not isinstance(source, dict):
         try:
             source = load_state_dict(str(source))
@@ -42,3 +45,13 @@ def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Ten
         (model.backbone if isinstance(model, MultiExitModel) else model).load_state_dict(source)
     except RuntimeError as e:
         raise ValueError(f'these are weights of another network than the backbone: {shortened(e)}') from None
+
+
+def drop_unfit_classifiers(state_dict: Dict[str, torch.Tensor], model: MultiExitModel) -> Dict[str, torch.Tensor]:
+    """For another number of classes, leave out the exits' classifiers, as timm does with the backbone's."""
+    fit = model.state_dict()
+    return {
+        name: t
+        for name, t in state_dict.items()
+        if not re.match(r'heads\.\d+\.fc\.', name) or (name in fit and fit[name].shape == t.shape)
+    }

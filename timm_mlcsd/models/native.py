@@ -1,0 +1,295 @@
+"""What networks designed with exits (MSDNet, RANet) share: layers, heads, timm's model contract."""
+
+import re
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
+from torch.utils.checkpoint import checkpoint
+
+from .multi_exit import MultiExitModel
+from .weights import drop_unfit_classifiers
+
+__all__ = [
+    'STEMS',
+    'STEP_MODES',
+    'NativeMultiExit',
+    'check_choice',
+    'conv_layer',
+    'create_native',
+    'narrow_conv',
+    'native_cfg',
+    'stem',
+]
+
+STEMS = ('cifar', 'imagenet')
+STEP_MODES = ('even', 'linear')
+
+CIFAR_HEAD_WIDTH = 128
+_EXIT_ARGS = ('exits', 'exit_head', 'exit_pool', 'small_input')
+
+
+def conv_layer(in_chs: int, out_chs: int, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
+    """Conv, BatchNorm, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding=kernel_size // 2, bias=False),
+        nn.BatchNorm2d(out_chs),
+        nn.ReLU(inplace=True),
+    )
+
+
+def narrow_conv(in_chs: int, out_chs: int, factor: int, stride: int = 1) -> nn.Sequential:
+    """A 3x3 conv layer behind a 1x1 one of at most `factor` times its width: DenseNet's bottleneck."""
+    inner = min(in_chs, factor * out_chs)
+    return nn.Sequential(*conv_layer(in_chs, inner, 1), *conv_layer(inner, out_chs, 3, stride))
+
+
+def stem(kind: str, in_chs: int, out_chs: int) -> nn.Sequential:
+    """The first conv layer: 3x3 for ``cifar``, 7x7 with stride 2 and a max-pool for ``imagenet``."""
+    if kind == 'cifar':
+        return conv_layer(in_chs, out_chs)
+    return nn.Sequential(
+        nn.Conv2d(in_chs, out_chs, 7, stride=2, padding=3),
+        nn.BatchNorm2d(out_chs),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    )
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise a ValueError that names the argument."""
+    if value not in choices:
+        raise ValueError(f'{name}={value!r} is unknown; choose one of {", ".join(choices)}.')
+
+
+class NativeHead(nn.Module):
+    """Two stride-2 conv layers, mean pool, linear layer.
+
+    Args:
+        in_chs: Width of the map it reads.
+        width: Width of its own layers.
+        num_classes: C, 0 for pooled features.
+    """
+
+    def __init__(self, in_chs: int, width: int, num_classes: int):
+        super().__init__()
+        self.reduce = nn.Sequential(conv_layer(in_chs, width, 3, 2), conv_layer(width, width, 3, 2))
+        self.width = width
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Make a new linear layer for `num_classes`, none for 0."""
+        like = self.reduce[0][0].weight
+        dd = dict(device=like.device, dtype=like.dtype)
+        self.fc = nn.Linear(self.width, num_classes, **dd) if num_classes else nn.Identity()
+        if num_classes:
+            nn.init.zeros_(self.fc.bias)
+        self.fc.train(self.training)
+
+    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Map [B, C_in, H, W] to logits [B, C] and feature [B, D, H/4, W/4]."""
+        feature = self.reduce(x)
+        return self.fc(feature.mean(dim=(-2, -1))), feature
+
+
+class NativeMultiExit(MultiExitModel):
+    """A network with stages and heads of its own; a subclass says how a stage runs.
+
+    Args:
+        stages: K modules.
+        widths: Width of the map that each head reads.
+        stem_kind: One of `STEMS`.
+        reduction: How often smaller than the image those maps are.
+        num_classes: C, 0 for pooled features.
+        in_chans: Channels of the images.
+        knobs: The arguments that make this network again.
+    """
+
+    why_not_resumable = None
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        widths: Sequence[int],
+        stem_kind: str,
+        reduction: int,
+        num_classes: int,
+        in_chans: int,
+        knobs: Dict[str, Any],
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_exits = len(stages)
+        self.exit_names = [f'stages.{k}' for k in range(self.num_exits)]
+        self.exit_args = knobs
+        self.probe_size = (in_chans, *((224, 224) if stem_kind == 'imagenet' else (32, 32)))
+        self.reduction = reduction
+        dims = [CIFAR_HEAD_WIDTH if stem_kind == 'cifar' else width for width in widths]
+        self.feature_dim = dims[0] if len(set(dims)) == 1 else dims
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            dict(num_chs=dim, reduction=4 * reduction, module=f'heads.{k}.reduce') for k, dim in enumerate(dims)
+        ]
+        self.stages = nn.ModuleList(stages)
+        self.heads = nn.ModuleList(NativeHead(w, dim, num_classes) for w, dim in zip(widths, dims))
+        self.grad_checkpointing = False
+        self.init_convs(self)
+
+    @staticmethod
+    def init_convs(module: nn.Module) -> None:
+        for conv in module.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+
+    def forward_stage(self, k: int, state: Any) -> Any:
+        """Stage k, from the state that stage k-1 left."""
+        raise NotImplementedError
+
+    def tap(self, state: Any) -> torch.Tensor:
+        """The map in a state that its exit reads."""
+        raise NotImplementedError
+
+    def run_stage(self, k: int, state: Any) -> Any:
+        if self.grad_checkpointing and self.training:
+            return checkpoint(self.forward_stage, k, state, use_reentrant=False)
+        return self.forward_stage(k, state)
+
+    def run_head(self, k: int, state: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+        return self.heads[k](self.tap(state))
+
+    def check_input_size(self, height: int, width: int) -> None:
+        """Raise a ValueError for images smaller than one pixel of the coarsest map."""
+        if min(height, width) < self.reduction:
+            raise ValueError(
+                f'image size {height}x{width} is too small: the network reduces {self.reduction} times; '
+                f'use at least {self.reduction}x{self.reduction}.'
+            )
+
+    # timm's model contract
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The last exit's unpooled feature [B, D, H, W]."""
+        for k in range(self.num_exits):
+            x = self.run_stage(k, x)
+        return self.heads[-1].reduce(self.tap(x))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """The last exit's feature to logits [B, C], or to pooled features with `pre_logits`."""
+        x = x.mean(dim=(-2, -1))
+        return x if pre_logits else self.heads[-1].fc(x)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """The features of the exits.
+
+        Args:
+            x: Images [B, C, H, W].
+            indices: Which exits: a list, or how many of the last; None for all.
+            norm: For compatibility; the features are normalised.
+            stop_early: Run no further than the last of them.
+            output_fmt: Must be ``NCHW``.
+            intermediates_only: Return them without the last exit's.
+        """
+        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
+        take, last = feature_take_indices(self.num_exits, indices)
+        intermediates = []
+        for k in range(last + 1 if stop_early and intermediates_only else self.num_exits):
+            x = self.run_stage(k, x)
+            if k in take:
+                intermediates.append(self.heads[k].reduce(self.tap(x)))
+        return intermediates if intermediates_only else (self.heads[-1].reduce(self.tap(x)), intermediates)
+
+    def get_classifier(self) -> nn.Module:
+        """The last exit's linear layer."""
+        return self.heads[-1].fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Make new linear layers for all exits; the pool is the mean."""
+        if global_pool not in (None, 'avg'):
+            raise ValueError(f'global_pool={global_pool!r}: the exits of this network pool by their mean, avg.')
+        self.num_classes = num_classes
+        for head in self.heads:
+            head.reset_classifier(num_classes)
+
+    def prune_intermediate_layers(
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> List[int]:
+        """Take out the stages behind the features at `indices`; returns the indices."""
+        take, last = feature_take_indices(self.num_exits, indices)
+        self.stages, self.heads = self.stages[: last + 1], self.heads[: last + 1]
+        self.num_exits = last + 1
+        if prune_head:
+            self.reset_classifier(0)
+        return take
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the stages in the backward pass instead of keeping what is inside them."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the parameters that want no weight decay: none."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Layer group by name: the stem, then every stage with its head."""
+
+        def match(name: str) -> int:
+            found = re.match(r'(?:stages|heads)\.(\d+)', name)
+            return int(found[1]) + 1 if found else 0
+
+        return match
+
+
+def create_native(cls: Callable[..., NativeMultiExit], name: str, pretrained: bool, **kwargs: Any) -> NativeMultiExit:
+    """Build a registered network; flags that are meant for backbones get an error that says what to use instead."""
+    if pretrained and not kwargs.get('pretrained_cfg') and not kwargs.get('pretrained_cfg_overlay'):
+        raise ValueError(f'pretrained=True: there are no weights for {name}; pass your own as checkpoint_path=...')
+    for flag in _EXIT_ARGS:
+        if kwargs.pop(flag, None):
+            raise ValueError(
+                f'{name} has exits of its own, so {flag} does not apply; see its arguments, num_blocks say.'
+            )
+    if kwargs.pop('pretrained_backbone', False):
+        raise ValueError(f'pretrained_backbone: {name} is no wrapped backbone, and timm has no weights for it.')
+    if kwargs.get('stem') == 'imagenet' and not kwargs.get('pretrained_cfg'):
+        kwargs['pretrained_cfg_overlay'] = dict(
+            input_size=(3, 224, 224), **(kwargs.get('pretrained_cfg_overlay') or {})
+        )
+    return build_model_with_cfg(
+        cls,
+        name,
+        pretrained,
+        pretrained_filter_fn=drop_unfit_classifiers,
+        feature_cfg=dict(feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def native_cfg(classifier: str, paper: str) -> Dict[str, Any]:
+    """A default cfg: images of CIFAR's size and statistics."""
+    return dict(
+        url='',
+        num_classes=1000,
+        input_size=(3, 32, 32),
+        pool_size=None,
+        crop_pct=1.0,
+        interpolation='bicubic',
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        first_conv='stem.0.0',
+        classifier=classifier,
+        paper_ids=paper,
+    )

@@ -1,0 +1,261 @@
+"""RANet (Yang et al. 2020, "Resolution Adaptive Networks for Efficient Inference").
+
+Layers and knobs as in the public implementation (yangle15/RANet-pytorch): same parameters, multiply-adds and exits.
+"""
+
+import math
+from typing import Any, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models import generate_default_cfgs, register_model
+
+from .native import STEMS, STEP_MODES, NativeMultiExit, check_choice, conv_layer, create_native, narrow_conv, native_cfg
+from .native import stem as make_stem
+
+__all__ = ['RANet']  # timm's register_model adds the model
+
+Maps = Tuple[torch.Tensor, ...]
+
+
+def _resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    size = like.shape[-2:]
+    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode='bilinear', align_corners=True)
+
+
+class _DenseLayer(nn.Module):
+    """Adds channels to a map; in a fusing layer a share of them comes from the sub-network below.
+
+    Args:
+        chs: Width of the map.
+        growth: Channels it adds.
+        factor: Bottleneck factor.
+        lower: Width of the lower sub-network's map, its bottleneck factor and its share of `growth`; or None.
+        down: Halve the resolution.
+    """
+
+    def __init__(
+        self,
+        chs: int,
+        growth: int,
+        factor: int,
+        lower: Optional[Tuple[int, int, float]] = None,
+        down: bool = False,
+    ):
+        super().__init__()
+        own, self.up = growth, None
+        if lower is not None:
+            lower_chs, lower_factor, share = lower
+            own = growth - math.floor(growth * share)
+            self.up = narrow_conv(lower_chs, growth - own, lower_factor)
+        self.normal = narrow_conv(chs, own, factor, stride=2 if down else 1)
+
+    def forward(self, x: torch.Tensor, lower: Optional[torch.Tensor]) -> torch.Tensor:
+        new = self.normal(x)
+        if self.up is None:
+            return torch.cat((x, new), dim=1)
+        return torch.cat((_resized(x, new), _resized(self.up(lower), new), new), dim=1)
+
+
+class _Block(nn.Module):
+    """Dense layers, fused with the block of the same number in the sub-network below if there is one.
+
+    Args:
+        chs: Width of the map that it gets.
+        depth: Layers.
+        growth: Channels that a layer adds.
+        factor: Bottleneck factor.
+        keep: Share of the channels that the transition at its end keeps; None for no transition.
+        lower: Widths of the lower block's maps, its bottleneck factor, its share of the new channels; or None.
+        down: Halve the resolution in the last layer; of fused blocks only.
+
+    Attributes:
+        map_widths: Widths of the maps it hands to the block above it: its input's, then each layer's.
+        width: Width of its output.
+    """
+
+    def __init__(
+        self,
+        chs: int,
+        depth: int,
+        growth: int,
+        factor: int,
+        keep: Optional[float],
+        lower: Optional[Tuple[Sequence[int], int, float]] = None,
+        down: bool = False,
+    ):
+        super().__init__()
+        self.map_widths = [chs + i * growth for i in range(depth + 1)]
+        self.width = self.map_widths[-1]
+        self.layers, self.last = nn.ModuleList(), None
+        for i, width in enumerate(self.map_widths[:-1]):
+            below = (lower[0][i], *lower[1:]) if lower else None
+            self.layers.append(_DenseLayer(width, growth, factor, below, down and i == depth - 1))
+        if lower:
+            added = math.floor(self.width * lower[2])
+            self.last = conv_layer(lower[0][depth], added, 1)
+            self.width += added
+        self.transition = None
+        if keep is not None:
+            kept = math.floor(keep * self.width)
+            self.transition = conv_layer(self.width, kept, 1)
+            self.width = kept
+
+    def forward(self, x: torch.Tensor, lower: Optional[Maps] = None) -> Tuple[torch.Tensor, Maps]:
+        """Map [B, C, H, W], and the maps of the block below, to the output and the maps for the block above."""
+        maps = [x]
+        for i, layer in enumerate(self.layers):
+            maps.append(layer(maps[-1], lower[i] if self.last is not None else None))
+        x = maps[-1]
+        if self.last is not None:
+            x = torch.cat((x, _resized(self.last(lower[len(self.layers)]), x)), dim=1)
+        return x if self.transition is None else self.transition(x), tuple(maps)
+
+
+class RANet(NativeMultiExit):
+    """Sub-networks from coarse to fine: the next, finer one runs only where the coarser one was not sure.
+
+    Sub-network i has ``num_blocks + i * block_step`` blocks; exits stand behind the blocks that the one below it
+    doesn't have. The state between stages is (map, start maps of the finer sub-networks to come, for every block of
+    this sub-network the maps that the next one fuses).
+
+    Args:
+        num_classes: C, 0 for pooled features.
+        in_chans: Channels of the images.
+        num_blocks: Blocks of the coarsest sub-network.
+        block_step: Blocks that every finer one has more.
+        step: Layers of a block; with ``linear`` block j (from 0) has (j + 1) * step.
+        step_mode: ``even`` or ``linear``.
+        channels: Width of a start map over its growth factor.
+        growth_rate: Channels that a layer adds, over the growth factor.
+        scales: One per sub-network, coarsest first: 1 for the coarsest resolution, every scale twice as fine.
+        growth_factors: One per sub-network.
+        bottleneck_factors: One per sub-network: width of the 1x1 convs over that of the 3x3 convs.
+        compress_factor: Share of a fusing layer's new channels that come from the sub-network below.
+        reduction: Share of the channels that a transition keeps.
+        stem: ``cifar`` or ``imagenet``.
+
+    Raises:
+        ValueError: The arguments make no network.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        num_blocks: int = 2,
+        block_step: int = 2,
+        step: int = 3,
+        step_mode: str = 'even',
+        channels: int = 16,
+        growth_rate: int = 6,
+        scales: Sequence[int] = (1, 2, 3, 3),
+        growth_factors: Sequence[int] = (4, 2, 2, 1),
+        bottleneck_factors: Sequence[int] = (4, 2, 2, 1),
+        compress_factor: float = 0.25,
+        reduction: float = 0.5,
+        stem: str = 'cifar',
+    ):
+        check_choice('step_mode', step_mode, STEP_MODES)
+        check_choice('stem', stem, STEMS)
+        if not len(scales) == len(growth_factors) == len(bottleneck_factors) > 0:
+            raise ValueError(
+                f'scales={tuple(scales)}, growth_factors={tuple(growth_factors)} and bottleneck_factors='
+                f'{tuple(bottleneck_factors)} must have one number per sub-network each.'
+            )
+        if scales[0] != 1 or any(b - a not in (0, 1) for a, b in zip(scales, scales[1:])):
+            raise ValueError(f'scales={tuple(scales)} must begin with 1 and grow by 0 or 1.')
+        if min(num_blocks, block_step, step, channels, growth_rate) < 1:
+            raise ValueError('num_blocks, block_step, step, channels and growth_rate must be at least 1.')
+        for name, share in dict(compress_factor=compress_factor, reduction=reduction).items():
+            if not 0 < share <= 1:
+                raise ValueError(f'{name}={share} must be above 0 and at most 1.')
+        if any(math.floor(growth_rate * g * compress_factor) in (0, growth_rate * g) for g in growth_factors[1:]):
+            raise ValueError(
+                f'compress_factor={compress_factor} leaves one side of a fusing layer without channels, with '
+                f'growth_rate={growth_rate} and growth_factors={tuple(growth_factors)}.'
+            )
+        knobs = dict(
+            num_blocks=num_blocks,
+            block_step=block_step,
+            step=step,
+            step_mode=step_mode,
+            channels=channels,
+            growth_rate=growth_rate,
+            scales=list(scales),
+            growth_factors=list(growth_factors),
+            bottleneck_factors=list(bottleneck_factors),
+            compress_factor=compress_factor,
+            reduction=reduction,
+            stem=stem,
+        )
+        depths = [num_blocks + i * block_step for i in range(len(scales))]
+        stages, widths, first_exits = [], [], []
+        lower_widths: List[Sequence[int]] = []
+        for i, (scale, growth, factor) in enumerate(zip(scales, growth_factors, bottleneck_factors)):
+            fused = depths[i - 1] if i else 0
+            # the last layers of as many blocks as it takes to come down to the coarsest resolution
+            downs = [0, *depths][: i + 1][1 - scale :] if scale > 1 else []
+            transitions = {math.floor((j + 1) * depths[i] / scale) for j in range(scale - 1)}
+            width, map_widths, blocks = channels * growth, [], []
+            first_exits.append(len(stages))
+            for n in range(1, depths[i] + 1):
+                block = _Block(
+                    width,
+                    step if step_mode == 'even' else step * n,
+                    growth_rate * growth,
+                    factor,
+                    reduction if n in transitions else None,
+                    (lower_widths[n - 1], bottleneck_factors[i - 1], compress_factor) if n <= fused else None,
+                    down=n in downs,
+                )
+                width = block.width
+                map_widths.append(block.map_widths)
+                blocks.append(block)
+                if n > fused:
+                    stages.append(nn.ModuleList(blocks))
+                    widths.append(width)
+                    blocks = []
+            lower_widths = map_widths
+        reduction_of_stem = 4 if stem == 'imagenet' else 1
+        scale = reduction_of_stem * 2 ** (scales[-1] - 1)
+        super().__init__(stages, widths, stem, scale, num_classes, in_chans, knobs)
+        self.first_exits = first_exits
+        # finest first
+        self.stem = nn.ModuleList([make_stem(stem, in_chans, channels * growth_factors[-1])])
+        for i in range(len(scales) - 1, 0, -1):
+            stride = 1 if scales[i] == scales[i - 1] else 2
+            self.stem.append(conv_layer(channels * growth_factors[i], channels * growth_factors[i - 1], stride=stride))
+        self.init_convs(self.stem)
+
+    def forward_stage(self, k: int, state: Union[torch.Tensor, Tuple[torch.Tensor, Maps, Tuple[Maps, ...]]]) -> Any:
+        if k == 0:
+            starts = []
+            for layer in self.stem:
+                state = layer(state)
+                starts.append(state)
+            # the coarsest is needed first
+            x, starts, maps, lower = starts.pop(), tuple(starts), (), ()
+        else:
+            x, starts, maps = state
+            lower = ()
+            if k in self.first_exits:
+                x, starts, maps, lower = starts[-1], starts[:-1], (), maps
+        for i, block in enumerate(self.stages[k]):
+            x, own = block(x, lower[i] if i < len(lower) else None)
+            maps = (*maps, own)
+        # nobody fuses the finest sub-network's maps
+        return x, starts, maps if starts else ()
+
+    def tap(self, state: Tuple[torch.Tensor, Maps, Tuple[Maps, ...]]) -> torch.Tensor:
+        return state[0]
+
+
+default_cfgs = generate_default_cfgs({'mlcsd_ranet': native_cfg('heads.7.fc', 'arXiv:2003.07326')})
+
+
+@register_model
+def mlcsd_ranet(pretrained: bool = False, **kwargs: Any) -> RANet:
+    """RANet; by default with 8 exits. Takes the arguments of `RANet`."""
+    return create_native(RANet, 'mlcsd_ranet', pretrained, **kwargs)
