@@ -254,3 +254,22 @@ def test_scripts_run_as_they_stand():
     ).stdout
     for flag in ('--distill', '--small-input', '--val-fraction', '--model-ema', '--channels-last', '--resume'):
         assert flag in help_text
+
+
+@pytest.mark.parametrize('more', ['', '--distill-method crd', '--mixup 0.5 --reprob 0.5', '--no-aug'])
+def test_data_kept_on_the_device(more, small, folder, tmp_path):
+    flags = [*small, '--cache-dataset', 'device', '--epochs', 6, *more.split()]
+    assert run(train.main, [*flags, '--experiment', 'whole', '--checkpoint-hist', 6]) == 0
+    rows = list(csv.DictReader((tmp_path / 'whole' / 'summary.csv').open()))
+    assert float(rows[-1]['train_cls']) < float(rows[0]['train_cls'])
+    # the standard loader, reading the same held-out images for the same network, finds the same
+    results = tmp_path / 'results.json'
+    held_out = [folder, '--checkpoint', tmp_path / 'whole' / 'last.pth.tar', '--held-out', '--results-file', results]
+    assert run(validate.main, [*held_out, '--device', 'cpu']) == 0
+    found = [exit['top1'] for exit in json.loads(results.read_text())['exits']]
+    assert found == pytest.approx([float(rows[-1][f'eval_Ex{k}_top1']) for k in range(1, 5)])
+    cut = tmp_path / 'cut'
+    cut.mkdir()
+    (tmp_path / 'whole' / 'checkpoint-2.pth.tar').rename(cut / 'last.pth.tar')
+    assert run(train.main, [*flags, '--experiment', 'cut', '--resume', cut]) == 0
+    assert_same(weights(tmp_path / 'whole'), weights(cut))

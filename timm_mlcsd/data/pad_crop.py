@@ -18,12 +18,17 @@ class PadCrop:
 
     def __init__(self, size: Sequence[int], padding: int = 4):
         self.size = tuple(size)
+        self.padding = padding
         self.crop = transforms.RandomCrop(self.size, padding=padding)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        if image.size != self.size[::-1]:
-            image = image.resize(self.size[::-1], Image.Resampling.BICUBIC)
-        return self.crop(image)
+        return self.crop(self.resize(image))
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The image in the size of the crop."""
+        if image.size == self.size[::-1]:
+            return image
+        return image.resize(self.size[::-1], Image.Resampling.BICUBIC)
 
     def __repr__(self) -> str:
         return f'PadCrop({self.crop})'

@@ -75,6 +75,12 @@ def train_parser() -> argparse.ArgumentParser:
 
     group = _add_data_flags(parser)
     group.add_argument('--train-split', default='train', metavar='NAME', help='split to train on')
+    group.add_argument(
+        '--cache-dataset',
+        default='',
+        choices=('', 'device'),
+        help='keep small images, decoded, on the training device and augment them there',
+    )
     group.add_argument('--train-num-samples', type=positive_int, default=None, metavar='N', help='of streamed data')
     group.add_argument('--val-num-samples', type=positive_int, default=None, metavar='N', help='of streamed data')
     group.add_argument('--epoch-repeats', type=float, default=0.0, metavar='N', help='passes per epoch, streamed data')

@@ -2,15 +2,16 @@
 
 import argparse
 import importlib.util
+import logging
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from timm.data import FastCollateMixup, create_dataset, create_loader
+from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 from torch.utils.data import Dataset, IterableDataset
 
-from ..data import ConvertedImages, DigitsDataset, PadCrop, TransformSubset, hold_out
+from ..data import CachedLoader, ConvertedImages, DigitsDataset, PadCrop, TransformSubset, cache_images, hold_out
 from ..errors import UserError, blame
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     'train_and_val_datasets',
     'train_loader',
 ]
+
+_logger = logging.getLogger(__name__)
 
 _PREFIXES = ('', 'hfds', 'hfids', 'tfds', 'torch', 'wds')
 _TRAIN_AND_TEST = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')
@@ -215,11 +218,13 @@ def train_loader(
     device: torch.device,
 ) -> Any:
     """Batches to train on: augmented, normalised, on the device."""
+    if args.cache_dataset:
+        _check_cacheable(args, dataset)
     mixup = None
     if mixup_active(args):
         if args.batch_size % 2:
             raise UserError(f'--batch-size {args.batch_size} must be even: mixup and cutmix work on pairs of images.')
-        mixup = FastCollateMixup(
+        mixup = (Mixup if args.cache_dataset else FastCollateMixup)(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,
             cutmix_minmax=args.cutmix_minmax,
@@ -253,15 +258,29 @@ def train_loader(
         mean=data_config['mean'],
         std=data_config['std'],
         num_workers=args.workers,
-        collate_fn=mixup,
+        collate_fn=None if args.cache_dataset else mixup,
         pin_memory=args.pin_mem,
         device=device,
         # fresh workers take their seeds from the epoch's, so that a resumed epoch sees the same images
         persistent_workers=False,
     )
-    if pad_crop and not args.no_aug:
+    pad_and_crop = PadCrop(data_config['input_size'][1:])
+    if args.cache_dataset:
+        augmented = not args.no_aug
+        if augmented:
+            dataset.transform = pad_and_crop.resize
+        loader = _cached(
+            args,
+            loader,
+            training=True,
+            padding=pad_and_crop.padding * augmented,
+            hflip=args.hflip * augmented,
+            vflip=args.vflip * augmented,
+            mixup=mixup,
+        )
+    elif pad_crop and not args.no_aug:
         # the first of timm's training transforms is its crop
-        dataset.transform.transforms[0] = PadCrop(data_config['input_size'][1:])
+        dataset.transform.transforms[0] = pad_and_crop
     if len(loader) == 0:
         raise UserError(f'--batch-size {args.batch_size} is larger than the training set ({len(dataset)} images).')
     return loader
@@ -275,7 +294,7 @@ def eval_loader(
     batch_size: Optional[int] = None,
 ) -> Any:
     """Batches to evaluate on: resized and centre-cropped, normalised, on the device."""
-    return create_loader(
+    loader = create_loader(
         dataset,
         input_size=data_config['input_size'],
         batch_size=batch_size or args.batch_size,
@@ -288,4 +307,41 @@ def eval_loader(
         pin_memory=args.pin_mem,
         device=device,
         persistent_workers=False,
+    )
+    return _cached(args, loader) if getattr(args, 'cache_dataset', '') else loader
+
+
+def _check_cacheable(args: argparse.Namespace, dataset: Dataset) -> None:
+    """Refuse what ``--cache-dataset device`` does not do."""
+    if isinstance(dataset, IterableDataset):
+        raise UserError(f'--cache-dataset device: --dataset {args.dataset!r} is a stream, which cannot be kept.')
+    undone = dict(
+        color_jitter=args.color_jitter,
+        aa=args.aa,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
+    )
+    undone = [f'--{name.replace("_", "-")} {value}' for name, value in undone.items() if value]
+    if args.train_crop_mode != 'pad4':
+        undone.append(f'--train-crop-mode {args.train_crop_mode or "rrc"}')
+    if undone and not args.no_aug:
+        raise UserError(
+            f'--cache-dataset device crops as --train-crop-mode pad4 does, flips, erases and mixes; it does no '
+            f'{", ".join(undone)} (--color-jitter 0 leaves that out).'
+        )
+
+
+def _cached(args: argparse.Namespace, loader: Any, **kwargs: Any) -> CachedLoader:
+    """The loader that gives what timm's would, from images kept on the device."""
+    with blame('--cache-dataset device'):
+        images, targets = cache_images(loader.loader.dataset, loader.device)
+    _logger.info(f'Keeping {len(images)} images on {loader.device}: {images.numel() / 1e6:.0f} MB')
+    return CachedLoader(
+        images,
+        targets,
+        loader.loader.batch_size,
+        mean=loader.mean.flatten() / 255,
+        std=loader.std.flatten() / 255,
+        erase=loader.random_erasing,
+        **kwargs,
     )

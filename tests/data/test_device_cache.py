@@ -1,0 +1,109 @@
+"""Images kept on the device: what comes out of the standard pipeline, for less work."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from timm_mlcsd.data import CachedLoader, PadCrop, cache_images
+
+SIZE, CHANS = 6, 3
+ONE, ZERO = torch.ones(CHANS), torch.zeros(CHANS)
+
+
+def images(count=10, height=SIZE, width=SIZE):
+    return torch.randint(1, 256, (count, height, width, CHANS), dtype=torch.uint8)
+
+
+def test_evaluation_gives_every_image_once_in_order():
+    data, targets = images(10), torch.arange(10)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    loader = CachedLoader(data, targets, 4, mean, std)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 3
+    got = torch.cat([x for x, _ in batches])
+    expected = (data.permute(0, 3, 1, 2) / 255 - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(torch.cat([y for _, y in batches]), targets)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in batches)
+
+
+def test_training_shuffles_and_drops_the_short_batch():
+    loader = CachedLoader(images(10), torch.arange(10), 4, ZERO, ONE, training=True)
+    first, second = (torch.cat([y for _, y in loader]).tolist() for _ in range(2))
+    assert len(loader) == 2 and len(set(first)) == len(set(second)) == 8 and first != second
+
+
+def test_same_seed_same_batches():
+    loader = CachedLoader(images(8), torch.arange(8), 4, ZERO, ONE, True, 2, 0.5)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append(list(loader))
+    assert all(torch.equal(a, b) for one, other in zip(*runs) for a, b in zip(one, other))
+
+
+def standard(hflip, vflip, height, width):
+    transform = create_transform(
+        (3, height, width), True, color_jitter=0, hflip=hflip, vflip=vflip, use_prefetcher=True
+    )
+    transform.transforms[0] = PadCrop((height, width))
+    return transform
+
+
+@pytest.mark.parametrize('hflip, vflip', [(0.5, 0.0), (0.25, 0.25)])
+def test_same_distribution_as_the_standard_pipeline(hflip, vflip):
+    # Every outcome is an offset and two flips. On one image with all pixels different, count the outcomes of both.
+    height, width, draws = 3, 4, 40_000
+    pixels = np.arange(1, height * width * 3 + 1, dtype=np.uint8).reshape(height, width, 3)
+    data = torch.from_numpy(pixels)[None].expand(draws, -1, -1, -1)
+    loader = CachedLoader(data, torch.zeros(draws), draws, ZERO, ONE, True, 4, hflip, vflip)
+    ((batch, _),) = loader
+    cached = (255 * batch).round().to(torch.uint8).flatten(1)
+    transform, image = standard(hflip, vflip, height, width), Image.fromarray(pixels)
+    torch.manual_seed(0)
+    theirs = torch.stack([transform(image) for _ in range(draws // 4)]).flatten(1)
+    ours, our_counts = cached.unique(dim=0, return_counts=True)
+    outcomes, their_counts = theirs.unique(dim=0, return_counts=True)
+    shares = {tuple(o.tolist()): c / draws for o, c in zip(ours, our_counts.tolist())}
+    their_shares = {tuple(o.tolist()): 4 * c / draws for o, c in zip(outcomes, their_counts.tolist())}
+    # rare outcomes may be missing from one; none has a share that chance does not explain (6 standard errors)
+    for outcome in set(shares) | set(their_shares):
+        a, b = shares.get(outcome, 0.0), their_shares.get(outcome, 0.0)
+        error = (max(a, b, 1e-3) * (1 / draws + 4 / draws)) ** 0.5
+        assert abs(a - b) < 6 * error, (a, b)
+
+
+def test_crops_do_not_mix_images():
+    # images of one colour each: whatever the crop, a pixel is its image's colour or black
+    colours = torch.arange(1, 101, dtype=torch.uint8)
+    data = colours[:, None, None, None].expand(-1, SIZE, SIZE, CHANS)
+    loader = CachedLoader(data, torch.arange(100), 100, ZERO, ONE, True, 4, 0.5, 0.5)
+    ((batch, targets),) = loader
+    values = (255 * batch).round().long()
+    assert ((values == targets[:, None, None, None] + 1) | (values == 0)).all()
+    assert (values.flatten(1).amax(1) == targets + 1).all() and (values == 0).any()
+
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def test_caching_takes_pil_images_tensors_and_grey_ones():
+    pixels = images(3).numpy()
+    device = torch.device('cpu')
+    data, targets = cache_images(Data([(Image.fromarray(p), i) for i, p in enumerate(pixels)]), device)
+    assert np.array_equal(data.numpy(), pixels) and targets.tolist() == [0, 1, 2]
+    tensors = [(torch.from_numpy(p).permute(2, 0, 1), torch.tensor([i, 7])) for i, p in enumerate(pixels)]
+    data, targets = cache_images(Data(tensors), device)
+    assert np.array_equal(data.numpy(), pixels) and targets.tolist() == [[0, 7], [1, 7], [2, 7]]
+    data, _ = cache_images(Data([(Image.fromarray(pixels[0, ..., 0]), 0)]), device)
+    assert data.shape == (1, SIZE, SIZE, 1)

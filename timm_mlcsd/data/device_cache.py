@@ -1,0 +1,113 @@
+"""Small images kept on the training device: decoded once, cropped, flipped and normalised there, a batch at a time."""
+
+from typing import Callable, Iterator, Optional, Tuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
+
+__all__ = ['CachedLoader', 'cache_images']
+
+
+def cache_images(dataset: Dataset, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Decode a whole data set.
+
+    Args:
+        dataset: Gives (image, target), images of one size: PIL's, or uint8 tensors [C, H, W].
+        device: Where they go.
+
+    Returns:
+        Images, uint8 [N, H, W, C], and targets [N, ...].
+    """
+    images, targets = None, []
+    for i in range(len(dataset)):
+        image, target = dataset[i]
+        image = image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else np.array(image, dtype=np.uint8)
+        image = image[..., None] if image.ndim == 2 else image
+        if images is None:
+            images = torch.empty((len(dataset), *image.shape), dtype=torch.uint8)
+        images[i] = torch.from_numpy(image)
+        targets.append(target)
+    targets = default_collate(targets)
+    return images.to(device), targets.to(device)
+
+
+class CachedLoader:
+    """Batches [B, C, H, W] from images on the device, in channels-last memory order.
+
+    To train, it does what `PadCrop` and timm's flips do image by image, drawing an offset and a flip for every image
+    of the batch at once: the same distribution, other random numbers. PyTorch's default generators are its only state.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        targets: [N, ...].
+        batch_size: B.
+        mean: [C], of values from 0 to 1.
+        std: [C], likewise.
+        training: Shuffle, and drop the last batch if it isn't full.
+        padding: Black pixels at every side before a random crop to the old size; 0 for no crop.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        erase: timm's ``RandomErasing``, on normalised batches.
+        mixup: timm's ``Mixup``, on batches and targets.
+    """
+
+    def __init__(
+        self,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        batch_size: int,
+        mean: torch.Tensor,
+        std: torch.Tensor,
+        training: bool = False,
+        padding: int = 0,
+        hflip: float = 0.0,
+        vflip: float = 0.0,
+        erase: Optional[Callable] = None,
+        mixup: Optional[Callable] = None,
+    ):
+        self.size = images.shape[1:3]
+        self.images = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
+        self.targets = targets
+        self.batch_size = batch_size
+        self.mean, self.std = ((255 * v).to(images.device) for v in (mean, std))
+        self.training = training
+        self.padding = padding
+        self.hflip = hflip
+        self.vflip = vflip
+        self.erase = erase
+        self.mixup = mixup
+        self.mixup_enabled = mixup is not None
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.targets), self.batch_size)
+        return whole + bool(rest and not self.training)
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        device = self.images.device
+        order = torch.randperm(len(self.targets), device=device) if self.training else torch.arange(len(self.targets))
+        for i in range(len(self)):
+            chosen = order[i * self.batch_size : (i + 1) * self.batch_size].to(device)
+            images = self._crop(chosen) if self.padding or self.hflip or self.vflip else self.images[chosen]
+            images = images.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+            targets = self.targets[chosen]
+            if self.erase is not None:
+                images = self.erase(images)
+            if self.mixup_enabled:
+                images, targets = self.mixup(images, targets)
+            yield images, targets
+
+    def _crop(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Every chosen image, cropped and flipped on its own."""
+        rows, cols = (
+            self._lines(len(chosen), length, flip) for length, flip in zip(self.size, (self.vflip, self.hflip))
+        )
+        return self.images[chosen[:, None, None], rows[:, :, None], cols[:, None, :]]
+
+    def _lines(self, count: int, length: int, flip: float) -> torch.Tensor:
+        """Which rows, or columns, of the padded images to take: [count, length]."""
+        device = self.images.device
+        lines = torch.arange(length, device=device).expand(count, -1)
+        if flip:
+            lines = torch.where(torch.rand(count, 1, device=device) < flip, length - 1 - lines, lines)
+        return lines + torch.randint(2 * self.padding + 1, (count, 1), device=device)
