@@ -1,0 +1,98 @@
+"""Run the paper's tables, and report on them.
+
+    python -m experiments list
+    python -m experiments run table2 --scale cpu --data PATH
+    python -m experiments report --scale cpu
+
+``run`` runs what is missing, goes on where a killed run stopped, and runs nothing twice, whatever table wants it.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from timm_mlcsd.arguments import ScriptParser, positive_int
+from timm_mlcsd.errors import UserError, run_script
+
+from .plan import HERE, load_table, table_names
+from .report import figure, report
+from .runner import Runner, load_results
+
+RESULTS = HERE / 'results'
+FIGURES = {'anytime', 'budgeted'}
+
+
+def run(args: argparse.Namespace) -> None:
+    tables = [load_table(name, args.scale, args.seeds or 0) for name in args.tables]
+    # seed by seed, so that early results already compare
+    runs = [run for table in tables for row in table.rows for run in row.runs]
+    runs.sort(key=lambda run: run.seed)
+    args.results.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
+    results = args.results / f'{args.scale}.jsonl'
+    runner = Runner(results, args.work, args.data, args.scale, args.device, deadline)
+    errors = runner.run(runs, args.jobs)
+    missing = {run.id for run in runs} - set(load_results(results))
+    print(f'{len(missing)} runs missing' if missing else 'all done')
+    if errors:
+        raise UserError(' '.join(errors))
+
+
+def list_tables(args: argparse.Namespace) -> None:
+    done = load_results(args.results / f'{args.scale}.jsonl')
+    for name in args.tables:
+        table = load_table(name, args.scale)
+        ids = {run.id for row in table.rows for run in row.runs}
+        print(f'{name:9} {table.dataset:14} {len(ids & set(done)):3} of {len(ids):3} runs  {table.title}')
+
+
+def write_reports(args: argparse.Namespace) -> None:
+    results = load_results(args.results / f'{args.scale}.jsonl')
+    folder = args.results / args.scale
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in args.tables:
+        table = load_table(name, args.scale)
+        if not any(run.id in results for row in table.rows for run in row.runs):
+            continue
+        page = folder / f'{name}.md'
+        text = report(table, results, args.scale)
+        if FIGURES & set(table.show) and figure(table, results, page.with_suffix('.png')):
+            text += f'\n![{table.title}]({name}.png)\n'
+        page.write_text(text)
+        print(page)
+
+
+def main() -> None:
+    parser = ScriptParser(prog='experiments', description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest='command', required=True, parser_class=ScriptParser)
+    for name, action in dict(run=run, list=list_tables, report=write_reports).items():
+        command = commands.add_parser(name)
+        known = table_names()
+        command.add_argument(
+            'tables', nargs='+' if name == 'run' else '*', metavar='TABLE', help=f'of {", ".join(known)}'
+        )
+        command.add_argument('--scale', default='cpu', help=f'of {", ".join(table_names(HERE / "scales"))}')
+        command.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='JSON lines and reports')
+        command.set_defaults(action=action)
+        if name == 'run':
+            command.add_argument('--data', metavar='PATH', help='the data set')
+            command.add_argument('--work', type=Path, default=Path('output/experiments'), metavar='DIR')
+            command.add_argument('--seeds', type=positive_int, metavar='N', help='runs per row (default: the scale\'s)')
+            cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+            command.add_argument('--jobs', type=positive_int, default=cores, metavar='N', help='runs at once')
+            command.add_argument('--minutes', type=float, metavar='M', help='stop then; the next call goes on')
+            command.add_argument('--device', help='as for train.py')
+
+    def act() -> None:
+        args = parser.parse_args()
+        args.tables = args.tables or table_names()
+        args.action(args)
+
+    run_script('experiments', act)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,191 @@
+"""Tables as Markdown, figures as PNG: ours beside the paper's figures where they are known."""
+
+import statistics
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from .plan import Row, Table
+
+__all__ = ['figure', 'report']
+
+Records = Dict[str, Dict[str, Any]]
+
+
+def report(table: Table, results: Records, scale: str) -> str:
+    """One table as a page of Markdown.
+
+    Args:
+        table: The table.
+        results: Finished runs by id.
+        scale: Its name.
+    """
+    found = [(row, [results[run.id] for run in row.runs if run.id in results]) for row in table.rows]
+    found = [(row, records) for row, records in found if records]
+    wanted = sum(len(row.runs) for row in table.rows)
+    have = sum(len(records) for _, records in found)
+    parts = [f'# {table.name}: {table.title}', _setting(table, scale, have, wanted)]
+    if table.note:
+        parts.append(table.note)
+    if not found:
+        return '\n\n'.join([*parts, 'Nothing has been run yet.']) + '\n'
+    makers = dict(accuracy=_accuracy, rescued=_rescued, cost=_cost, weights=_weights)
+    parts += [makers[kind](table, found) for kind in table.show if kind in makers]
+    return '\n\n'.join(filter(None, parts)) + '\n'
+
+
+def _setting(table: Table, scale: str, have: int, wanted: int) -> str:
+    flags = table.rows[0].runs[0].flags
+    told = ('train_split', 'epochs', 'batch_size', 'lr', 'sched', 'model_kwargs', 'amp_dtype')
+    settings = ', '.join(f'{name} {flags[name]}' for name in told if name in flags)
+    return (
+        f'{table.dataset} at scale `{scale}` ({settings}), {have} of {wanted} runs. The images that training held out '
+        f'chose the epoch; the test split was read once per run. Means over seeds, ± standard deviation.'
+    )
+
+
+def _accuracy(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> str:
+    """Test accuracy per exit and its mean, p-values against the baselines, the paper's mean; and what follows."""
+    exits = max(len(records[0]['test']) for _, records in found)
+    header = [*table.axes, 'Seeds', *(f'Ex{k + 1}' for k in range(exits)), 'Mean', 'Held-out mean']
+    header += [f'p against {name}' for name in table.baselines]
+    header += ['Paper'] if table.paper else []
+    lines = []
+    for row, records in found:
+        columns = list(zip(*(r['test'] for r in records)))
+        # the last exit is at the right, the plain backbone's only one too
+        cells = [*row.labels, len(records), *[''] * (exits - len(columns)), *map(_mean_std, columns)]
+        cells += [_mean_std(_means(records)), _mean_std(_means(records, 'validation'))]
+        cells += [_p_value(records, _partner(row, name, found)) for name in table.baselines]
+        cells += [f'{table.paper[row.labels]:.2f}' if row.labels in table.paper else ''] if table.paper else []
+        lines.append(cells)
+    return _markdown(header, lines) + _findings(table, found)
+
+
+def _findings(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> str:
+    """A sentence for every row with a baseline and a figure of the paper: does the sign agree?"""
+    sentences = []
+    for row, records in found:
+        for name in table.baselines:
+            labels = (*row.labels[:-1], name)
+            partner = _partner(row, name, found)
+            if not partner or row.labels == labels or not {row.labels, labels} <= set(table.paper):
+                continue
+            ours = statistics.mean(_means(records)) - statistics.mean(_means(partner))
+            paper = table.paper[row.labels] - table.paper[labels]
+            verdict = 'as in the paper' if ours * paper > 0 else 'unlike the paper'
+            sentences.append(
+                f'- {" / ".join(row.labels)} against {name}: {ours:+.2f} here, {paper:+.2f} there: {verdict}.'
+            )
+    return '\n\n' + '\n'.join(sentences) if sentences else ''
+
+
+def _rescued(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> str:
+    """Share of images that are right at an exit and wrong at the last."""
+    found = [(row, records) for row, records in found if len(records[0]['rescued']) > 1]
+    if not found:
+        return ''
+    exits = max(len(records[0]['rescued']) for _, records in found)
+    header = [*table.axes, *(f'Ex{k + 1}' for k in range(exits - 1))]
+    lines = [
+        [*row.labels, *(f'{statistics.mean(c):.2f}' for c in list(zip(*(r['rescued'] for r in records)))[:-1])]
+        for row, records in found
+    ]
+    return 'Right at the exit and wrong at the last one, % of the test images:\n\n' + _markdown(header, lines)
+
+
+def _cost(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> str:
+    """Multiply-adds and parameters of the whole, mean depth of the exits (Table 7)."""
+    lines = []
+    for row, (record, *_) in found:
+        depth = statistics.mean(record['depth'])
+        lines.append(
+            [*row.labels, f'{record["macs"][-1] / 1e6:.1f}', f'{record["params"][-1] / 1e6:.2f}', f'{depth:.1f}']
+        )
+    return _markdown([*table.axes, 'MMACs', 'Params M', 'Mean depth'], lines)
+
+
+def _weights(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> str:
+    """The CWEM's weights averaged over the test split and the seeds (Table 15)."""
+    parts = []
+    for row, records in found:
+        matrices = [r['weights'] for r in records if 'weights' in r]
+        if not matrices:
+            continue
+        size = len(matrices[0])
+        lines = [
+            [f'Teacher-Ex{i + 1}', *(f'{statistics.mean(m[i][k] for m in matrices):.3f}' for k in range(size))]
+            for i in range(size)
+        ]
+        title = ' / '.join(row.labels)
+        parts.append(f'{title}\n\n' + _markdown(['', *(f'Ex{k + 1}' for k in range(size))], lines))
+    return '\n\n'.join(parts)
+
+
+def figure(table: Table, results: Records, path: Path) -> bool:
+    """Draw accuracy over cost, ``anytime`` (the exits) or ``budgeted`` (39 thresholds), one panel per first label.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    found = [(row, [results[run.id] for run in row.runs if run.id in results]) for row in table.rows]
+    found = [(row, records) for row, records in found if records]
+    if not found:
+        return False
+    panels = list(dict.fromkeys(row.labels[0] for row, _ in found))
+    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for name, ax in zip(panels, axes[0]):
+        for row, records in found:
+            if row.labels[0] == name:
+                xs, ys = _curve(records, 'budgeted' in table.show)
+                ax.plot(xs, ys, marker='.', label=' / '.join(row.labels[1:]))
+        ax.set(title=name, xlabel='MMACs per image', ylabel='test top-1 %')
+        ax.grid(alpha=0.3)
+        ax.legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    return True
+
+
+def _curve(records: List[Dict[str, Any]], budgeted: bool) -> Tuple[List[float], List[float]]:
+    """Means over the seeds of multiply-adds, in millions, and accuracy."""
+    if budgeted:
+        curves = [r['curve'] for r in records if 'curve' in r]
+        pairs = [[statistics.mean(v) for v in zip(*points)] for points in zip(*curves)]
+    else:
+        pairs = [(m, statistics.mean(t)) for m, t in zip(records[0]['macs'], zip(*(r['test'] for r in records)))]
+    return [cost / 1e6 for cost, _ in pairs], [accuracy for _, accuracy in pairs]
+
+
+def _means(records: List[Dict[str, Any]], split: str = 'test') -> List[float]:
+    """Mean over the exits, a number per seed."""
+    return [statistics.mean(r[split]) for r in records]
+
+
+def _partner(row: Row, name: str, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> List[Dict[str, Any]]:
+    """The runs of the row that differs in its last label alone."""
+    return next((records for other, records in found if other.labels == (*row.labels[:-1], name)), [])
+
+
+def _p_value(records: List[Dict[str, Any]], partner: List[Dict[str, Any]]) -> str:
+    """Two-tailed Welch t-test of the mean over the exits, as in the paper."""
+    if min(len(records), len(partner)) < 2 or records == partner:
+        return ''
+    from scipy.stats import ttest_ind
+
+    return f'{ttest_ind(_means(records), _means(partner), equal_var=False).pvalue:.2g}'
+
+
+def _mean_std(values: Sequence[float]) -> str:
+    mean = f'{statistics.mean(values):.2f}'
+    return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
+
+
+def _markdown(header: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:
+    rows: List[Optional[Sequence[Any]]] = [header, ['---'] * len(header), *lines]
+    return '\n'.join(f'| {" | ".join(map(str, row))} |' for row in rows)

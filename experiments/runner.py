@@ -1,0 +1,178 @@
+"""Runs what is missing: several trainings at once, each resumable, none twice."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import timm
+import torch
+import yaml
+
+import timm_mlcsd
+from timm_mlcsd.errors import UserError
+
+from .plan import ROOT, Run, load_datasets
+
+__all__ = ['Runner', 'load_results']
+
+
+def load_results(path: Path) -> Dict[str, Dict[str, Any]]:
+    """The finished runs in a file of JSON lines, by id."""
+    if not path.exists():
+        return {}
+    return {record['id']: record for record in map(json.loads, path.read_text().splitlines())}
+
+
+class Runner:
+    """Trains and measures runs.
+
+    Args:
+        results: File of JSON lines, one per finished run.
+        work: Folder for checkpoints and logs, one per run.
+        data: The data set.
+        scale: Its name, for the records.
+        device: For train.py; None for its default.
+        deadline: `time.monotonic` after which nothing starts and what runs is stopped, to be resumed another time.
+    """
+
+    def __init__(
+        self,
+        results: Path,
+        work: Path,
+        data: Optional[str],
+        scale: str,
+        device: Optional[str] = None,
+        deadline: Optional[float] = None,
+    ):
+        self.results = results
+        self.work = work
+        self.data = data
+        self.scale = scale
+        self.device = device
+        self.deadline = deadline
+        self.lock = threading.Lock()
+
+    def run(self, runs: List[Run], jobs: int) -> List[str]:
+        """Run what is missing of `runs`, `jobs` at once.
+
+        Returns:
+            What went wrong, a line each; what was stopped by the deadline is not wrong.
+        """
+        done = load_results(self.results)
+        missing = list({run.id: run for run in runs if run.id not in done}.values())
+        print(f'{len({run.id for run in runs})} runs, {len(missing)} missing', flush=True)
+        environment = dict(os.environ)
+        if jobs > 1 and not torch.cuda.is_available():
+            environment.setdefault('OMP_NUM_THREADS', str(max((os.cpu_count() or 1) // jobs, 1)))
+        with ThreadPoolExecutor(jobs) as pool:
+            errors = list(pool.map(lambda run: self._one(run, environment), missing))
+        return [error for error in errors if error]
+
+    def _one(self, run: Run, environment: Dict[str, str]) -> Optional[str]:
+        folder = self.work / run.id
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder / 'lock') as alone:
+            # another runner may have it, or may have finished it meanwhile
+            if not alone or run.id in load_results(self.results) or self._late():
+                return None
+            config = folder / 'flags.yaml'
+            config.write_text(yaml.safe_dump(dict(run.flags, seed=run.seed, **self._data_flags(run)), sort_keys=False))
+            seconds = folder / 'seconds'
+            before = float(seconds.read_text()) if seconds.exists() else 0.0
+            command = ['train.py', '--config', str(config), '--output', str(folder), '--experiment', 'train']
+            if (folder / 'train' / 'last.pth.tar').exists():
+                command += ['--resume', str(folder / 'train')]
+            start = time.monotonic()
+            finished = self._call(command + (['--device', self.device] if self.device else []), folder, environment)
+            seconds.write_text(str(before + time.monotonic() - start))
+            if finished:
+                test_split = load_datasets()[run.dataset].get('test_split', 'test')
+                measured = folder / 'measured.json'
+                command = [
+                    '-m',
+                    'experiments.measure',
+                    str(folder / 'train'),
+                    str(measured),
+                    '--test-split',
+                    test_split,
+                ]
+                finished = self._call(command, folder, environment)
+            if not finished:
+                return None if self._late() else f'run {run.id} failed; see {folder / "log.txt"}'
+            record = dict(
+                id=run.id,
+                dataset=run.dataset,
+                scale=self.scale,
+                seed=run.seed,
+                flags=run.flags,
+                **json.loads(measured.read_text()),
+                seconds=round(float(seconds.read_text()), 1),
+                versions=_versions(),
+            )
+            with self.lock, open(self.results, 'a') as f:
+                fcntl.flock(f, fcntl.LOCK_EX)
+                f.write(json.dumps(record) + '\n')
+            mean = sum(record['test']) / len(record['test'])
+            print(f'{run.id} seed {run.seed}: test mean {mean:.2f}, {record["seconds"]:.0f} s', flush=True)
+        return None
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def _call(self, command: List[str], folder: Path, environment: Dict[str, str]) -> bool:
+        """Run a script of ours until it ends or time is up; its output goes to a file."""
+        with open(folder / 'log.txt', 'a') as log:
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log)
+            try:
+                left = None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
+                return process.wait(left) == 0
+            except subprocess.TimeoutExpired:
+                return False
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+
+    def _data_flags(self, run: Run) -> Dict[str, Any]:
+        """Where the data lies, in timm's words."""
+        name = load_datasets()[run.dataset].get('reader', '')
+        if name == 'digits':
+            return dict(dataset='digits')
+        if not self.data or not Path(self.data).exists():
+            raise UserError(f'--data {self.data!r}: there is no such file or folder; it must hold {run.dataset}.')
+        path = Path(self.data).resolve()
+        if any(path.rglob('*.parquet')):
+            return dict(dataset=f'hfds/{path}', data_dir=str(self.work / 'cache'))
+        return dict(dataset=name, data_dir=str(path))
+
+
+def _versions() -> Dict[str, str]:
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
+    return dict(
+        timm_mlcsd=timm_mlcsd.__version__,
+        commit=commit.stdout.strip(),
+        timm=timm.__version__,
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU ({platform.machine()})',
+    )
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Whether no other process holds the file."""
+    with open(path, 'w') as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
