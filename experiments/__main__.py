@@ -44,9 +44,13 @@ def run(args: argparse.Namespace) -> None:
 def list_tables(args: argparse.Namespace) -> None:
     done = load_results(args.results / f'{args.scale}.jsonl')
     for name in args.tables:
-        table = load_table(name, args.scale)
+        try:
+            table = load_table(name, args.scale)
+        except UserError as e:
+            print(f'{name:13} {e}')
+            continue
         ids = {run.id for row in table.rows for run in row.runs}
-        print(f'{name:9} {table.dataset:14} {len(ids & set(done)):3} of {len(ids):3} runs  {table.title}')
+        print(f'{name:13} {table.dataset:14} {len(ids & set(done)):3} of {len(ids):3} runs  {table.title}')
 
 
 def write_reports(args: argparse.Namespace) -> None:
@@ -54,7 +58,10 @@ def write_reports(args: argparse.Namespace) -> None:
     folder = args.results / args.scale
     folder.mkdir(parents=True, exist_ok=True)
     for name in args.tables:
-        table = load_table(name, args.scale)
+        try:
+            table = load_table(name, args.scale)
+        except UserError:
+            continue  # none of its networks at this scale
         if not any(run.id in results for row in table.rows for run in row.runs):
             continue
         page = folder / f'{name}.md'

@@ -125,6 +125,8 @@ def load_table(name: str, scale: str, seeds: int = 0, here: Path = HERE) -> Tabl
         idle = TEACHING if flags.get('distill') == 'none' else ()  # or one run would have several ids
         flags = {key: value for key, value in flags.items() if value is not None and key not in idle}
         rows.append(Row(labels, [Run(dataset, flags, seed) for seed in range(seeds or scaling['seeds'])]))
+    if not rows:
+        raise UserError(f'table {name!r} has no rows at scale {scale!r}, which leaves its networks out.')
     return Table(
         name,
         spec['title'],

@@ -1,0 +1,187 @@
+"""The paper's tables: what they ask for, that nothing runs twice, what a report says."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # experiments is no part of the package
+
+from experiments.plan import HERE, Row, Run, Table, load_datasets, load_table, table_names  # noqa: E402
+from experiments.report import figure, report  # noqa: E402
+from experiments.runner import Runner, load_results  # noqa: E402
+from timm_mlcsd.engine.config import parse_args  # noqa: E402
+from timm_mlcsd.engine.flags import train_parser  # noqa: E402
+from timm_mlcsd.errors import UserError  # noqa: E402
+
+
+def ids(name, scale='paper', **kwargs):
+    return {run.id for row in load_table(name, scale, **kwargs).rows for run in row.runs}
+
+
+@pytest.mark.parametrize('name', table_names())
+def test_every_table_is_made_of_flags_that_exist(name, tmp_path):
+    import yaml
+
+    table = load_table(name, 'paper')
+    assert table.dataset in load_datasets() and all(len(row.runs) == 3 for row in table.rows)
+    labels = {row.labels for row in table.rows}
+    assert set(table.paper) <= labels and set(table.baselines) <= {label[-1] for label in labels}
+    for row in table.rows:
+        path = tmp_path / 'flags.yaml'
+        path.write_text(yaml.safe_dump(row.runs[0].flags))
+        parse_args(train_parser(), ['--config', str(path)])
+
+
+def test_all_of_the_papers_tables_are_there():
+    names = set(table_names())
+    assert {f'table{i}' for i in range(1, 16)} <= names and {f'figure{i}' for i in range(2, 8)} <= names
+
+
+def test_tables_share_runs():
+    assert len(ids('table2')) == 6 * 4 * 3
+    # MENM, FLSM: the same training in Tables 2 and 8, whatever else the tables say of teachers
+    assert len(ids('table8') & ids('table2')) == 2 * 3
+    assert ids('table15') < ids('table14') and ids('table5') & ids('table7')
+
+
+def test_a_run_is_its_settings():
+    table = load_table('table2', 'paper')
+    flags = {row.labels: row.runs[0].flags for row in table.rows}
+    menm, all_for_all = flags['ResNet18', 'MENM'], flags['ResNet18', 'All for all']
+    assert menm['distill'] == 'none' and 'alpha' not in menm
+    assert all_for_all['alpha'] == 5.0 and all_for_all['beta'] == 10.0 and all_for_all['epochs'] == 240
+    assert flags['MobileNetV2', 'MENM']['lr'] == 0.01
+    cpu = load_table('table2', 'cpu')
+    assert {row.labels[0] for row in cpu.rows} == {'ResNet18'}
+    assert cpu.rows[0].runs[0].flags['train_split'] == 'train[:5000]'
+    assert not ids('table2', 'cpu') & ids('table2')
+    with pytest.raises(UserError, match=r"table 'table99' is unknown; choose from .*table1, table2"):
+        load_table('table99', 'cpu')
+    with pytest.raises(UserError, match=r"scale 'x' is unknown; choose from cpu, paper, smoke"):
+        load_table('table2', 'x')
+
+
+TINY = dict(
+    model='mlcsd_resnet18', model_kwargs=dict(channels=[4, 4, 4, 4]), exits=2, small_input=True, img_size=16, epochs=3
+) | dict(crop_pct=1.0, batch_size=64, lr=0.02, warmup_epochs=0, color_jitter=0.0, train_crop_mode='pad4', alpha=1.0)
+TINY |= dict(cache_dataset='device', workers=0, val_split='validation', distill='all-for-all', checkpoint_hist=1)
+
+
+def test_runs_are_stopped_resumed_and_never_repeated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.delenv('PYTEST_XDIST_WORKER', raising=False)
+    results, run = tmp_path / 'results.jsonl', Run('digits', TINY, 3)
+
+    def runner(**kwargs):
+        return Runner(results, tmp_path / 'work', None, 'smoke', device='cpu', **kwargs)
+
+    folder = tmp_path / 'work' / run.id
+    # time is up as soon as there is something to go on from
+    stopped = runner(deadline=float('inf'))
+    monkeypatch.setattr(stopped, '_late', lambda: (folder / 'train' / 'last.pth.tar').exists())
+    popen = subprocess.Popen
+
+    class Killed(popen):
+        def wait(self, timeout=None):
+            while self.poll() is None and not stopped._late():
+                time.sleep(0.05)
+            if self.poll() is None:
+                self.kill()
+            return super().wait()
+
+    monkeypatch.setattr('experiments.runner.subprocess.Popen', Killed)
+    assert stopped.run([run], 1) == [] and not results.exists()
+    monkeypatch.setattr('experiments.runner.subprocess.Popen', popen)
+    assert runner().run([run, run], 1) == []
+    (record,) = load_results(results).values()
+    assert 'Resuming after epoch' in (folder / 'log.txt').read_text()
+    assert record['id'] == run.id and record['flags'] == TINY and record['seed'] == 3
+    assert len(record['test']) == len(record['validation']) == len(record['macs']) == 2
+    assert len(record['curve']) == 39 and record['seconds'] > 0 and record['versions']['torch']
+    assert [round(sum(row), 4) for row in record['weights']] == [1.0, 1.0]
+    assert runner().run([run], 1) == [] and len(results.read_text().splitlines()) == 1
+    assert '1 runs, 0 missing' in capsys.readouterr().out
+
+
+def test_a_failed_run_is_reported_with_its_log(tmp_path):
+    run = Run('digits', dict(TINY, exits=99), 0)
+    (error,) = Runner(tmp_path / 'r.jsonl', tmp_path, None, 'smoke').run([run], 1)
+    assert run.id in error and 'exits=99 is impossible' in (tmp_path / run.id / 'log.txt').read_text()
+    with pytest.raises(UserError, match='it must hold cifar100'):
+        Runner(tmp_path / 'r.jsonl', tmp_path, '/nowhere', 'smoke').run([Run('cifar100', TINY, 0)], 1)
+
+
+def record(run, *test):
+    return dict(
+        id=run.id,
+        test=list(test),
+        validation=list(test),
+        rescued=[1.0] * (len(test) - 1) + [0.0],
+        macs=[1e6 * (k + 1) for k in range(len(test))],
+        params=[1e6] * len(test),
+        depth=[3, 5],
+        curve=[(1e6, 10.0), (2e6, 20.0)],
+        weights=[[0.25, 0.75], [0.5, 0.5]],
+    )
+
+
+def make_table(**kwargs):
+    runs = [[Run('cifar100', dict(method=m), s) for s in range(3)] for m in 'ab']
+    rows = [Row(('Net', label), r) for label, r in zip(('MENM', 'New'), runs)]
+    fields = dict(show=['accuracy', 'rescued', 'cost', 'weights'], paper={}, note='A note.')
+    return Table('t', 'a title', 'cifar100', ['Network', 'Method'], rows, ['MENM'], **{**fields, **kwargs})
+
+
+def test_report():
+    from scipy.stats import ttest_ind
+
+    table = make_table(paper={('Net', 'MENM'): 75.0, ('Net', 'New'): 76.5})
+    means = {'MENM': [(9, 11), (10, 12), (11, 13)], 'New': [(8, 10), (10, 11), (9, 11)]}
+    results = {run.id: record(run, *t) for row in table.rows for run, t in zip(row.runs, means[row.labels[1]])}
+    text = report(table, results, 'cpu')
+    p = ttest_ind([9, 10.5, 10], [10, 11, 12], equal_var=False).pvalue
+    assert '| Net | MENM | 3 | 10.00 ± 1.00 | 12.00 ± 1.00 | 11.00 ± 1.00 |' in text
+    assert f'| 9.83 ± 0.76 | {p:.2g} | 76.50 |' in text
+    assert '- Net / New against MENM: -1.17 here, +1.50 there: unlike the paper.' in text
+    assert '6 of 6 runs' in text and 'A note.' in text
+    assert '| Net | MENM | 1.00 |' in text  # rescued
+    assert '| Net | New | 2.0 | 1.00 | 4.0 |' in text  # cost
+    assert '| Teacher-Ex1 | 0.250 | 0.750 |' in text
+
+
+def test_report_of_what_is_half_done():
+    table = make_table()
+    assert 'Nothing has been run yet' in report(table, {}, 'cpu')
+    run = table.rows[0].runs[0]
+    text = report(table, {run.id: record(run, 9.0, 11.0)}, 'cpu')
+    assert '1 of 6 runs' in text and '| Net | MENM | 1 | 9.00 | 11.00 | 10.00 | 10.00 |  |' in text
+
+
+@pytest.mark.parametrize('kind', ['anytime', 'budgeted'])
+def test_figures(kind, tmp_path):
+    table = make_table(show=[kind])
+    assert not figure(table, {}, tmp_path / 'f.png')
+    run = table.rows[0].runs[0]
+    assert figure(table, {run.id: record(run, 9.0, 11.0)}, tmp_path / 'f.png')
+    assert (tmp_path / 'f.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_results_that_are_committed_belong_to_tables():
+    for path in (HERE / 'results').glob('*.jsonl'):
+        known = {id for name in table_names() for id in _ids_or_none(name, path.stem)}
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        assert {r['id'] for r in records} <= known, path
+        assert all(r['id'] == Run(r['dataset'], r['flags'], r['seed']).id for r in records)
+        assert not any({'dataset', 'data_dir', 'output'} & set(r['flags']) for r in records)
+
+
+def _ids_or_none(name, scale):
+    try:
+        return ids(name, scale)
+    except UserError:
+        return set()

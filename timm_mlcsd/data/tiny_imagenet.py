@@ -1,0 +1,99 @@
+"""Tiny-ImageNet as folders of images, from the official zip file.
+
+    python -m timm_mlcsd.data.tiny_imagenet FOLDER              # downloads 248 MB
+    python -m timm_mlcsd.data.tiny_imagenet FOLDER --zip FILE
+
+leaves ``FOLDER/train`` and ``FOLDER/test``, a folder per class in each, so that ``./train.py FOLDER`` and
+``./validate.py FOLDER --split test`` find them. The images published as its test set have no labels; as is usual, the
+labelled validation images are the test split.
+"""
+
+import argparse
+import re
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Dict, Iterator, Optional, Sequence, Tuple
+
+from torchvision.datasets.utils import download_url
+
+__all__ = ['MD5', 'URL', 'unpack']
+
+URL = 'http://cs231n.stanford.edu/tiny-imagenet-200.zip'
+MD5 = '90528d7ca1a48142e341f4ef8d21d0de'
+
+_TRAIN = re.compile(r'tiny-imagenet-200/train/(n\d{8})/images/(\w+\.JPEG)')
+_VAL = re.compile(r'tiny-imagenet-200/val/images/(\w+\.JPEG)')
+_LABELS = 'tiny-imagenet-200/val/val_annotations.txt'
+
+
+def unpack(folder: Path, archive: Optional[Path] = None, url: str = URL, md5: Optional[str] = MD5) -> Dict[str, int]:
+    """Make the folder, whole or not at all.
+
+    Args:
+        folder: Where to; it must not exist, or be empty.
+        archive: The zip file; None to download it.
+        url: Where from.
+        md5: Its checksum; None not to check, which is also not done with a given `archive`.
+
+    Returns:
+        Number of images per split.
+
+    Raises:
+        ValueError: The folder holds something, or the file is not Tiny-ImageNet, is damaged or can't be had.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f'{str(folder)!r} is there already; remove it, or name another folder.')
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as temporary:
+        if archive is None:
+            archive = Path(temporary) / 'download.zip'
+            try:
+                download_url(url, temporary, archive.name, md5)
+            except (OSError, RuntimeError) as e:
+                raise ValueError(f'{url} cannot be downloaded: {e} With the file at hand, use --zip FILE.') from e
+        whole = Path(temporary) / 'whole'
+        counts = {'train': 0, 'test': 0}
+        try:
+            with zipfile.ZipFile(archive) as source:
+                for split, label, name, member in _images(source):
+                    path = whole / split / label / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with source.open(member) as image, open(path, 'wb') as f:
+                        shutil.copyfileobj(image, f)
+                    counts[split] += 1
+        except (zipfile.BadZipFile, OSError, KeyError) as e:
+            raise ValueError(f'{str(archive)!r} cannot be read as the zip file of Tiny-ImageNet: {e}') from e
+        if not all(counts.values()):
+            raise ValueError(f'{str(archive)!r} is not Tiny-ImageNet: it has {counts} labelled images.')
+        whole.replace(folder)
+    return counts
+
+
+def _images(source: zipfile.ZipFile) -> Iterator[Tuple[str, str, str, str]]:
+    """Split, class, file name and member of every labelled image; whatever else the file holds stays there."""
+    labels = dict(line.split('\t')[:2] for line in source.read(_LABELS).decode('ascii', 'replace').splitlines())
+    for member in source.namelist():
+        if found := _TRAIN.fullmatch(member):
+            yield 'train', found[1], found[2], member
+        elif (found := _VAL.fullmatch(member)) and re.fullmatch(r'n\d{8}', labels.get(found[1], '')):
+            yield 'test', labels[found[1]], found[1], member
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Entry point of ``python -m timm_mlcsd.data.tiny_imagenet``."""
+    parser = argparse.ArgumentParser(prog='timm_mlcsd.data.tiny_imagenet', description='Tiny-ImageNet as folders')
+    parser.add_argument('folder', type=Path, help='where to put train and test')
+    parser.add_argument('--zip', type=Path, metavar='FILE', help='the official file (default: download it)')
+    args = parser.parse_args(argv)
+    try:
+        counts = unpack(args.folder, args.zip)
+    except ValueError as e:
+        parser.error(str(e))
+    print(f'{args.folder}: {counts["train"]} images to train on, {counts["test"]} to test')
+
+
+if __name__ == '__main__':
+    main()
