@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Is training bound by the network? Steps on images kept on the device against steps on one resident random batch.
+
+    python benchmarks/device_cache.py                      # CIFAR-sized random images
+    python benchmarks/device_cache.py --width 64 --batch-size 256 --device cuda --amp
+
+Both train the same network, an epoch each in turn; the ratio of their speeds is 1 where preparing batches costs nothing.
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+
+import timm
+import torch
+
+from timm_mlcsd import MLCSDLoss
+from timm_mlcsd.data import CachedLoader
+from timm_mlcsd.report import format_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--width', type=int, default=16, help='of the first stage of a ResNet18; 64 is the usual one')
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--steps', type=int, default=20, help='per epoch')
+    parser.add_argument('--repeats', type=int, default=5, help='epochs of each, after one that does not count')
+    parser.add_argument('--amp', action='store_true', help='bfloat16')
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    channels = [args.width * 2**i for i in range(4)]
+    model = timm.create_model('mlcsd_resnet18', num_classes=100, small_input=True, exit_head='slic', channels=channels)
+    model.to(device, memory_format=torch.channels_last)
+    criterion = MLCSDLoss(model.num_exits, model.feature_dim).to(device)
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.01, momentum=0.9)
+    images = torch.randint(256, (args.batch_size * args.steps, 32, 32, 3), dtype=torch.uint8, device=device)
+    targets = torch.randint(100, (len(images),), device=device)
+    half = torch.full((3,), 0.5)
+    loader = CachedLoader(images, targets, args.batch_size, half, half, training=True, padding=4, hflip=0.5)
+    resident = [next(iter(loader))] * args.steps
+
+    def epoch(batches) -> float:
+        start = time.perf_counter()
+        for x, y in batches:
+            with torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext():
+                loss = criterion(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
+        return args.batch_size * args.steps / (time.perf_counter() - start)
+
+    rounds = [(epoch(resident), epoch(loader)) for _ in range(args.repeats + 1)][1:]
+    rows = [
+        (name, statistics.median(speeds)) for name, speeds in zip(('resident batch', 'cached data set'), zip(*rounds))
+    ]
+    print(format_table(('', 'images/s'), rows))
+    print(f'cached / resident, median of {args.repeats}: {statistics.median(c / r for r, c in rounds):.3f}')
+
+
+if __name__ == '__main__':
+    main()
