@@ -4,7 +4,7 @@
     python benchmarks/device_cache.py                      # CIFAR-sized random images
     python benchmarks/device_cache.py --width 64 --batch-size 256 --device cuda --amp
 
-Both train the same network, an epoch each in turn; the ratio of their speeds is 1 where preparing batches costs nothing.
+Both train the same network, an epoch each in turn; the ratio of their speeds is 1 where making batches costs nothing.
 """
 
 import argparse
