@@ -16,7 +16,15 @@ __all__ = ['HERE', 'ROOT', 'Row', 'Run', 'Table', 'load_datasets', 'load_table',
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
-TEACHING = ('alpha', 'beta', 'temperature', 'cwem_supervision', 'distill_method', 'distill_warmup_epochs')
+TEACHING = (
+    'alpha',
+    'beta',
+    'temperature',
+    'cwem_supervision',
+    'distill_method',
+    'distill_warmup_epochs',
+    'pool_momentum',
+)
 
 Flags = Dict[str, Any]
 

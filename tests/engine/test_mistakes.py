@@ -34,6 +34,8 @@ from timm_mlcsd.engine import train, validate
         ('--mixup 1 --batch-size 7', 'must be even'),
         ('--distill-method crd --mixup 1', 'leave out --mixup'),
         ('--distill-method dkd --cutmix 1', 'leave out --mixup'),
+        ('--pool-momentum 0.5 --mixup 1', 'leave out --mixup'),
+        ('--pool-momentum 1', 'pool_momentum=1.0 must be at least 0'),
         ('--cache-dataset device --aa rand-m9', 'it does no --aa rand-m9'),
         ('--cache-dataset device --train-crop-mode rrc', 'it does no --train-crop-mode rrc'),
         ('--torchcompile nonsense', '--torchcompile nonsense is unknown'),

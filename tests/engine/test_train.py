@@ -62,8 +62,9 @@ def test_distillation_methods(method, small, tmp_path):
         assert state['method.labels'].shape == (43,) and state['method.labels'].ge(0).sum() >= 40
 
 
-def test_crd_resumes_with_its_memory(small, tmp_path):
-    whole = [*small, '--distill-method', 'crd', '--experiment', 'whole', '--checkpoint-hist', 2]
+@pytest.mark.parametrize('flags', ['--distill-method crd', '--pool-momentum 0.5'])
+def test_what_is_remembered_resumes(flags, small, tmp_path):
+    whole = [*small, *flags.split(), '--experiment', 'whole', '--checkpoint-hist', 2]
     assert run(train.main, whole) == 0
     cut = tmp_path / 'cut'
     cut.mkdir()

@@ -121,13 +121,12 @@ def build_criterion(args: argparse.Namespace, model: MultiExitModel, num_samples
     if not 0.0 <= args.smoothing < 1.0:
         raise UserError(f'--smoothing {args.smoothing} must be at least 0 and less than 1.')
     method = METHODS[args.distill_method]
-    if method.hard_labels and mixup_active(args):
-        raise UserError(
-            f'--distill-method {args.distill_method} tells an image\'s own class from the others: leave out --mixup '
-            f'and --cutmix, or take --distill-method kd or cc.'
-        )
-    if method.needs_indices and num_samples is None:
-        raise UserError(f'--distill-method {args.distill_method} remembers every image: it cannot train on a stream.')
+    remembers = bool(args.pool_momentum) or method.needs_indices
+    flag = f'--pool-momentum {args.pool_momentum}' if args.pool_momentum else f'--distill-method {args.distill_method}'
+    if (remembers or method.hard_labels) and mixup_active(args):
+        raise UserError(f'{flag} is about single images and their classes: leave out --mixup and --cutmix.')
+    if remembers and num_samples is None:
+        raise UserError(f'{flag} remembers every image: it cannot train on a stream.')
     with blame('the loss cannot be made'):
         cls_loss = create_classification_loss(
             'bce' if args.bce_loss else 'ce',
@@ -148,5 +147,7 @@ def build_criterion(args: argparse.Namespace, model: MultiExitModel, num_samples
             distill=args.distill,
             cwem_supervision=args.cwem_supervision,
             method=args.distill_method,
+            pool_momentum=args.pool_momentum,
             num_samples=num_samples,
+            num_classes=model.num_classes,
         )

@@ -142,6 +142,13 @@ def train_parser() -> argparse.ArgumentParser:
         + ', '.join(f'{m.weight:g} for {name}' for name, m in DISTILL_METHODS.items())
         + ')',
     )
+    group.add_argument(
+        '--pool-momentum',
+        type=float,
+        default=0.0,
+        metavar='M',
+        help='mix teachers from a running mean of the logits over the epochs, image by image: share of the old mean',
+    )
     group.add_argument('--beta', type=float, default=10.0, help='weight of the feature distillation L_HT')
     group.add_argument('--gamma', type=float, default=1.0, help='weight of the classification loss L_CLS')
     group.add_argument('--temperature', type=float, default=4.0)

@@ -1,6 +1,7 @@
 """Losses of multi-exit networks; they know nothing of backbones."""
 
 from .distill import CC, CRD, DKD, KD, METHODS, Lesson, Method
+from .memory import LogitMemory
 from .mlcsd import CWEM_SUPERVISIONS, DISTILLS, MLCSDLoss
 from .teachers import CWEM, TEACHERS, Mixer
 
@@ -15,6 +16,7 @@ __all__ = [
     'METHODS',
     'TEACHERS',
     'Lesson',
+    'LogitMemory',
     'MLCSDLoss',
     'Method',
     'Mixer',

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from timm.loss import JsdCrossEntropy
 
 from .distill import CC, CRD, METHODS, Lesson, Method
+from .memory import LogitMemory
 from .teachers import CWEM, TEACHERS, Mixer
 
 __all__ = ['CWEM_SUPERVISIONS', 'DISTILLS', 'MLCSDLoss']
@@ -59,7 +60,10 @@ class MLCSDLoss(nn.Module):
         distill: Who teaches: ``none`` or one of `TEACHERS`.
         cwem_supervision: What trains the CWEM.
         method: What L_KD is: one of `METHODS` with its authors' hyper-parameters, or a `Method`.
-        num_samples: Images in the training set; ``crd`` remembers them all.
+        pool_momentum: Above 0, the pool of logits that teachers are mixed from is a running mean over the epochs,
+            image by image (`LogitMemory`); this is the share of the old mean. Not in the paper.
+        num_samples: Images in the training set, for what remembers them all: ``crd`` and `pool_momentum`.
+        num_classes: C, for `pool_momentum`.
 
     Examples:
         ```python
@@ -87,7 +91,9 @@ class MLCSDLoss(nn.Module):
         distill: str = 'all-for-all',
         cwem_supervision: str = 'ce',
         method: Union[str, Method] = 'kd',
+        pool_momentum: float = 0.0,
         num_samples: Optional[int] = None,
+        num_classes: Optional[int] = None,
     ):
         super().__init__()
         if distill not in DISTILLS:
@@ -100,6 +106,12 @@ class MLCSDLoss(nn.Module):
             raise ValueError(f'method={method!r} is unknown; choose one of {", ".join(METHODS)}, or pass a Method.')
         if method == 'crd' and not num_samples:
             raise ValueError("method='crd' remembers every training image: pass num_samples, how many there are.")
+        if not 0.0 <= pool_momentum < 1.0:
+            raise ValueError(f'pool_momentum={pool_momentum} must be at least 0 and less than 1.')
+        if pool_momentum and not (num_samples and num_classes):
+            raise ValueError(
+                'pool_momentum remembers logits of every training image: pass num_samples and num_classes.'
+            )
         if alpha is None:
             alpha = (METHODS[method] if isinstance(method, str) else method).weight
         for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
@@ -136,12 +148,15 @@ class MLCSDLoss(nn.Module):
 
         self.mixer: Optional[Mixer] = None
         self.method: Optional[Method] = None
+        self.memory: Optional[LogitMemory] = None
         self.projections = nn.ModuleList()
         # one exit has nobody to learn from
         if distill != 'none' and (alpha or beta) and num_exits > 1:
             self.mixer = TEACHERS[distill](num_exits, dims[-1])
             # what nothing trains must not wait for a gradient
             self.mixer.requires_grad_(cwem_supervision == 'ce' or (cwem_supervision == 'kd' and alpha > 0))
+            if pool_momentum:
+                self.memory = LogitMemory(num_samples, num_exits, num_classes, pool_momentum)
             if alpha:
                 self.method = self._make_method(method, num_samples, dims[-1]) if isinstance(method, str) else method
             if len(set(dims)) > 1:
@@ -159,8 +174,8 @@ class MLCSDLoss(nn.Module):
 
     @property
     def needs_indices(self) -> bool:
-        """Whether the method must know which images a batch holds."""
-        return self.method is not None and self.method.needs_indices
+        """Whether the loss must know which images a batch holds."""
+        return self.memory is not None or (self.method is not None and self.method.needs_indices)
 
     def set_distill_scale(self, scale: float) -> None:
         """Scale alpha and beta, from 0 to 1, as a warm-up does."""
@@ -179,7 +194,7 @@ class MLCSDLoss(nn.Module):
             output: `MultiExitOutput`: K logits [B, C] and K features [B, D, H, W].
             target: Class indices [B], or whatever `cls_loss` takes: soft targets [B, C], say.
             return_components: Return a dict instead.
-            indices: Which images of the training set these are, [B]; for ``method='crd'``.
+            indices: Which images of the training set these are, [B], where `needs_indices`.
 
         Returns:
             The loss, a scalar; or a dict with ``loss`` and its parts before weighting: ``cls`` (L_CLS), and where
@@ -187,7 +202,7 @@ class MLCSDLoss(nn.Module):
 
         Raises:
             ValueError: `output` is one tensor or has another number of exits; the loss itself was cast to half
-                precision; the method needs class indices for a target, or `indices`.
+                precision; or it needs class indices for a target, or `indices`.
         """
         if isinstance(output, torch.Tensor):
             raise ValueError(
@@ -238,21 +253,22 @@ class MLCSDLoss(nn.Module):
         target: torch.Tensor,
         indices: Optional[torch.Tensor],
     ) -> Dict[str, torch.Tensor]:
+        self._check_lesson(target, indices)
         parts = {}
         features = self._align(features)
-        weights = self._mix(logits, features, target)
-        teacher = weights @ logits.detach()
+        pool = logits.detach() if self.memory is None else self.memory(logits.detach(), indices)
+        weights = self._mix(pool, features, target)
+        teacher = weights @ pool
         if isinstance(self.mixer, CWEM) and self.cwem_supervision == 'ce':
             parts['cwem'] = sum(self.cls_loss(t, target) for t in teacher.unbind(dim=1))
         exit_weights = self.exit_weights.to(logits.dtype)
         if self.method is not None:
-            self._check_lesson(target, indices)
             through = weights if self.cwem_supervision == 'kd' else weights.detach()
             pooled = teacher_pooled = None
             if self.method.reads_features:
                 pooled = torch.stack([f.mean(dim=(-2, -1)) for f in features], dim=1)
                 teacher_pooled = through @ pooled.detach()
-            lesson = Lesson(logits, through @ logits.detach(), pooled, teacher_pooled, target, indices)
+            lesson = Lesson(logits, through @ pool, pooled, teacher_pooled, target, indices)
             parts['kd'] = exit_weights @ self.method(lesson).to(logits.dtype)
         if self.beta:
             # the mean doesn't care for the order of the elements, so take them as they lie in memory
@@ -264,11 +280,11 @@ class MLCSDLoss(nn.Module):
         return parts
 
     def _check_lesson(self, target: torch.Tensor, indices: Optional[torch.Tensor]) -> None:
-        name = type(self.method).__name__
-        if self.method.hard_labels and target.ndim != 1:
+        name = 'pool_momentum' if self.memory is not None else type(self.method).__name__
+        if (self.memory is not None or (self.method is not None and self.method.hard_labels)) and target.ndim != 1:
             raise ValueError(
-                f'{name} needs class indices [B] as target, not {list(target.shape)}: it tells an image\'s own class '
-                f'from the others, so leave out mixup and cutmix, or take method=\'kd\' or \'cc\'.'
+                f'{name} needs class indices [B] as target, not {list(target.shape)}: leave out mixup and cutmix, or '
+                f'take method=\'kd\' or \'cc\' without pool_momentum.'
             )
         if self.needs_indices and indices is None:
             raise ValueError(f'{name} needs indices [B]: which images of the training set the batch holds.')
