@@ -38,7 +38,9 @@ def main() -> None:
     images = torch.randint(256, (args.batch_size * args.steps, 32, 32, 3), dtype=torch.uint8, device=device)
     targets = torch.randint(100, (len(images),), device=device)
     half = torch.full((3,), 0.5)
-    loader = CachedLoader(images, targets, args.batch_size, half, half, training=True, padding=4, hflip=0.5)
+    loader = CachedLoader(
+        images, targets, args.batch_size, half, half, training=True, padding=4, hflip=0.5, channels_last=True
+    )
     resident = [next(iter(loader))] * args.steps
 
     def epoch(batches) -> float:

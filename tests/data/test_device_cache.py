@@ -16,17 +16,19 @@ def images(count=10, height=SIZE, width=SIZE):
     return torch.randint(1, 256, (count, height, width, CHANS), dtype=torch.uint8)
 
 
-def test_evaluation_gives_every_image_once_in_order():
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_evaluation_gives_every_image_once_in_order(channels_last):
     data, targets = images(10), torch.arange(10)
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
-    loader = CachedLoader(data, targets, 4, mean, std)
+    loader = CachedLoader(data, targets, 4, mean, std, channels_last=channels_last)
     batches = list(loader)
     assert len(loader) == len(batches) == 3
     got = torch.cat([x for x, _ in batches])
     expected = (data.permute(0, 3, 1, 2) / 255 - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
     torch.testing.assert_close(got, expected)
     assert torch.equal(torch.cat([y for _, y in batches]), targets)
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in batches)
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    assert all(x.is_contiguous(memory_format=order) for x, _ in batches)
 
 
 def test_training_shuffles_and_drops_the_short_batch():

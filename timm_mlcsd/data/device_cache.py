@@ -33,7 +33,7 @@ def cache_images(dataset: Dataset, device: torch.device) -> Tuple[torch.Tensor, 
 
 
 class CachedLoader:
-    """Batches [B, C, H, W] from images on the device, in channels-last memory order.
+    """Batches [B, C, H, W] from images on the device.
 
     To train, it does what `PadCrop` and timm's flips do image by image, drawing an offset and a flip for every image
     of the batch at once: the same distribution, other random numbers. PyTorch's default generators are its only state.
@@ -50,6 +50,7 @@ class CachedLoader:
         vflip: Probability of a vertical flip.
         erase: timm's ``RandomErasing``, on normalised batches.
         mixup: timm's ``Mixup``, on batches and targets.
+        channels_last: Leave the batches in that memory order, which the images are kept in.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class CachedLoader:
         vflip: float = 0.0,
         erase: Optional[Callable] = None,
         mixup: Optional[Callable] = None,
+        channels_last: bool = False,
     ):
         self.size = images.shape[1:3]
         self.images = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
@@ -77,6 +79,7 @@ class CachedLoader:
         self.vflip = vflip
         self.erase = erase
         self.mixup = mixup
+        self.channels_last = channels_last
         self.mixup_enabled = mixup is not None
 
     def __len__(self) -> int:
@@ -90,6 +93,7 @@ class CachedLoader:
             chosen = order[i * self.batch_size : (i + 1) * self.batch_size].to(device)
             images = self._crop(chosen) if self.padding or self.hflip or self.vflip else self.images[chosen]
             images = images.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+            images = images if self.channels_last else images.contiguous()
             targets = self.targets[chosen]
             if self.erase is not None:
                 images = self.erase(images)

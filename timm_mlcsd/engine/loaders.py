@@ -343,5 +343,6 @@ def _cached(args: argparse.Namespace, loader: Any, **kwargs: Any) -> CachedLoade
         mean=loader.mean.flatten() / 255,
         std=loader.std.flatten() / 255,
         erase=loader.random_erasing,
+        channels_last=args.channels_last,
         **kwargs,
     )
