@@ -11,13 +11,14 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import List
 
 import torch
 
 from timm_mlcsd.arguments import ScriptParser, positive_int
 from timm_mlcsd.errors import UserError, run_script
 
-from .plan import HERE, load_table, table_names
+from .plan import HERE, Table, load_table, table_names
 from .report import figure, report
 from .runner import Runner, load_results
 
@@ -25,13 +26,15 @@ RESULTS = HERE / 'results'
 FIGURES = {'anytime', 'budgeted'}
 
 
-def run(args: argparse.Namespace) -> None:
-    tables = [load_table(name, args.scale, args.seeds or 0) for name in args.tables]
+def run(args: argparse.Namespace, tables: List[Table]) -> None:
+    for table in tables:
+        if not table.rows:
+            raise UserError(f'{table.name} has no rows at scale {args.scale!r}, which leaves its networks out.')
     # seed by seed, so that early results already compare
     runs = [run for table in tables for row in table.rows for run in row.runs]
     runs.sort(key=lambda run: run.seed)
     args.results.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
+    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     results = args.results / f'{args.scale}.jsonl'
     runner = Runner(results, args.work, args.data, args.scale, args.device, deadline)
     errors = runner.run(runs, args.jobs)
@@ -41,33 +44,24 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(' '.join(errors))
 
 
-def list_tables(args: argparse.Namespace) -> None:
+def list_tables(args: argparse.Namespace, tables: List[Table]) -> None:
     done = load_results(args.results / f'{args.scale}.jsonl')
-    for name in args.tables:
-        try:
-            table = load_table(name, args.scale)
-        except UserError as e:
-            print(f'{name:13} {e}')
-            continue
+    for table in tables:
         ids = {run.id for row in table.rows for run in row.runs}
-        print(f'{name:13} {table.dataset:14} {len(ids & set(done)):3} of {len(ids):3} runs  {table.title}')
+        print(f'{table.name:13} {table.dataset:14} {len(ids & set(done)):3} of {len(ids):3} runs  {table.title}')
 
 
-def write_reports(args: argparse.Namespace) -> None:
+def write_reports(args: argparse.Namespace, tables: List[Table]) -> None:
     results = load_results(args.results / f'{args.scale}.jsonl')
     folder = args.results / args.scale
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in args.tables:
-        try:
-            table = load_table(name, args.scale)
-        except UserError:
-            continue  # none of its networks at this scale
+    for table in tables:
         if not any(run.id in results for row in table.rows for run in row.runs):
             continue
-        page = folder / f'{name}.md'
+        folder.mkdir(parents=True, exist_ok=True)
+        page = folder / f'{table.name}.md'
         text = report(table, results, args.scale)
         if FIGURES & set(table.show) and figure(table, results, page.with_suffix('.png')):
-            text += f'\n![{table.title}]({name}.png)\n'
+            text += f'\n![{table.title}]({page.stem}.png)\n'
         page.write_text(text)
         print(page)
 
@@ -83,11 +77,11 @@ def main() -> None:
         )
         command.add_argument('--scale', default='cpu', help=f'of {", ".join(table_names(HERE / "scales"))}')
         command.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='JSON lines and reports')
+        command.add_argument('--seeds', type=positive_int, metavar='N', help='runs per row (default: of the scale)')
         command.set_defaults(action=action)
         if name == 'run':
             command.add_argument('--data', metavar='PATH', help='the data set')
             command.add_argument('--work', type=Path, default=Path('output/experiments'), metavar='DIR')
-            command.add_argument('--seeds', type=positive_int, metavar='N', help='runs per row (default: the scale\'s)')
             cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
             command.add_argument('--jobs', type=positive_int, default=cores, metavar='N', help='runs at once')
             command.add_argument('--minutes', type=float, metavar='M', help='stop then; the next call goes on')
@@ -95,8 +89,8 @@ def main() -> None:
 
     def act() -> None:
         args = parser.parse_args()
-        args.tables = args.tables or table_names()
-        args.action(args)
+        tables = [load_table(name, args.scale, args.seeds or 0) for name in args.tables or table_names()]
+        args.action(args, tables)
 
     run_script('experiments', act)
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
@@ -26,7 +26,7 @@ BATCH_SIZE = 250
 
 
 @torch.no_grad()
-def measure(run: Path, test_split: str) -> Dict[str, Any]:
+def measure(run: Path, device: Optional[str] = None) -> Dict[str, Any]:
     """Evaluate a run's best epoch on the images that chose it and on the test split, in float32.
 
     Returns:
@@ -37,6 +37,7 @@ def measure(run: Path, test_split: str) -> Dict[str, Any]:
     """
     args = validate_parser().parse_args(['--checkpoint', str(run / 'model_best.pth.tar'), '--workers', '0'])
     args.data_dir, args.batch_size = None, BATCH_SIZE
+    args.device = device
     device = resolve_device(args)
     network = load_network(args.checkpoint)
     model, checkpoint = network.model.to(device), network.checkpoint
@@ -52,7 +53,7 @@ def measure(run: Path, test_split: str) -> Dict[str, Any]:
         held_out(args, checkpoint)[0] if 'val_indices' in checkpoint else load_dataset(args, checkpoint['val_split'])
     )
     val, _ = logits_of(chosen_by)
-    test, loader = logits_of(load_dataset(args, test_split))
+    test, loader = logits_of(load_dataset(args, 'test'))
     results = [evaluate(zip(z.logits.split(1024, dim=1), z.targets.split(1024))) for z in (val, test)]
     record: Dict[str, Any] = dict(
         epoch=checkpoint['epoch'],
@@ -89,9 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('run', type=Path)
     parser.add_argument('out', type=Path)
-    parser.add_argument('--test-split', default='test')
+    parser.add_argument('--device')
     args = parser.parse_args()
-    record = measure(args.run, args.test_split)
+    record = measure(args.run, args.device)
     with replacing(args.out) as temporary:
         temporary.write_text(json.dumps(record))
 

@@ -64,7 +64,7 @@ class Table(NamedTuple):
         title: What it shows.
         dataset: A key of datasets.yaml.
         axes: What its rows differ in.
-        rows: The product of the axes' values.
+        rows: The product of the axes' values; none, where the scale leaves all networks out.
         baselines: Values of the last axis to test the others against.
         show: What a report makes of it: ``accuracy``, ``rescued``, ``cost``, ``weights``; ``anytime`` or ``budgeted``.
         paper: Mean accuracy over the exits in the paper, by labels, where it is known.
@@ -133,8 +133,6 @@ def load_table(name: str, scale: str, seeds: int = 0, here: Path = HERE) -> Tabl
         idle = TEACHING if flags.get('distill') == 'none' else ()  # or one run would have several ids
         flags = {key: value for key, value in flags.items() if value is not None and key not in idle}
         rows.append(Row(labels, [Run(dataset, flags, seed) for seed in range(seeds or scaling['seeds'])]))
-    if not rows:
-        raise UserError(f'table {name!r} has no rows at scale {scale!r}, which leaves its networks out.')
     return Table(
         name,
         spec['title'],

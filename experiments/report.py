@@ -36,7 +36,10 @@ def report(table: Table, results: Records, scale: str) -> str:
 def _setting(table: Table, scale: str, have: int, wanted: int) -> str:
     flags = table.rows[0].runs[0].flags
     told = ('train_split', 'epochs', 'batch_size', 'lr', 'sched', 'model_kwargs', 'amp_dtype')
-    settings = ', '.join(f'{name} {flags[name]}' for name in told if name in flags)
+    same = [
+        name for name in told if name in flags and all(row.runs[0].flags.get(name) == flags[name] for row in table.rows)
+    ]
+    settings = ', '.join(f'{name} {flags[name]}' for name in same)
     return (
         f'{table.dataset} at scale `{scale}` ({settings}), {have} of {wanted} runs. The images that training held out '
         f'chose the epoch; the test split was read once per run. Means over seeds, ± standard deviation.'

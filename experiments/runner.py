@@ -66,9 +66,14 @@ class Runner:
 
         Returns:
             What went wrong, a line each; what was stopped by the deadline is not wrong.
+
+        Raises:
+            UserError: The data is not there.
         """
         done = load_results(self.results)
         missing = list({run.id: run for run in runs if run.id not in done}.values())
+        for run in missing:
+            self._data_flags(run)  # a mistake is better found now
         print(f'{len({run.id for run in runs})} runs, {len(missing)} missing', flush=True)
         environment = dict(os.environ)
         if jobs > 1 and not torch.cuda.is_available():
@@ -80,32 +85,25 @@ class Runner:
     def _one(self, run: Run, environment: Dict[str, str]) -> Optional[str]:
         folder = self.work / run.id
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / 'lock') as alone:
+        with _lock(folder / 'lock') as lock:
             # another runner may have it, or may have finished it meanwhile
-            if not alone or run.id in load_results(self.results) or self._late():
+            if lock is None or run.id in load_results(self.results) or self._late():
                 return None
             config = folder / 'flags.yaml'
             config.write_text(yaml.safe_dump(dict(run.flags, seed=run.seed, **self._data_flags(run)), sort_keys=False))
             seconds = folder / 'seconds'
             before = float(seconds.read_text()) if seconds.exists() else 0.0
-            command = ['train.py', '--config', str(config), '--output', str(folder), '--experiment', 'train']
+            device = ['--device', self.device] if self.device else []
+            train = ['train.py', '--config', str(config), '--output', str(folder), '--experiment', 'train', *device]
             if (folder / 'train' / 'last.pth.tar').exists():
-                command += ['--resume', str(folder / 'train')]
+                train += ['--resume', str(folder / 'train')]
+            measured = folder / 'measured.json'
             start = time.monotonic()
-            finished = self._call(command + (['--device', self.device] if self.device else []), folder, environment)
+            finished = self._call(train, folder, environment, lock)
             seconds.write_text(str(before + time.monotonic() - start))
             if finished:
-                test_split = load_datasets()[run.dataset].get('test_split', 'test')
-                measured = folder / 'measured.json'
-                command = [
-                    '-m',
-                    'experiments.measure',
-                    str(folder / 'train'),
-                    str(measured),
-                    '--test-split',
-                    test_split,
-                ]
-                finished = self._call(command, folder, environment)
+                measure = ['-m', 'experiments.measure', str(folder / 'train'), str(measured), *device]
+                finished = self._call(measure, folder, environment, lock)
             if not finished:
                 return None if self._late() else f'run {run.id} failed; see {folder / "log.txt"}'
             record = dict(
@@ -116,7 +114,7 @@ class Runner:
                 flags=run.flags,
                 **json.loads(measured.read_text()),
                 seconds=round(float(seconds.read_text()), 1),
-                versions=_versions(),
+                versions=_versions(self.device),
             )
             with self.lock, open(self.results, 'a') as f:
                 fcntl.flock(f, fcntl.LOCK_EX)
@@ -128,10 +126,15 @@ class Runner:
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
-    def _call(self, command: List[str], folder: Path, environment: Dict[str, str]) -> bool:
-        """Run a script of ours until it ends or time is up; its output goes to a file."""
+    def _call(self, command: List[str], folder: Path, environment: Dict[str, str], lock: int) -> bool:
+        """Run a script of ours until it ends or time is up; its output goes to a file.
+
+        It holds the run's lock as long as it lives, even if this process dies before it.
+        """
         with open(folder / 'log.txt', 'a') as log:
-            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, pass_fds=(lock,)
+            )
             try:
                 left = None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
                 return process.wait(left) == 0
@@ -152,27 +155,37 @@ class Runner:
         path = Path(self.data).resolve()
         if any(path.rglob('*.parquet')):
             return dict(dataset=f'hfds/{path}', data_dir=str(self.work / 'cache'))
+        if '[' in run.flags.get('train_split', ''):
+            raise UserError(
+                f'--data {self.data!r}: parts of a split, as this scale has, can only be read from Parquet.'
+            )
         return dict(dataset=name, data_dir=str(path))
 
 
-def _versions() -> Dict[str, str]:
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
+def _versions(device: Optional[str]) -> Dict[str, str]:
+    try:
+        commit = subprocess.run(
+            ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True
+        ).stdout
+    except OSError:
+        commit = ''  # no git, no commit
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     return dict(
         timm_mlcsd=timm_mlcsd.__version__,
-        commit=commit.stdout.strip(),
+        commit=commit.strip(),
         timm=timm.__version__,
         torch=torch.__version__,
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU ({platform.machine()})',
+        device=torch.cuda.get_device_name(device) if 'cuda' in device else f'{device} ({platform.machine()})',
     )
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[bool]:
-    """Whether no other process holds the file."""
+def _lock(path: Path) -> Iterator[Optional[int]]:
+    """A file descriptor that holds the file, None where another process does."""
     with open(path, 'w') as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
+            yield None
         else:
-            yield True
+            yield f.fileno()

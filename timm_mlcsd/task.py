@@ -78,7 +78,13 @@ class MLCSDTask(TrainingTask):
         return unwrap_model(self.trainable_module).criterion
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'MLCSDTask':
-        """Wrap model and criterion together in DistributedDataParallel."""
+        """Wrap model and criterion together in DistributedDataParallel.
+
+        Raises:
+            ValueError: The loss remembers training images: every process would remember its own, and lose it.
+        """
+        if self.criterion.needs_indices:
+            raise ValueError('a loss that remembers images (method crd, pool_momentum) trains in one process only.')
         from torch.nn.parallel import DistributedDataParallel
 
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)

@@ -27,7 +27,7 @@ def jpeg(grey=False):
 def archive(tmp_path):
     path = tmp_path / 'tiny-imagenet-200.zip'
     root = 'tiny-imagenet-200'
-    with zipfile.ZipFile(path, 'w') as f:
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as f:
         f.writestr(f'{root}/wnids.txt', '\n'.join(CLASSES))
         for name in CLASSES:
             f.writestr(f'{root}/train/{name}/{name}_boxes.txt', '')

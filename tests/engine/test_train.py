@@ -257,7 +257,9 @@ def test_scripts_run_as_they_stand():
         assert flag in help_text
 
 
-@pytest.mark.parametrize('more', ['', '--distill-method crd', '--mixup 0.5 --reprob 0.5', '--no-aug'])
+@pytest.mark.parametrize(
+    'more', ['', '--distill-method crd', '--mixup 0.5 --reprob 0.5 --mixup-off-epoch 4', '--no-aug']
+)
 def test_data_kept_on_the_device(more, small, folder, tmp_path):
     flags = [*small, '--cache-dataset', 'device', '--epochs', 6, *more.split()]
     assert run(train.main, [*flags, '--experiment', 'whole', '--checkpoint-hist', 6]) == 0

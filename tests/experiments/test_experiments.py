@@ -173,15 +173,41 @@ def test_figures(kind, tmp_path):
 
 def test_results_that_are_committed_belong_to_tables():
     for path in (HERE / 'results').glob('*.jsonl'):
-        known = {id for name in table_names() for id in _ids_or_none(name, path.stem)}
+        known = {id for name in table_names() for id in ids(name, path.stem, seeds=20)}
         records = [json.loads(line) for line in path.read_text().splitlines()]
         assert {r['id'] for r in records} <= known, path
         assert all(r['id'] == Run(r['dataset'], r['flags'], r['seed']).id for r in records)
         assert not any({'dataset', 'data_dir', 'output'} & set(r['flags']) for r in records)
 
 
-def _ids_or_none(name, scale):
-    try:
-        return ids(name, scale)
-    except UserError:
-        return set()
+def test_a_dead_runners_training_keeps_its_lock(tmp_path):
+    from experiments.runner import _lock
+
+    with _lock(tmp_path / 'lock') as lock:
+        child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE, pass_fds=(lock,))
+    with _lock(tmp_path / 'lock') as second:
+        assert second is None
+    child.communicate(b'\n')
+    with _lock(tmp_path / 'lock') as third:
+        assert third is not None
+
+
+def test_data_is_missed_before_anything_runs(tmp_path):
+    runner = Runner(tmp_path / 'r.jsonl', tmp_path / 'work', None, 'smoke')
+    with pytest.raises(UserError, match='it must hold cifar100'):
+        runner.run([Run('digits', TINY, 0), Run('cifar100', TINY, 0)], 1)
+    assert not (tmp_path / 'work').exists()
+    sliced = Runner(tmp_path / 'r.jsonl', tmp_path / 'work', str(tmp_path), 'cpu')
+    with pytest.raises(UserError, match='can only be read from Parquet'):
+        sliced.run([Run('cifar100', {**TINY, 'train_split': 'train[:50]'}, 0)], 1)
+
+
+@pytest.mark.parametrize('argv', ['report --scale typo', 'list --scale typo', 'report table99', 'run figure5'])
+def test_mistakes_are_one_line(argv, monkeypatch, capsys):
+    from experiments.__main__ import main
+
+    monkeypatch.setattr(sys, 'argv', ['experiments', *argv.split()])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith('experiments: error: ') and error.count('\n') == 1

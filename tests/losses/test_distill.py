@@ -103,7 +103,7 @@ def test_crd():
             h = same[b] / scale / (same[b] / scale + 9 / M)
             expected[n % 2] -= np.log(h) / B
             for e in apart[b]:
-                expected[n % 2] -= np.log(1 - e / scale / (e / scale + 9 / M)) / B
+                expected[n % 2] -= 9 / len(apart[b]) * np.log(1 - e / scale / (e / scale + 9 / M)) / B
     # the memory is made in float32
     np.testing.assert_allclose(losses.detach().numpy(), expected, rtol=1e-10)
 
@@ -122,6 +122,19 @@ def test_crd_estimates_its_scale_once():
     scale = method.scale.clone()
     method(lesson(torch.float32))
     assert scale.gt(0).all() and torch.equal(method.scale, scale)
+
+
+def test_crd_keeps_nothing_in_eval_mode():
+    method = CRD(K, D, M, negatives=8).eval()
+    before = {n: t.clone() for n, t in method.state_dict().items()}
+    method(lesson(torch.float32))
+    assert all(torch.equal(t, before[n]) for n, t in method.state_dict().items())
+
+
+def test_crd_takes_two_batches_before_one_backward():
+    method = CRD(K, D, M, negatives=8)
+    (method(lesson(torch.float32)).sum() + method(lesson(torch.float32)).sum()).backward()
+    assert method.embed.weight.grad.isfinite().all()
 
 
 def test_crd_learns_to_tell_images_apart():

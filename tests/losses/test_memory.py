@@ -69,6 +69,8 @@ def test_resumes_from_its_state():
     [
         (dict(pool_momentum=1.0, num_samples=M, num_classes=C), 'pool_momentum=1.0 must be at least 0'),
         (dict(pool_momentum=0.5), 'pass num_samples and num_classes'),
+        (dict(pool_momentum=0.5, method='cc', num_samples=M, num_classes=C), 'a method that reads logits'),
+        (dict(pool_momentum=0.5, alpha=0, num_samples=M, num_classes=C), 'it needs alpha > 0'),
     ],
 )
 def test_mistakes_are_named(kwargs, message):

@@ -160,7 +160,7 @@ def test_weights_of_other_classes(model, tmp_path):
 
     safetensors.torch.save_file(model.state_dict(), path)
     name = model.default_cfg['architecture']
-    overlay = dict(file=str(path), num_classes=7, classifier=f'heads.{model.num_exits - 1}.fc')
+    overlay = dict(file=str(path), num_classes=7)
     again = timm.create_model(name, pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay, **SMALL[name])
     assert torch.equal(again.heads[0].reduce[0][0].weight, model.heads[0].reduce[0][0].weight)
     assert again.heads[0].fc.weight.shape[0] == 3
@@ -181,12 +181,33 @@ def test_weights_of_other_classes(model, tmp_path):
         ('mlcsd_msdnet', dict(base=0), 'at least 1'),
         ('mlcsd_ranet', dict(scales=(1, 3, 3, 3)), 'must begin with 1 and grow by 0 or 1'),
         ('mlcsd_ranet', dict(compress_factor=0.01), 'without channels'),
+        ('mlcsd_msdnet', dict(reduction=0.01), 'reduction=0.01 leaves nothing'),
         ('mlcsd_ranet', dict(reduction=2), 'reduction=2 must be above 0'),
     ],
 )
 def test_mistakes_are_named(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         create_named(name, **kwargs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('layers', [1, 2, 3])
+def test_fewer_layers_than_scales(layers):
+    model = timm.create_model('mlcsd_msdnet', num_blocks=layers, base=1, step=1, prune='min', num_classes=3).eval()
+    assert len(model.forward_exits(torch.randn(1, 3, 32, 32)).logits) == layers
+
+
+def test_pruned_model_is_consistent(model):
+    model.prune_intermediate_layers([0, 1], prune_head=False)
+    output = model(torch.randn(2, 3, 32, 32))
+    assert len(output.logits) == model.num_exits == len(model.exit_names) == len(model.feature_info) == 2
+    MLCSDLoss(model.num_exits, model.feature_dim)(output, torch.tensor([0, 1])).backward()
+
+
+def test_input_size_of_an_overlay_wins():
+    overlay = dict(input_size=(3, 256, 256))
+    model = timm.create_model('mlcsd_msdnet', stem='imagenet', pretrained_cfg_overlay=overlay, **SMALL['mlcsd_msdnet'])
+    assert model.default_cfg['input_size'] == (3, 256, 256) and model.default_cfg['classifier'] == 'heads.3.fc'
 
 
 def test_no_backbone_to_load(model):

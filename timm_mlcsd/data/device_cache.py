@@ -1,42 +1,48 @@
 """Small images kept on the training device: decoded once, cropped, flipped and normalised there, a batch at a time."""
 
-from typing import Callable, Iterator, Optional, Tuple
+from typing import Any, Callable, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 __all__ = ['CachedLoader', 'cache_images']
 
 
-def cache_images(dataset: Dataset, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
+def cache_images(dataset: Dataset, device: torch.device, workers: int = 0) -> Tuple[torch.Tensor, torch.Tensor]:
     """Decode a whole data set.
 
     Args:
         dataset: Gives (image, target), images of one size: PIL's, or uint8 tensors [C, H, W].
         device: Where they go.
+        workers: Processes that decode.
 
     Returns:
         Images, uint8 [N, H, W, C], and targets [N, ...].
     """
-    images, targets = None, []
-    for i in range(len(dataset)):
-        image, target = dataset[i]
-        image = image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else np.array(image, dtype=np.uint8)
-        image = image[..., None] if image.ndim == 2 else image
-        if images is None:
-            images = torch.empty((len(dataset), *image.shape), dtype=torch.uint8)
-        images[i] = torch.from_numpy(image)
-        targets.append(target)
-    targets = default_collate(targets)
+    batches = list(DataLoader(dataset, batch_size=256, num_workers=workers, collate_fn=_collate))
+    images, targets = (torch.cat(parts) for parts in zip(*batches))
     return images.to(device), targets.to(device)
+
+
+def _collate(samples: Sequence[Tuple[Any, Any]]) -> Tuple[torch.Tensor, torch.Tensor]:
+    images, targets = zip(*samples)
+    return torch.stack([_as_hwc(image) for image in images]), default_collate(list(targets))
+
+
+def _as_hwc(image: Any) -> torch.Tensor:
+    if isinstance(image, torch.Tensor):
+        return image.permute(1, 2, 0)
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 class CachedLoader:
     """Batches [B, C, H, W] from images on the device.
 
     To train, it does what `PadCrop` and timm's flips do image by image, drawing an offset and a flip for every image
-    of the batch at once: the same distribution, other random numbers. PyTorch's default generators are its only state.
+    of the batch at once: the same distribution, other random numbers. Its only state are the default random generators:
+    PyTorch's, for mixing NumPy's and for erasing Python's too.
 
     Args:
         images: uint8 [N, H, W, C].
@@ -80,7 +86,16 @@ class CachedLoader:
         self.erase = erase
         self.mixup = mixup
         self.channels_last = channels_last
-        self.mixup_enabled = mixup is not None
+
+    @property
+    def mixup_enabled(self) -> bool:
+        """Whether batches are mixed; switched off, targets keep the form that mixing gives them, as in timm."""
+        return self.mixup is not None and self.mixup.mixup_enabled
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        if self.mixup is not None:
+            self.mixup.mixup_enabled = enabled
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.targets), self.batch_size)
@@ -95,10 +110,10 @@ class CachedLoader:
             images = images.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
             images = images if self.channels_last else images.contiguous()
             targets = self.targets[chosen]
+            if self.mixup is not None:
+                images, targets = self.mixup(images, targets)
             if self.erase is not None:
                 images = self.erase(images)
-            if self.mixup_enabled:
-                images, targets = self.mixup(images, targets)
             yield images, targets
 
     def _crop(self, chosen: torch.Tensor) -> torch.Tensor:

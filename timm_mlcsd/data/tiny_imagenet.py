@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Dict, Iterator, Optional, Sequence, Tuple
 
@@ -42,6 +43,7 @@ def unpack(folder: Path, archive: Optional[Path] = None, url: str = URL, md5: Op
 
     Raises:
         ValueError: The folder holds something, or the file is not Tiny-ImageNet, is damaged or can't be had.
+        OSError: The folder cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -64,7 +66,7 @@ def unpack(folder: Path, archive: Optional[Path] = None, url: str = URL, md5: Op
                     with source.open(member) as image, open(path, 'wb') as f:
                         shutil.copyfileobj(image, f)
                     counts[split] += 1
-        except (zipfile.BadZipFile, OSError, KeyError) as e:
+        except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError, KeyError, ValueError) as e:
             raise ValueError(f'{str(archive)!r} cannot be read as the zip file of Tiny-ImageNet: {e}') from e
         if not all(counts.values()):
             raise ValueError(f'{str(archive)!r} is not Tiny-ImageNet: it has {counts} labelled images.')
@@ -74,7 +76,8 @@ def unpack(folder: Path, archive: Optional[Path] = None, url: str = URL, md5: Op
 
 def _images(source: zipfile.ZipFile) -> Iterator[Tuple[str, str, str, str]]:
     """Split, class, file name and member of every labelled image; whatever else the file holds stays there."""
-    labels = dict(line.split('\t')[:2] for line in source.read(_LABELS).decode('ascii', 'replace').splitlines())
+    lines = source.read(_LABELS).decode('ascii', 'replace').splitlines()
+    labels = dict(line.split('\t')[:2] for line in lines if '\t' in line)
     for member in source.namelist():
         if found := _TRAIN.fullmatch(member):
             yield 'train', found[1], found[2], member
@@ -90,7 +93,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parser.parse_args(argv)
     try:
         counts = unpack(args.folder, args.zip)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         parser.error(str(e))
     print(f'{args.folder}: {counts["train"]} images to train on, {counts["test"]} to test')
 

@@ -12,7 +12,7 @@ from timm.loss import create_classification_loss
 from timm.models import load_state_dict
 
 from ..errors import UserError, blame
-from ..losses import METHODS, MLCSDLoss
+from ..losses import MLCSDLoss
 from ..models import MultiExitModel, create_named, load_backbone
 from .loaders import mixup_active
 
@@ -120,13 +120,6 @@ def build_criterion(args: argparse.Namespace, model: MultiExitModel, num_samples
         )
     if not 0.0 <= args.smoothing < 1.0:
         raise UserError(f'--smoothing {args.smoothing} must be at least 0 and less than 1.')
-    method = METHODS[args.distill_method]
-    remembers = bool(args.pool_momentum) or method.needs_indices
-    flag = f'--pool-momentum {args.pool_momentum}' if args.pool_momentum else f'--distill-method {args.distill_method}'
-    if (remembers or method.hard_labels) and mixup_active(args):
-        raise UserError(f'{flag} is about single images and their classes: leave out --mixup and --cutmix.')
-    if remembers and num_samples is None:
-        raise UserError(f'{flag} remembers every image: it cannot train on a stream.')
     with blame('the loss cannot be made'):
         cls_loss = create_classification_loss(
             'bce' if args.bce_loss else 'ce',
@@ -135,7 +128,7 @@ def build_criterion(args: argparse.Namespace, model: MultiExitModel, num_samples
             bce_target_thresh=args.bce_target_thresh,
             bce_sum=args.bce_sum,
         )
-        return MLCSDLoss(
+        criterion = MLCSDLoss(
             model.num_exits,
             model.feature_dim,
             alpha=args.alpha,
@@ -151,3 +144,9 @@ def build_criterion(args: argparse.Namespace, model: MultiExitModel, num_samples
             num_samples=num_samples,
             num_classes=model.num_classes,
         )
+    flag = f'--pool-momentum {args.pool_momentum}' if criterion.memory else f'--distill-method {args.distill_method}'
+    if criterion.needs_hard_labels and mixup_active(args):
+        raise UserError(f'{flag} is about single images and their classes: leave out --mixup and --cutmix.')
+    if criterion.needs_indices and num_samples is None:
+        raise UserError(f'{flag} remembers every image: it cannot train on a stream.')
+    return criterion

@@ -334,7 +334,7 @@ def _check_cacheable(args: argparse.Namespace, dataset: Dataset) -> None:
 def _cached(args: argparse.Namespace, loader: Any, **kwargs: Any) -> CachedLoader:
     """The loader that gives what timm's would, from images kept on the device."""
     with blame('--cache-dataset device'):
-        images, targets = cache_images(loader.loader.dataset, loader.device)
+        images, targets = cache_images(loader.loader.dataset, loader.device, args.workers)
     _logger.info(f'Keeping {len(images)} images on {loader.device}: {images.numel() / 1e6:.0f} MB')
     return CachedLoader(
         images,

@@ -158,9 +158,9 @@ class CRD(Method):
     once, as M times the mean over its first batch.)
 
     The code draws other images for every image of the batch. Here the batch shares one draw, those of an image's own
-    class left out for that image: the same expectation for a fraction of the memory (16,384 x 128 numbers per image
-    and exit there). A class is known once its images have been seen, so in the first epoch one of an image's own class
-    may slip in.
+    class left out for that image and the rest weighted up: the same expectation for a fraction of the memory (16,384 x
+    128 numbers per image and exit there). A class is known once its images have been seen, so in the first epoch one of
+    an image's own class may slip in.
 
     Args:
         num_learners: Exits that learn, the first ones.
@@ -218,12 +218,16 @@ class CRD(Method):
         e = scores.exp()
         with torch.no_grad():
             first = (e * counted).sum(dim=(-2, -1)) / counted.sum() * self.num_samples
-            self.scale.copy_(torch.where(self.scale > 0, self.scale, first))
-            self._remember(embedding.detach(), lesson)
-        e = e / self.scale[:, None, None]
+            scale = torch.where(self.scale > 0, self.scale, first)
+            if self.training:
+                self.scale.copy_(scale)
+                self._remember(embedding.detach(), lesson)
+        e = e / scale[:, None, None]
         ratio = self.negatives / self.num_samples
         same = -(e[..., 0] / (e[..., 0] + ratio)).log()
         apart = -((ratio / (e[..., 1:] + ratio)).log() * is_other).sum(dim=-1)
+        # as if all that were drawn were of other classes
+        apart = apart * (self.negatives / is_other.sum(dim=-1).clamp(min=1).to(apart.dtype))
         losses = (same + apart).mean(dim=-1)
         losses = losses[:n] + losses[n:]
         return F.pad(losses, (0, lesson.logits.shape[1] - n))

@@ -104,14 +104,8 @@ class MLCSDLoss(nn.Module):
             )
         if not isinstance(method, Method) and method not in METHODS:
             raise ValueError(f'method={method!r} is unknown; choose one of {", ".join(METHODS)}, or pass a Method.')
-        if method == 'crd' and not num_samples:
-            raise ValueError("method='crd' remembers every training image: pass num_samples, how many there are.")
         if not 0.0 <= pool_momentum < 1.0:
             raise ValueError(f'pool_momentum={pool_momentum} must be at least 0 and less than 1.')
-        if pool_momentum and not (num_samples and num_classes):
-            raise ValueError(
-                'pool_momentum remembers logits of every training image: pass num_samples and num_classes.'
-            )
         if alpha is None:
             alpha = (METHODS[method] if isinstance(method, str) else method).weight
         for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
@@ -155,10 +149,10 @@ class MLCSDLoss(nn.Module):
             self.mixer = TEACHERS[distill](num_exits, dims[-1])
             # what nothing trains must not wait for a gradient
             self.mixer.requires_grad_(cwem_supervision == 'ce' or (cwem_supervision == 'kd' and alpha > 0))
-            if pool_momentum:
-                self.memory = LogitMemory(num_samples, num_exits, num_classes, pool_momentum)
             if alpha:
                 self.method = self._make_method(method, num_samples, dims[-1]) if isinstance(method, str) else method
+            if pool_momentum:
+                self.memory = self._make_memory(pool_momentum, num_samples, num_classes)
             if len(set(dims)) > 1:
                 self.projections.extend(
                     nn.Identity() if dim == dims[-1] else nn.Conv2d(dim, dims[-1], 1, bias=False) for dim in dims
@@ -169,8 +163,25 @@ class MLCSDLoss(nn.Module):
         if name == 'cc':
             return CC()
         if name == 'crd':
+            if not num_samples:
+                raise ValueError("method='crd' remembers every training image: pass num_samples, how many there are.")
             return CRD(self.num_exits - (not self.mixer.last_learns), feature_dim, num_samples)
         return METHODS[name](self.temperature)
+
+    def _make_memory(self, momentum: float, num_samples: Optional[int], num_classes: Optional[int]) -> LogitMemory:
+        if self.method is None or self.method.reads_features:
+            raise ValueError(
+                f'pool_momentum={momentum} is about the logits that exits learn from: it needs alpha > 0 and a method '
+                f'that reads logits, kd or dkd.'
+            )
+        if not (num_samples and num_classes):
+            raise ValueError('pool_momentum remembers every training image: pass num_samples and num_classes.')
+        return LogitMemory(num_samples, self.num_exits, num_classes, momentum)
+
+    @property
+    def needs_hard_labels(self) -> bool:
+        """Whether the target must be class indices."""
+        return self.memory is not None or (self.method is not None and self.method.hard_labels)
 
     @property
     def needs_indices(self) -> bool:
@@ -281,7 +292,7 @@ class MLCSDLoss(nn.Module):
 
     def _check_lesson(self, target: torch.Tensor, indices: Optional[torch.Tensor]) -> None:
         name = 'pool_momentum' if self.memory is not None else type(self.method).__name__
-        if (self.memory is not None or (self.method is not None and self.method.hard_labels)) and target.ndim != 1:
+        if self.needs_hard_labels and target.ndim != 1:
             raise ValueError(
                 f'{name} needs class indices [B] as target, not {list(target.shape)}: leave out mixup and cutmix, or '
                 f'take method=\'kd\' or \'cc\' without pool_momentum.'

@@ -10,7 +10,17 @@ import torch
 import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 
-from .native import STEMS, STEP_MODES, NativeMultiExit, check_choice, conv_layer, create_native, narrow_conv, native_cfg
+from .native import (
+    STEMS,
+    STEP_MODES,
+    NativeMultiExit,
+    check_choice,
+    conv_layer,
+    create_native,
+    kept_channels,
+    narrow_conv,
+    native_cfg,
+)
 from .native import stem as make_stem
 
 __all__ = ['MSDNet']  # timm's register_model adds the model
@@ -58,7 +68,7 @@ class _Layer(nn.Module):
             self.scales.append(_DenseScale(width * growths[s], finer[0], growth * growths[s], factors[s], finer[1]))
 
     def forward(self, x: Scales) -> Scales:
-        finer = (*x[:-1],) if self.dropped else (None, *x[:-1])
+        finer = x[self.dropped - 1 : -1] if self.dropped else (None, *x[:-1])
         return tuple(scale(m, f) for scale, m, f in zip(self.scales, x[self.dropped :], finer))
 
 
@@ -153,12 +163,13 @@ class MSDNet(NativeMultiExit):
             layers: List[nn.Module] = []
             for _ in range(depth):
                 n += 1
-                num_in, num_out = (_scales_left(max(i, 1), total, num_scales, prune) for i in (n - 1, n))
+                num_in = _scales_left(n - 1, total, num_scales, prune) if n > 1 else num_scales
+                num_out = _scales_left(n, total, num_scales, prune)
                 layers.append(_Layer(width, growth_rate, num_in, num_out, growth_factors, bottleneck_factors))
                 width += growth_rate
                 thirds = (math.floor(total / 3), math.floor(2 * total / 3))
                 if reduction and (num_in > num_out if prune == 'max' else n in thirds):
-                    kept = math.floor(reduction * width)
+                    kept = kept_channels(reduction, width)
                     layers.append(_Transition(width, kept, growth_factors[num_scales - num_out :]))
                     width = kept
             stages.append(nn.Sequential(*layers))
@@ -190,7 +201,7 @@ def _scales_left(layer: int, total: int, num_scales: int, prune: str) -> int:
     return num_scales - (layer - 1) // math.ceil(total / num_scales)
 
 
-default_cfgs = generate_default_cfgs({'mlcsd_msdnet': native_cfg('heads.7.fc', 'arXiv:1703.09844')})
+default_cfgs = generate_default_cfgs({'mlcsd_msdnet': native_cfg('arXiv:1703.09844')})
 
 
 @register_model

@@ -1,5 +1,6 @@
 """What networks designed with exits (MSDNet, RANet) share: layers, heads, timm's model contract."""
 
+import math
 import re
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
@@ -19,6 +20,7 @@ __all__ = [
     'check_choice',
     'conv_layer',
     'create_native',
+    'kept_channels',
     'narrow_conv',
     'native_cfg',
     'stem',
@@ -56,6 +58,14 @@ def stem(kind: str, in_chs: int, out_chs: int) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.MaxPool2d(3, stride=2, padding=1),
     )
+
+
+def kept_channels(reduction: float, width: int) -> int:
+    """What a transition keeps of `width` channels."""
+    kept = math.floor(reduction * width)
+    if not kept:
+        raise ValueError(f'reduction={reduction} leaves nothing of {width} channels.')
+    return kept
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -231,6 +241,10 @@ class NativeMultiExit(MultiExitModel):
         take, last = feature_take_indices(self.num_exits, indices)
         self.stages, self.heads = self.stages[: last + 1], self.heads[: last + 1]
         self.num_exits = last + 1
+        self.exit_names, self.feature_info = self.exit_names[: last + 1], self.feature_info[: last + 1]
+        if not isinstance(self.feature_dim, int):
+            self.feature_dim = self.feature_dim[: last + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[-1]['num_chs']
         if prune_head:
             self.reset_classifier(0)
         return take
@@ -265,10 +279,8 @@ def create_native(cls: Callable[..., NativeMultiExit], name: str, pretrained: bo
     if kwargs.pop('pretrained_backbone', False):
         raise ValueError(f'pretrained_backbone: {name} is no wrapped backbone, and timm has no weights for it.')
     if kwargs.get('stem') == 'imagenet' and not kwargs.get('pretrained_cfg'):
-        kwargs['pretrained_cfg_overlay'] = dict(
-            input_size=(3, 224, 224), **(kwargs.get('pretrained_cfg_overlay') or {})
-        )
-    return build_model_with_cfg(
+        kwargs['pretrained_cfg_overlay'] = {'input_size': (3, 224, 224), **(kwargs.get('pretrained_cfg_overlay') or {})}
+    model = build_model_with_cfg(
         cls,
         name,
         pretrained,
@@ -276,9 +288,12 @@ def create_native(cls: Callable[..., NativeMultiExit], name: str, pretrained: bo
         feature_cfg=dict(feature_cls='getter'),
         **kwargs,
     )
+    if isinstance(model, NativeMultiExit):
+        model.default_cfg['classifier'] = f'heads.{model.num_exits - 1}.fc'
+    return model
 
 
-def native_cfg(classifier: str, paper: str) -> Dict[str, Any]:
+def native_cfg(paper: str) -> Dict[str, Any]:
     """A default cfg: images of CIFAR's size and statistics."""
     return dict(
         url='',
@@ -290,6 +305,6 @@ def native_cfg(classifier: str, paper: str) -> Dict[str, Any]:
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
         first_conv='stem.0.0',
-        classifier=classifier,
+        classifier='heads.7.fc',  # by default there are 8 exits
         paper_ids=paper,
     )

@@ -11,7 +11,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 
-from .native import STEMS, STEP_MODES, NativeMultiExit, check_choice, conv_layer, create_native, narrow_conv, native_cfg
+from .native import (
+    STEMS,
+    STEP_MODES,
+    NativeMultiExit,
+    check_choice,
+    conv_layer,
+    create_native,
+    kept_channels,
+    narrow_conv,
+    native_cfg,
+)
 from .native import stem as make_stem
 
 __all__ = ['RANet']  # timm's register_model adds the model
@@ -98,7 +108,7 @@ class _Block(nn.Module):
             self.width += added
         self.transition = None
         if keep is not None:
-            kept = math.floor(keep * self.width)
+            kept = kept_channels(keep, self.width)
             self.transition = conv_layer(self.width, kept, 1)
             self.width = kept
 
@@ -252,7 +262,7 @@ class RANet(NativeMultiExit):
         return state[0]
 
 
-default_cfgs = generate_default_cfgs({'mlcsd_ranet': native_cfg('heads.7.fc', 'arXiv:2003.07326')})
+default_cfgs = generate_default_cfgs({'mlcsd_ranet': native_cfg('arXiv:2003.07326')})
 
 
 @register_model
