@@ -16,7 +16,7 @@ import yaml
 from scripts import ROOT, assert_same, run, weights
 
 from timm_mlcsd import MLCSDLoss
-from timm_mlcsd.engine import train, validate
+from timm_mlcsd.engine import epoch, train, validate
 from timm_mlcsd.engine.config import parse_args
 from timm_mlcsd.engine.flags import train_parser
 from timm_mlcsd.network import load_checkpoint
@@ -211,7 +211,7 @@ def test_gradient_accumulation_averages_groups_and_the_short_last_one(small):
     batches = [(torch.full((4, 1), v), torch.zeros(4, dtype=torch.long)) for v in values]
     task, schedule = Mean(), NoSchedule()
     optimizer = torch.optim.SGD([task.weight], lr=1.0)
-    train._train_epoch(0, task, batches, optimizer, schedule, None, contextlib.nullcontext(), args, 10)
+    epoch.train_epoch(0, task, batches, optimizer, schedule, None, contextlib.nullcontext(), args, 10)
     assert task.weight.item() == -((1 + 3) / 2 + (5 + 9) / 2 + 10)
     assert schedule.last == 13
 

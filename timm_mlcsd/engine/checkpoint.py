@@ -50,10 +50,7 @@ class CheckpointSaver:
             Whether it is the best so far.
         """
         path = self.folder / f'checkpoint-{epoch}.pth.tar'
-        with replacing(path) as temporary, open(temporary, 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
+        _write(state, path)
         is_best = metric > self.best_metric
         if is_best:
             self.best_metric = metric
@@ -63,6 +60,11 @@ class CheckpointSaver:
         for old in self._numbered()[: -self.keep]:
             old.unlink()
         return is_best
+
+    def save_last(self, state: Dict[str, Any]) -> None:
+        """Save the state of an unfinished epoch, as the last checkpoint alone."""
+        _write(state, self.folder / LAST)
+        _sync_folder(self.folder)
 
     def _also_as(self, path: Path, name: str) -> None:
         with replacing(self.folder / name) as temporary:
@@ -78,6 +80,13 @@ class CheckpointSaver:
         """Numbered checkpoints, the oldest file first."""
         found = [p for p in self.folder.iterdir() if _NUMBERED.fullmatch(p.name)]
         return sorted(found, key=lambda p: p.stat().st_mtime_ns)
+
+
+def _write(state: Dict[str, Any], path: Path) -> None:
+    with replacing(path) as temporary, open(temporary, 'wb') as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -256,6 +256,13 @@ def train_parser() -> argparse.ArgumentParser:
         '--checkpoint-hist', type=positive_int, default=10, metavar='N', help='numbered checkpoints to keep'
     )
     group.add_argument(
+        '--checkpoint-every-steps',
+        type=non_negative_int,
+        default=0,
+        metavar='N',
+        help='also save the last checkpoint every N updates (default: after epochs alone)',
+    )
+    group.add_argument(
         '--log-interval', type=positive_int, default=50, metavar='N', help='batches between updates of the bar'
     )
     return parser

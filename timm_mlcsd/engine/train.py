@@ -7,21 +7,14 @@ import sys
 from collections import OrderedDict
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ContextManager, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 import yaml
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import (
-    NativeScaler,
-    dispatch_clip_grad,
-    random_seed,
-    trim_summary,
-    update_summary,
-)
+from timm.utils import NativeScaler, random_seed, trim_summary, update_summary
 from torch.utils.data import IterableDataset
-from tqdm import tqdm
 
 from ..data import IndexedTargets
 from ..errors import UserError, blame, run_script
@@ -40,6 +33,7 @@ from .build import (
 )
 from .checkpoint import BEST, CheckpointSaver
 from .config import parse_args
+from .epoch import Progress, Stopped, Termination, mean_losses, train_epoch, until
 from .evaluate import Evaluation, evaluate, exit_logits
 from .flags import train_parser
 from .loaders import class_names, eval_loader, train_and_val_datasets, train_loader
@@ -100,10 +94,10 @@ def train(args: argparse.Namespace) -> Path:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
     identity = dict(**identity_of(model, args.model, model_args), **split_record)
-    start_epoch, best_metric = 0, float('-inf')
+    start_epoch, best_metric, progress = 0, float('-inf'), None
     if resumed:
         _check_same_run(resumed, identity)
-        start_epoch, best_metric = _resume(resumed, task, optimizer, scaler, args)
+        start_epoch, best_metric, progress = _resume(resumed, task, optimizer, scaler, args)
     eval_model = task.get_eval_model(ema=args.model_ema)
     eval_forward = compiled(eval_model.forward_exits, args)
     if args.torchcompile:
@@ -116,8 +110,9 @@ def train(args: argparse.Namespace) -> Path:
         val_batches = eval_loader(args, val_data, data_config, device, args.validation_batch_size)
     updates_per_epoch = math.ceil(len(batches) / args.grad_accum_steps)
     scheduler, num_epochs = _create_scheduler(args, optimizer, updates_per_epoch)
-    if start_epoch and scheduler is not None:
-        scheduler.step_update(start_epoch * updates_per_epoch)
+    if resumed and scheduler is not None:
+        steps = progress.step if progress else 0
+        scheduler.step_update(start_epoch * updates_per_epoch + math.ceil(steps / args.grad_accum_steps))
         scheduler.step(start_epoch)
 
     with blame(f'--output {args.output!r} cannot be written'):
@@ -132,54 +127,90 @@ def train(args: argparse.Namespace) -> Path:
         f'{len(val_data)} to choose the best epoch, output in {out_dir}'
     )
 
-    for epoch in range(start_epoch, num_epochs):
-        # each epoch has a seed of its own, so that a resumed run sees what an uninterrupted one would have seen
-        random_seed((args.seed + 1_000_003 * epoch) % 2**32)
-        if args.mixup_off_epoch and epoch >= args.mixup_off_epoch and batches.mixup_enabled:
-            batches.mixup_enabled = False
-        warmup = args.distill_warmup_epochs
-        task.criterion.set_distill_scale(min(1.0, epoch / warmup) if warmup else 1.0)
-        train_metrics = _train_epoch(
-            epoch, task, batches, optimizer, scheduler, scaler, autocast, args, epoch * updates_per_epoch
+    def state(**more: Any) -> Dict[str, Any]:
+        """All that a run needs to go on."""
+        return dict(
+            identity,
+            args=vars(args),
+            data_config=data_config,
+            class_names=names,
+            optimizer=optimizer.state_dict(),
+            **({NativeScaler.state_dict_key: scaler.state_dict()} if scaler else {}),
+            **task.get_checkpoint_state(),
+            **(task.get_checkpoint_state(ema=True) if args.model_ema else {}),
+            **more,
         )
-        result = evaluate(exit_logits(eval_model, val_batches, device, autocast, args.channels_last, eval_forward))
-        lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
-        if scheduler is not None:
-            scheduler.step(epoch + 1)
 
-        eval_metrics = _summary_of(result)
-        update_summary(
-            epoch, train_metrics, eval_metrics, filename=str(summary), lr=lr, write_header=not summary.exists()
-        )
-        if board:
-            for name, value in dict(train_metrics, lr=lr, **{f'val_{k}': v for k, v in eval_metrics.items()}).items():
-                board.add_scalar(name, value, epoch)
-        is_best = saver.save(
-            dict(
-                identity,
-                epoch=epoch,
-                metric=result.mean_top1,
-                best_metric=max(saver.best_metric, result.mean_top1),
-                args=vars(args),
-                data_config=data_config,
-                class_names=names,
-                results=[metrics._asdict() for metrics in result.exits],
-                measured_on=f'the {len(val_data)} images that chose the epoch',
-                optimizer=optimizer.state_dict(),
-                **({NativeScaler.state_dict_key: scaler.state_dict()} if scaler else {}),
-                **task.get_checkpoint_state(),
-                **(task.get_checkpoint_state(ema=True) if args.model_ema else {}),
-            ),
-            epoch,
-            result.mean_top1,
-        )
-        accuracies = ' '.join(f'Ex{k} {e.top1:.1f}' for k, e in enumerate(result.exits, 1))
-        _logger.info(
-            f'epoch {epoch}: loss {train_metrics["loss"]:.3f}, validation mean top-1 {result.mean_top1:.2f}'
-            f'{" (best)" if is_best else ""}: {accuracies}'
-        )
-    if board:
-        board.close()
+    with Termination() as termination:
+        try:
+            for epoch in range(start_epoch, num_epochs):
+                # each epoch has a seed of its own, so that a resumed run sees what an uninterrupted one would have seen
+                random_seed((args.seed + 1_000_003 * epoch) % 2**32)
+                if args.mixup_off_epoch and epoch >= args.mixup_off_epoch and batches.mixup_enabled:
+                    batches.mixup_enabled = False
+                warmup = args.distill_warmup_epochs
+                task.criterion.set_distill_scale(min(1.0, epoch / warmup) if warmup else 1.0)
+
+                def save(progress: Progress, epoch: int = epoch) -> None:
+                    saver.save_last(state(epoch=epoch - 1, best_metric=saver.best_metric, progress=progress._asdict()))
+
+                progress = train_epoch(
+                    epoch,
+                    task,
+                    batches,
+                    optimizer,
+                    scheduler,
+                    scaler,
+                    autocast,
+                    args,
+                    epoch * updates_per_epoch,
+                    progress,
+                    save,
+                    termination,
+                )
+                logits = exit_logits(eval_model, val_batches, device, autocast, args.channels_last, eval_forward)
+                try:
+                    result = evaluate(until(termination, logits))
+                except Stopped:
+                    save(progress)
+                    raise
+                train_metrics, progress = mean_losses(progress), None
+                lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
+                if scheduler is not None:
+                    scheduler.step(epoch + 1)
+
+                eval_metrics = _summary_of(result)
+                update_summary(
+                    epoch, train_metrics, eval_metrics, filename=str(summary), lr=lr, write_header=not summary.exists()
+                )
+                if board:
+                    values = dict(train_metrics, lr=lr, **{f'val_{k}': v for k, v in eval_metrics.items()})
+                    for name, value in values.items():
+                        board.add_scalar(name, value, epoch)
+                is_best = saver.save(
+                    state(
+                        epoch=epoch,
+                        metric=result.mean_top1,
+                        best_metric=max(saver.best_metric, result.mean_top1),
+                        results=[metrics._asdict() for metrics in result.exits],
+                        measured_on=f'the {len(val_data)} images that chose the epoch',
+                    ),
+                    epoch,
+                    result.mean_top1,
+                )
+                accuracies = ' '.join(f'Ex{k} {e.top1:.1f}' for k, e in enumerate(result.exits, 1))
+                _logger.info(
+                    f'epoch {epoch}: loss {train_metrics["loss"]:.3f}, validation mean top-1 {result.mean_top1:.2f}'
+                    f'{" (best)" if is_best else ""}: {accuracies}'
+                )
+                if termination.wished and epoch + 1 < num_epochs:
+                    raise Stopped
+        except Stopped:
+            _logger.info(f'Stopped by SIGTERM; saved, go on with --resume {out_dir}')
+            return out_dir
+        finally:
+            if board:
+                board.close()
     where = f', in {out_dir / BEST}' if (out_dir / BEST).exists() else ' before this run was resumed'
     _logger.info(f'Best validation mean top-1 {saver.best_metric:.2f}{where}')
     return out_dir
@@ -209,77 +240,6 @@ def _create_scheduler(
         return create_scheduler_v2(
             optimizer, **scheduler_kwargs(args, decreasing_metric=False), updates_per_epoch=updates_per_epoch
         )
-
-
-def _train_epoch(
-    epoch: int,
-    task: MLCSDTask,
-    batches: Any,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    scaler: Optional[NativeScaler],
-    autocast: ContextManager,
-    args: argparse.Namespace,
-    num_updates: int,
-) -> Dict[str, float]:
-    """One pass over the training data; returns the mean loss and its parts."""
-    task.train()
-    accumulate = args.grad_accum_steps
-    short_group = len(batches) % accumulate
-    totals: Dict[str, torch.Tensor] = {}
-    right = torch.zeros((), device=task.device)
-    seen = 0
-    optimizer.zero_grad()
-    bar = tqdm(batches, desc=f'epoch {epoch}', disable=None, leave=False)
-    for i, (images, target) in enumerate(bar):
-        is_last = i + 1 == len(batches)
-        # the last group of an epoch may hold fewer batches
-        group_size = short_group if short_group and i >= len(batches) - short_group else accumulate
-        need_update = (i + 1) % accumulate == 0 or is_last
-        if args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        target, indices = target.unbind(dim=1) if task.criterion.needs_indices else (target, None)
-        with autocast:
-            result = task(images, target, indices)
-        loss = result['loss'] / group_size
-        if scaler:
-            scaler(
-                loss,
-                optimizer,
-                clip_grad=args.clip_grad,
-                clip_mode=args.clip_mode,
-                parameters=task.get_clip_parameters(),
-                need_update=need_update,
-            )
-        else:
-            loss.backward()
-            if need_update:
-                if args.clip_grad is not None:
-                    dispatch_clip_grad(task.get_clip_parameters(), args.clip_grad, mode=args.clip_mode)
-                optimizer.step()
-        if need_update:
-            optimizer.zero_grad()
-            num_updates += 1
-            task.update_ema(step=num_updates)
-            if scheduler is not None:
-                scheduler.step_update(num_updates=num_updates)
-
-        labels = target if target.ndim == 1 else target.argmax(dim=1)
-        right = right + (torch.stack(result['exit_logits']).detach().argmax(dim=-1) == labels).sum(dim=1)
-        seen += len(target)
-        for name, value in result.items():
-            if isinstance(value, torch.Tensor) and value.ndim == 0:
-                totals[name] = totals.get(name, 0.0) + value.detach()
-        if is_last or (i + 1) % args.log_interval == 0:
-            mean_loss = (totals['loss'] / (i + 1)).item()
-            if not math.isfinite(mean_loss):
-                raise UserError(
-                    f'the loss is {mean_loss} at epoch {epoch}, batch {i}: try a smaller --lr, --clip-grad, or '
-                    f'--distill-warmup-epochs; the checkpoints of finished epochs are kept.'
-                )
-            accuracy = ' '.join(f'{a:.1f}' for a in (100 * right / seen).tolist())
-            bar.set_postfix_str(f'loss {mean_loss:.3f}, top-1 per exit {accuracy}')
-    return OrderedDict((name, (total / len(batches)).item()) for name, total in totals.items())
 
 
 def _summary_of(result: Evaluation) -> Dict[str, float]:
@@ -315,9 +275,13 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     scaler: Optional[NativeScaler],
     args: argparse.Namespace,
-) -> Sequence[Any]:
-    """Put the state of a checkpoint back; returns the epoch to start with and the best metric so far."""
-    for name in ('opt', 'lr', 'weight_decay', 'momentum', 'layer_decay'):
+) -> Tuple[int, float, Optional[Progress]]:
+    """Put the state of a checkpoint back; returns the epoch to start with, the best metric so far, and where to go on
+    in an epoch that was not finished."""
+    fixed = ('opt', 'lr', 'weight_decay', 'momentum', 'layer_decay')
+    if 'progress' in checkpoint:
+        fixed += ('batch_size', 'workers', 'grad_accum_steps', 'cache_dataset')
+    for name in fixed:
         before, now = checkpoint['args'].get(name), getattr(args, name)
         if before != now and not args.no_resume_opt:
             raise UserError(
@@ -335,8 +299,13 @@ def _resume(
             optimizer.load_state_dict(checkpoint['optimizer'])
             if scaler and NativeScaler.state_dict_key in checkpoint:
                 scaler.load_state_dict(checkpoint[NativeScaler.state_dict_key])
-    _logger.info(f'Resuming after epoch {checkpoint["epoch"]}')
-    return checkpoint['epoch'] + 1, checkpoint['best_metric']
+    epoch = checkpoint['epoch'] + 1
+    if 'progress' not in checkpoint or args.no_resume_opt:
+        _logger.info(f'Resuming after epoch {epoch - 1}')
+        return epoch, checkpoint['best_metric'], None
+    progress = Progress(**checkpoint['progress'])
+    _logger.info(f'Resuming in epoch {epoch}, after {progress.step} batches')
+    return epoch, checkpoint['best_metric'], progress
 
 
 def _output_folder(args: argparse.Namespace) -> Path:

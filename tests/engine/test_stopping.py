@@ -1,0 +1,118 @@
+"""Stopped inside an epoch: what goes on from there ends as if nothing had happened."""
+
+import csv
+import itertools
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from scripts import ROOT, assert_same, run, weights
+
+from timm_mlcsd.engine import checkpoint, epoch, train
+from timm_mlcsd.network import load_checkpoint
+
+# dropout, so that the generators matter to the network too
+FLAGS = ['--drop', '0.3', '--model-ema', '--sched', 'cosine', '--sched-on-updates']
+
+
+def summary(folder):
+    return [{k: v for k, v in row.items()} for row in csv.DictReader((folder / 'summary.csv').open())]
+
+
+@pytest.mark.parametrize(
+    'more', ['', '--workers 1', '--cache-dataset device', '--grad-accum-steps 2', '--mixup 0.5 --reprob 0.5']
+)
+def test_every_checkpoint_on_the_way_leads_to_the_same_end(more, small, tmp_path, monkeypatch):
+    flags = [*small, *FLAGS, *more.split(), '--checkpoint-every-steps', '2']
+    copies, save_last = itertools.count(), checkpoint.CheckpointSaver.save_last
+
+    def keep_copy(self, state):
+        save_last(self, state)
+        cut = tmp_path / f'cut{next(copies)}'
+        shutil.copytree(self.folder, cut)
+
+    monkeypatch.setattr(checkpoint.CheckpointSaver, 'save_last', keep_copy)
+    assert run(train.main, [*flags, '--experiment', 'whole']) == 0
+    monkeypatch.setattr(checkpoint.CheckpointSaver, 'save_last', save_last)
+    cuts = sorted(tmp_path.glob('cut*'))
+    # 5 batches of 8 in an epoch (43 images): 5 or 3 updates, 2 epochs
+    assert len(cuts) == (2 if 'accum' in more else 4)
+    for cut in (cuts[0], cuts[-1]):
+        assert 'progress' in load_checkpoint(cut)
+        assert run(train.main, [*flags, '--experiment', cut.name, '--resume', cut]) == 0
+        assert_same(weights(tmp_path / 'whole'), weights(cut))
+        assert summary(cut) == summary(tmp_path / 'whole')
+        last = load_checkpoint(cut)
+        assert 'progress' not in last and last['best_metric'] == load_checkpoint(tmp_path / 'whole')['best_metric']
+
+
+@pytest.mark.parametrize('when', ['training', 'evaluation'])
+def test_sigterm_saves_and_leaves(when, small, tmp_path, monkeypatch):
+    flags = [*small, *FLAGS]
+    assert run(train.main, [*flags, '--experiment', 'whole']) == 0
+    seen = itertools.count()
+    where = 'train_epoch' if when == 'training' else 'until'
+    inner = getattr(train, where)
+
+    def terminated(*args):
+        termination = next(a for a in args if isinstance(a, epoch.Termination))
+        if next(seen) == 1:  # in the second epoch
+            termination.wished = True
+        return inner(*args)
+
+    monkeypatch.setattr(train, where, terminated)
+    assert run(train.main, [*flags, '--experiment', 'cut']) == 0
+    monkeypatch.setattr(train, where, inner)
+    stopped = load_checkpoint(tmp_path / 'cut')
+    assert stopped['epoch'] == 0 and stopped['progress']['step'] == (1 if when == 'training' else 5)
+    assert run(train.main, [*flags, '--experiment', 'cut', '--resume', tmp_path / 'cut']) == 0
+    assert_same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
+
+
+def test_sigterm_from_outside(small, tmp_path):
+    command = [sys.executable, str(ROOT / 'train.py'), *map(str, small), '--epochs', '1000']
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / 'run' / 'last.pth.tar').exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and 'Stopped by SIGTERM; saved, go on with --resume' in error
+    assert 'Traceback' not in error and load_checkpoint(tmp_path / 'run')['epoch'] >= 0
+
+
+def test_an_unfinished_epoch_goes_on_with_the_same_batches_only(small, tmp_path, capsys, monkeypatch):
+    flags = [*small, '--checkpoint-every-steps', '2', '--epochs', '1']
+    monkeypatch.setattr(train, 'until', _stop)
+    assert run(train.main, flags) == 0
+    capsys.readouterr()
+    monkeypatch.undo()
+    assert run(train.main, [*flags, '--resume', tmp_path / 'run', '--batch-size', 4]) == 2
+    assert 'the run used --batch-size 8, not 4' in capsys.readouterr().err
+    # with weights only it begins the epoch anew
+    assert run(train.main, [*flags, '--resume', tmp_path / 'run', '--batch-size', 4, '--no-resume-opt']) == 0
+
+
+def _stop(termination, batches):
+    raise epoch.Stopped
+
+
+def test_generators_come_back():
+    import random
+
+    import numpy as np
+
+    states = epoch._generators()
+
+    def draw():
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+
+    first = draw()
+    # through a file, as a checkpoint does
+    epoch._set_generators(states)
+    assert draw() == first

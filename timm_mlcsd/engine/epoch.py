@@ -1,0 +1,239 @@
+"""One pass over the training data, which may stop half-way and go on there as if it had not."""
+
+import argparse
+import math
+import random
+import signal
+import threading
+from collections import OrderedDict
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, NamedTuple, Optional
+
+import numpy as np
+import torch
+from timm.utils import NativeScaler, dispatch_clip_grad
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..task import MLCSDTask
+
+__all__ = ['Progress', 'Stopped', 'Termination', 'mean_losses', 'train_epoch', 'until']
+
+
+class Stopped(Exception):
+    """Somebody wants the process to end; what was reached is saved."""
+
+
+class Termination:
+    """Turns the first SIGTERM into a wish that the loops look for: a machine about to go sends one.
+
+    Attributes:
+        wished: Whether it has come.
+    """
+
+    def __init__(self):
+        self.wished = False
+
+    def __enter__(self) -> 'Termination':
+        # signals are the main thread's alone
+        self._own = threading.current_thread() is threading.main_thread()
+        if self._own:
+            self._before = signal.signal(signal.SIGTERM, self._wish)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._own:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _wish(self, *_: Any) -> None:
+        self.wished = True
+        signal.signal(signal.SIGTERM, self._before)  # a second one ends it at once
+
+
+class Progress(NamedTuple):
+    """How far an epoch has come: what a resumed one needs beside weights and optimizer.
+
+    Attributes:
+        step: Batches done.
+        seen: Images in them.
+        totals: Sums over these batches of the loss and its parts.
+        right: Right answers per exit, [K].
+        generators: The states of all random number generators.
+    """
+
+    step: int
+    seen: int
+    totals: Dict[str, torch.Tensor]
+    right: torch.Tensor
+    generators: Dict[str, Any]
+
+
+def train_epoch(
+    epoch: int,
+    task: MLCSDTask,
+    batches: Any,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    scaler: Optional[NativeScaler],
+    autocast: ContextManager,
+    args: argparse.Namespace,
+    num_updates: int,
+    start: Optional[Progress] = None,
+    save: Optional[Callable[[Progress], None]] = None,
+    termination: Optional[Termination] = None,
+) -> Progress:
+    """Train for one epoch, or for what is left of it.
+
+    Args:
+        epoch: Its number.
+        task: Model and loss.
+        batches: The loader; in the same random state it must give the same batches again.
+        optimizer: Of the task's parameters.
+        scheduler: Stepped at every update.
+        scaler: For float16.
+        autocast: Context of the forward passes.
+        args: The flags.
+        num_updates: Updates before this epoch.
+        start: Where to go on.
+        save: Called every ``--checkpoint-every-steps`` updates, and before the process stops.
+        termination: Whether to stop after the next update.
+
+    Returns:
+        The end of the epoch.
+
+    Raises:
+        Stopped: By `termination`.
+        UserError: The loss is not finite.
+    """
+    task.train()
+    accumulate = args.grad_accum_steps
+    short_group = len(batches) % accumulate
+    seen, totals, right = 0, {}, torch.zeros((), device=task.device)
+    if start is not None:
+        seen, right = start.seen, start.right.to(task.device)
+        totals = {name: total.to(task.device) for name, total in start.totals.items()}
+        num_updates += math.ceil(start.step / accumulate)
+        if start.step == len(batches):
+            return start
+    optimizer.zero_grad()
+    bar = tqdm(_apart(batches), total=len(batches), desc=f'epoch {epoch}', disable=None, leave=False)
+    for i, (images, target) in enumerate(bar):
+        if start is not None and i < start.step:
+            if i + 1 == start.step:
+                _set_generators(start.generators)
+            continue
+        is_last = i + 1 == len(batches)
+        # the last group of an epoch may hold fewer batches
+        group_size = short_group if short_group and i >= len(batches) - short_group else accumulate
+        need_update = (i + 1) % accumulate == 0 or is_last
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        target, indices = target.unbind(dim=1) if task.criterion.needs_indices else (target, None)
+        with autocast:
+            result = task(images, target, indices)
+        loss = result['loss'] / group_size
+        if scaler:
+            scaler(
+                loss,
+                optimizer,
+                clip_grad=args.clip_grad,
+                clip_mode=args.clip_mode,
+                parameters=task.get_clip_parameters(),
+                need_update=need_update,
+            )
+        else:
+            loss.backward()
+            if need_update:
+                if args.clip_grad is not None:
+                    dispatch_clip_grad(task.get_clip_parameters(), args.clip_grad, mode=args.clip_mode)
+                optimizer.step()
+        if need_update:
+            optimizer.zero_grad()
+            num_updates += 1
+            task.update_ema(step=num_updates)
+            if scheduler is not None:
+                scheduler.step_update(num_updates=num_updates)
+
+        labels = target if target.ndim == 1 else target.argmax(dim=1)
+        right = right + (torch.stack(result['exit_logits']).detach().argmax(dim=-1) == labels).sum(dim=1)
+        seen += len(target)
+        for name, value in result.items():
+            if isinstance(value, torch.Tensor) and value.ndim == 0:
+                totals[name] = totals.get(name, 0.0) + value.detach()
+        if is_last or (i + 1) % args.log_interval == 0:
+            _check_and_show(bar, epoch, i, totals, right, seen)
+        if need_update and save is not None:
+            stop = termination is not None and termination.wished
+            every = args.checkpoint_every_steps
+            if stop or (every and not is_last and num_updates % every == 0):
+                save(Progress(i + 1, seen, totals, right, _generators()))
+            if stop:
+                raise Stopped
+    return Progress(len(batches), seen, totals, right, _generators())
+
+
+def until(termination: Termination, batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, as long as nobody wants the process to end.
+
+    Raises:
+        Stopped: Somebody does.
+    """
+    for batch in batches:
+        if termination.wished:
+            raise Stopped
+        yield batch
+
+
+def mean_losses(progress: Progress) -> Dict[str, float]:
+    """The loss and its parts, means over the batches of an epoch."""
+    return OrderedDict((name, (total / progress.step).item()) for name, total in progress.totals.items())
+
+
+def _apart(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, drawn with generators of their own: what the network draws (dropout, say) changes no batch, so that
+    the first batches can be passed over without computing anything."""
+    own = _generators()
+    iterator = iter(batches)
+    while True:
+        outer = _generators()
+        _set_generators(own)
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            own = _generators()
+            _set_generators(outer)
+        yield batch
+
+
+def _check_and_show(
+    bar: Any, epoch: int, i: int, totals: Dict[str, torch.Tensor], right: torch.Tensor, seen: int
+) -> None:
+    mean_loss = (totals['loss'] / (i + 1)).item()
+    if not math.isfinite(mean_loss):
+        raise UserError(
+            f'the loss is {mean_loss} at epoch {epoch}, batch {i}: try a smaller --lr, --clip-grad, or '
+            f'--distill-warmup-epochs; the checkpoints of finished epochs are kept.'
+        )
+    accuracy = ' '.join(f'{a:.1f}' for a in (100 * right / seen).tolist())
+    bar.set_postfix_str(f'loss {mean_loss:.3f}, top-1 per exit {accuracy}')
+
+
+def _generators() -> Dict[str, Any]:
+    """The states of all generators, as tensors and plain values."""
+    name, keys, *rest = np.random.get_state()
+    return dict(
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        python=random.getstate(),
+    )
+
+
+def _set_generators(states: Dict[str, Any]) -> None:
+    torch.set_rng_state(states['torch'])
+    if states['cuda'] is not None:
+        torch.cuda.set_rng_state(states['cuda'])
+    name, keys, *rest = states['numpy']
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(states['python'])
