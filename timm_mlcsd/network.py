@@ -1,6 +1,7 @@
 """A trained network from wherever it lies: a checkpoint of train.py, a folder, the Hub."""
 
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
@@ -103,6 +104,11 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     if not path.is_file():
         raise UserError(f'no checkpoint at {str(path)!r}; give a .pth.tar file, or the folder of a run that saved one.')
     with blame(f'{str(path)!r} cannot be read as a checkpoint'):
+        # torch.load does not look at the checksums
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f'it is damaged, {damaged} has not the checksum it was written with')
         state = torch.load(path, map_location='cpu', weights_only=True)
     kinds = dict(arch=str, model_args=dict, state_dict=dict, data_config=dict, args=dict, epoch=int)
     wrong = [key for key, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]

@@ -8,13 +8,15 @@ import sys
 import pytest
 import torch
 
-from timm_mlcsd.engine.checkpoint import BEST, CheckpointSaver
+from timm_mlcsd.engine.checkpoint import BEST, CheckpointSaver, load_newest
 from timm_mlcsd.errors import UserError
 from timm_mlcsd.network import LAST, load_checkpoint
 
+WEIGHTS = torch.tensor([0.125, -3.75, 42.0]).numpy().tobytes()
+
 
 def state(epoch):
-    tensors = {'w': torch.full((3,), float(epoch))}
+    tensors = {'w': torch.tensor([0.125, -3.75, 42.0])}
     return dict(arch='a', model_args={}, data_config={}, args={}, state_dict=tensors, epoch=epoch)
 
 
@@ -73,7 +75,7 @@ def test_a_failed_save_leaves_the_last_good_one(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(torch, 'save', half)
-    with pytest.raises(type(error)):
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
         saver.save(state(1), 1, 2.0)
     assert load_checkpoint(tmp_path)['epoch'] == 0
     assert {p.name for p in tmp_path.iterdir()} == {LAST, BEST, 'checkpoint-0.pth.tar'}
@@ -109,6 +111,41 @@ def test_sigkill_while_saving(tmp_path, where):
     CheckpointSaver(tmp_path).save(state(1), 1, 2.0)
     assert load_checkpoint(tmp_path)['epoch'] == 1
     assert not list(tmp_path.glob('.*'))
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    path.unlink()  # the numbered checkpoint is the same file
+    if how == 'flipped':
+        place = data.index(WEIGHTS)
+        data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+    path.write_bytes({'truncated': data[: len(data) // 2], 'empty': b'', 'flipped': data}[how])
+
+
+@pytest.mark.parametrize('how', ['truncated', 'empty', 'flipped'])
+def test_a_damaged_last_checkpoint_has_a_stand_in(how, tmp_path, caplog):
+    saver = CheckpointSaver(tmp_path)
+    for epoch, metric in enumerate([3.0, 1.0, 2.0]):
+        saver.save(state(epoch), epoch, metric)
+    damage(tmp_path / LAST, how)
+    with caplog.at_level('WARNING'):
+        assert load_newest(tmp_path)['epoch'] == 2  # a numbered one, with the same content
+    assert f'Going on from {tmp_path / "checkpoint-2.pth.tar"} instead' in caplog.text
+    damage(tmp_path / 'checkpoint-2.pth.tar', how)
+    assert load_newest(tmp_path / LAST)['epoch'] == 1
+    with pytest.raises(UserError, match='cannot be read as a checkpoint'):
+        load_newest(tmp_path / 'checkpoint-2.pth.tar')
+    for path in tmp_path.glob('*.tar'):
+        damage(path, 'empty')
+    with pytest.raises(UserError, match=r'last\.pth\.tar.* cannot be read as a checkpoint'):
+        load_newest(tmp_path)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    saver = CheckpointSaver(tmp_path)
+    monkeypatch.setattr(torch, 'save', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(UserError, match=r'No space left on device\. Earlier ones are kept; .* --resume'):
+        saver.save_last(state(0))
 
 
 def test_hostile_and_foreign_files(tmp_path):

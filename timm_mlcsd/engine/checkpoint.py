@@ -1,5 +1,7 @@
 """Checkpoints that survive a crash: written beside their place, flushed to disk, then renamed."""
 
+import contextlib
+import logging
 import os
 import re
 import shutil
@@ -8,10 +10,13 @@ from typing import Any, Dict, List, Union
 
 import torch
 
+from ..errors import UserError, shortened
 from ..files import replacing
-from ..network import LAST
+from ..network import LAST, load_checkpoint
 
-__all__ = ['CheckpointSaver']
+__all__ = ['CheckpointSaver', 'load_newest']
+
+_logger = logging.getLogger(__name__)
 
 BEST = 'model_best.pth.tar'
 _NUMBERED = re.compile(r'checkpoint-\d+\.pth\.tar')
@@ -82,7 +87,48 @@ class CheckpointSaver:
         return sorted(found, key=lambda p: p.stat().st_mtime_ns)
 
 
+def load_newest(source: Union[str, Path]) -> Dict[str, Any]:
+    """The last checkpoint of a run; where that one is damaged, the newest that isn't, with a warning.
+
+    Args:
+        source: The folder of a run or its last checkpoint; or another checkpoint, which has no stand-in.
+
+    Raises:
+        UserError: There is none.
+    """
+    source = Path(source)
+    if not source.is_dir() and source.name != LAST:
+        return load_checkpoint(source)
+    folder = source if source.is_dir() else source.parent
+    try:
+        return load_checkpoint(folder / LAST)
+    except UserError as e:
+        error = e
+    others = [p for p in folder.glob('*.pth.tar') if _NUMBERED.fullmatch(p.name) or p.name == BEST]
+    for path in sorted(others, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        with contextlib.suppress(UserError):
+            state = load_checkpoint(path)
+            _logger.warning(f'{error} Going on from {path} instead, the newest that can be read.')
+            return state
+    raise error
+
+
 def _write(state: Dict[str, Any], path: Path) -> None:
+    """Write a checkpoint in one step.
+
+    Raises:
+        UserError: The disk is full, or gone; what was there before stays.
+    """
+    try:
+        _write_or_fail(state, path)
+    except (OSError, RuntimeError) as e:  # PyTorch makes a RuntimeError of a full disk
+        raise UserError(
+            f'the checkpoint {str(path)!r} cannot be written: {shortened(e)}. Earlier ones are kept; make room and go '
+            f'on with --resume {path.parent}'
+        ) from e
+
+
+def _write_or_fail(state: Dict[str, Any], path: Path) -> None:
     with replacing(path) as temporary, open(temporary, 'wb') as f:
         torch.save(state, f)
         f.flush()

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 
 from ..data import IndexedTargets
 from ..errors import UserError, blame, run_script
-from ..network import LAST, load_checkpoint
+from ..network import LAST
 from ..task import MLCSDTask
 from .build import (
     autocast_of,
@@ -31,7 +31,7 @@ from .build import (
     model_args_of,
     resolve_device,
 )
-from .checkpoint import BEST, CheckpointSaver
+from .checkpoint import BEST, CheckpointSaver, load_newest
 from .config import parse_args
 from .epoch import Progress, Stopped, Termination, mean_losses, train_epoch, until
 from .evaluate import Evaluation, evaluate, exit_logits
@@ -60,7 +60,7 @@ def train(args: argparse.Namespace) -> Path:
     device = resolve_device(args)
     random_seed(args.seed)
     out_dir = _output_folder(args)
-    resumed = load_checkpoint(args.resume) if args.resume else None
+    resumed = load_newest(args.resume) if args.resume else None
 
     train_data, val_data, split_record = train_and_val_datasets(args)
     names = class_names(train_data)
