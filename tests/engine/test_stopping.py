@@ -116,3 +116,53 @@ def test_generators_come_back():
     # through a file, as a checkpoint does
     epoch._set_generators(states)
     assert draw() == first
+
+
+def poison(monkeypatch, bad):
+    """Make the images of some batches NaN."""
+    count, inner = itertools.count(), train.train_loader
+
+    class Poisoned:
+        def __init__(self, loader):
+            self.loader = loader
+
+        def __len__(self):
+            return len(self.loader)
+
+        def __iter__(self):
+            for images, target in self.loader:
+                yield (images * float('nan') if next(count) in bad else images), target
+
+    monkeypatch.setattr(train, 'train_loader', lambda *args: Poisoned(inner(*args)))
+
+
+def test_batches_without_a_finite_loss_are_left_out(small, tmp_path, monkeypatch, caplog):
+    poison(monkeypatch, {1, 2, 7})
+    with caplog.at_level('WARNING'):
+        assert run(train.main, [*small, '--skip-nonfinite', '2', '--epochs', '2']) == 0
+    assert [r.message for r in caplog.records if 'left out' in r.message] == [
+        'epoch 0, batch 1: the loss is nan; left out (1 in a row)',
+        'epoch 0, batch 2: the loss is nan; left out (2 in a row)',
+        'epoch 1, batch 2: the loss is nan; left out (1 in a row)',
+    ]
+    state = weights(tmp_path / 'run')
+    assert all(t.isfinite().all() for t in state.values())  # running statistics, too
+    assert all(float(row['train_loss']) > 0 for row in summary(tmp_path / 'run'))
+
+
+def test_too_many_in_a_row_stop(small, monkeypatch, capsys):
+    poison(monkeypatch, {0, 1, 2})
+    assert run(train.main, [*small, '--skip-nonfinite', '2']) == 2
+    assert 'the loss is nan at epoch 0, batch 2, as in the 2 batches before' in capsys.readouterr().err
+
+
+def test_an_epoch_of_nothing_stops(small, monkeypatch, capsys):
+    poison(monkeypatch, set(range(5)))
+    assert run(train.main, [*small, '--skip-nonfinite', '100']) == 2
+    assert 'as in all of this epoch' in capsys.readouterr().err
+
+
+def test_a_finite_run_is_the_same_with_it(small, tmp_path):
+    assert run(train.main, [*small, '--experiment', 'a', '--epochs', '1']) == 0
+    assert run(train.main, [*small, '--experiment', 'b', '--epochs', '1', '--skip-nonfinite', '3']) == 0
+    assert_same(weights(tmp_path / 'a'), weights(tmp_path / 'b'))

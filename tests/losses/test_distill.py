@@ -131,6 +131,12 @@ def test_crd_keeps_nothing_in_eval_mode():
     assert all(torch.equal(t, before[n]) for n, t in method.state_dict().items())
 
 
+def test_crd_remembers_no_nan():
+    method = CRD(K, D, M, negatives=8)
+    method(lesson(torch.float32, features=torch.full((B, K, D), float('nan'))))
+    assert method.memory.isfinite().all()
+
+
 def test_crd_takes_two_batches_before_one_backward():
     method = CRD(K, D, M, negatives=8)
     (method(lesson(torch.float32)).sum() + method(lesson(torch.float32)).sum()).backward()

@@ -34,6 +34,16 @@ def test_in_eval_mode_nothing_is_kept():
     assert all(torch.equal(t, before[n]) for n, t in memory.state_dict().items())
 
 
+def test_nan_is_not_remembered():
+    memory, a = LogitMemory(M, K, C, 0.5), torch.randn(B, K, C)
+    memory(a[:2], torch.tensor([0, 1]))
+    bad = a.clone()
+    bad[1:3] = float('nan')
+    memory(bad, torch.tensor([0, 1, 2, 3]))
+    assert memory.mean.isfinite().all() and torch.equal(memory.mean[1], a[1])
+    assert memory.seen[:4].tolist() == [True, True, False, True]
+
+
 @pytest.mark.parametrize('distill', ['one-for-all', 'average', 'all-for-all'])
 def test_teachers_are_mixed_from_the_means(distill):
     criterion = MLCSDLoss(K, D, distill=distill, beta=0, pool_momentum=0.5, num_samples=M, num_classes=C)

@@ -1,22 +1,25 @@
 """One pass over the training data, which may stop half-way and go on there as if it had not."""
 
 import argparse
+import logging
 import math
 import random
 import signal
 import threading
 from collections import OrderedDict
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, NamedTuple, Optional
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
-from timm.utils import NativeScaler, dispatch_clip_grad
+from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..task import MLCSDTask
 
 __all__ = ['Progress', 'Stopped', 'Termination', 'mean_losses', 'train_epoch', 'until']
+
+_logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
@@ -54,13 +57,15 @@ class Progress(NamedTuple):
 
     Attributes:
         step: Batches done.
-        seen: Images in them.
-        totals: Sums over these batches of the loss and its parts.
+        skipped: Batches among them whose loss was not finite.
+        seen: Images in the others.
+        totals: Sums over the others of the loss and its parts.
         right: Right answers per exit, [K].
         generators: The states of all random number generators.
     """
 
     step: int
+    skipped: int
     seen: int
     totals: Dict[str, torch.Tensor]
     right: torch.Tensor
@@ -107,9 +112,10 @@ def train_epoch(
     task.train()
     accumulate = args.grad_accum_steps
     short_group = len(batches) % accumulate
-    seen, totals, right = 0, {}, torch.zeros((), device=task.device)
+    skipped, seen, totals, right = 0, 0, {}, torch.zeros((), device=task.device)
+    in_a_row = 0
     if start is not None:
-        seen, right = start.seen, start.right.to(task.device)
+        skipped, seen, right = start.skipped, start.seen, start.right.to(task.device)
         totals = {name: total.to(task.device) for name, total in start.totals.items()}
         num_updates += math.ceil(start.step / accumulate)
         if start.step == len(batches):
@@ -128,10 +134,20 @@ def train_epoch(
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         target, indices = target.unbind(dim=1) if task.criterion.needs_indices else (target, None)
+        statistics = _statistics(task) if args.skip_nonfinite else []
         with autocast:
             result = task(images, target, indices)
         loss = result['loss'] / group_size
-        if scaler:
+        finite = not args.skip_nonfinite or bool(loss.isfinite())
+        if not finite:
+            in_a_row, skipped = in_a_row + 1, skipped + 1
+            if in_a_row > args.skip_nonfinite:
+                raise UserError(_not_finite(loss.item(), epoch, i, f', as in the {in_a_row - 1} batches before'))
+            _logger.warning(f'epoch {epoch}, batch {i}: the loss is {loss.item()}; left out ({in_a_row} in a row)')
+            for buffer, before in statistics:
+                buffer.copy_(before)
+        elif scaler:
+            in_a_row = 0
             scaler(
                 loss,
                 optimizer,
@@ -141,6 +157,7 @@ def train_epoch(
                 need_update=need_update,
             )
         else:
+            in_a_row = 0
             loss.backward()
             if need_update:
                 if args.clip_grad is not None:
@@ -153,22 +170,25 @@ def train_epoch(
             if scheduler is not None:
                 scheduler.step_update(num_updates=num_updates)
 
-        labels = target if target.ndim == 1 else target.argmax(dim=1)
-        right = right + (torch.stack(result['exit_logits']).detach().argmax(dim=-1) == labels).sum(dim=1)
-        seen += len(target)
-        for name, value in result.items():
-            if isinstance(value, torch.Tensor) and value.ndim == 0:
-                totals[name] = totals.get(name, 0.0) + value.detach()
-        if is_last or (i + 1) % args.log_interval == 0:
-            _check_and_show(bar, epoch, i, totals, right, seen)
+        if finite:
+            labels = target if target.ndim == 1 else target.argmax(dim=1)
+            right = right + (torch.stack(result['exit_logits']).detach().argmax(dim=-1) == labels).sum(dim=1)
+            seen += len(target)
+            for name, value in result.items():
+                if isinstance(value, torch.Tensor) and value.ndim == 0:
+                    totals[name] = totals.get(name, 0.0) + value.detach()
+        if seen and (is_last or (i + 1) % args.log_interval == 0):
+            _check_and_show(bar, epoch, i, totals['loss'] / (i + 1 - skipped), right, seen)
         if need_update and save is not None:
             stop = termination is not None and termination.wished
             every = args.checkpoint_every_steps
             if stop or (every and not is_last and num_updates % every == 0):
-                save(Progress(i + 1, seen, totals, right, _generators()))
+                save(Progress(i + 1, skipped, seen, totals, right, _generators()))
             if stop:
                 raise Stopped
-    return Progress(len(batches), seen, totals, right, _generators())
+    if not seen:
+        raise UserError(_not_finite(float('nan'), epoch, skipped - 1, ', as in all of this epoch'))
+    return Progress(len(batches), skipped, seen, totals, right, _generators())
 
 
 def until(termination: Termination, batches: Iterator[Any]) -> Iterator[Any]:
@@ -185,7 +205,9 @@ def until(termination: Termination, batches: Iterator[Any]) -> Iterator[Any]:
 
 def mean_losses(progress: Progress) -> Dict[str, float]:
     """The loss and its parts, means over the batches of an epoch."""
-    return OrderedDict((name, (total / progress.step).item()) for name, total in progress.totals.items())
+    return OrderedDict(
+        (name, (total / (progress.step - progress.skipped)).item()) for name, total in progress.totals.items()
+    )
 
 
 def _apart(batches: Iterable[Any]) -> Iterator[Any]:
@@ -206,15 +228,23 @@ def _apart(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _check_and_show(
-    bar: Any, epoch: int, i: int, totals: Dict[str, torch.Tensor], right: torch.Tensor, seen: int
-) -> None:
-    mean_loss = (totals['loss'] / (i + 1)).item()
+def _statistics(task: MLCSDTask) -> List[Tuple[torch.Tensor, torch.Tensor]]:
+    """The network's buffers with copies: BatchNorm's running statistics, which one NaN would spoil for good."""
+    modules = [unwrap_model(task.trainable_module).model, task.criterion.mixer or torch.nn.Module()]
+    return [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+
+
+def _not_finite(loss: float, epoch: int, i: int, more: str = '') -> str:
+    return (
+        f'the loss is {loss} at epoch {epoch}, batch {i}{more}: try a smaller --lr, --clip-grad, or '
+        f'--distill-warmup-epochs; the checkpoints of finished epochs are kept.'
+    )
+
+
+def _check_and_show(bar: Any, epoch: int, i: int, loss: torch.Tensor, right: torch.Tensor, seen: int) -> None:
+    mean_loss = loss.item()
     if not math.isfinite(mean_loss):
-        raise UserError(
-            f'the loss is {mean_loss} at epoch {epoch}, batch {i}: try a smaller --lr, --clip-grad, or '
-            f'--distill-warmup-epochs; the checkpoints of finished epochs are kept.'
-        )
+        raise UserError(_not_finite(mean_loss, epoch, i))
     accuracy = ' '.join(f'{a:.1f}' for a in (100 * right / seen).tolist())
     bar.set_postfix_str(f'loss {mean_loss:.3f}, top-1 per exit {accuracy}')
 

@@ -173,6 +173,14 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--layer-decay', type=float, default=None)
     group.add_argument('--layer-decay-min-scale', type=float, default=0.0)
     group.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
+    group.add_argument(
+        '--skip-nonfinite',
+        type=non_negative_int,
+        default=0,
+        metavar='N',
+        help='leave out batches with a loss that is not finite, up to N in a row; looks at every loss, which makes a '
+        'GPU wait (default: stop at the next look, every --log-interval batches)',
+    )
     group.add_argument('--grad-accum-steps', type=positive_int, default=1, metavar='N')
 
     group = parser.add_argument_group('Schedule')

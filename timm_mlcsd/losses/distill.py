@@ -235,7 +235,8 @@ class CRD(Method):
     def _remember(self, embedding: torch.Tensor, lesson: Lesson) -> None:
         old = self.memory[:, lesson.indices]
         new = F.normalize(self.momentum * old + (1 - self.momentum) * embedding, dim=-1)
-        self.memory.index_copy_(1, lesson.indices, new)
+        # one NaN would stay for good
+        self.memory.index_copy_(1, lesson.indices, torch.where(new.isfinite(), new, old))
         self.labels.index_copy_(0, lesson.indices, lesson.target)
 
 

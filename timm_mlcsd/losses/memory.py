@@ -33,6 +33,8 @@ class LogitMemory(nn.Module):
         mean = self.momentum * old + (1 - self.momentum) * logits
         mean = torch.where(self.seen[indices, None, None], mean, logits)
         if self.training:
-            self.mean.index_copy_(0, indices, mean.to(self.mean.dtype))
-            self.seen.index_fill_(0, indices, True)
+            # one NaN would stay for good
+            finite = mean.isfinite().flatten(1).all(dim=1)
+            self.mean.index_copy_(0, indices, torch.where(finite[:, None, None], mean, old).to(self.mean.dtype))
+            self.seen.index_copy_(0, indices, self.seen[indices] | finite)
         return mean
