@@ -65,13 +65,18 @@ def _accuracy(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -
 
 
 def _findings(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> str:
-    """A sentence for every row with a baseline and a figure of the paper: does the sign agree?"""
+    """A sentence for every row with a baseline above it and a figure of the paper: does the sign agree?"""
     sentences = []
+    order = [row.labels for row, _ in found]
     for row, records in found:
         for name in table.baselines:
             labels = (*row.labels[:-1], name)
             partner = _partner(row, name, found)
-            if not partner or row.labels == labels or not {row.labels, labels} <= set(table.paper):
+            if (
+                not partner
+                or order.index(labels) >= order.index(row.labels)
+                or not {row.labels, labels} <= set(table.paper)
+            ):
                 continue
             ours = statistics.mean(_means(records)) - statistics.mean(_means(partner))
             paper = table.paper[row.labels] - table.paper[labels]
