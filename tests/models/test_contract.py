@@ -142,3 +142,18 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_gradient(name, exits
     assert results[1][0] < 0.7 * results[0][0]
     for a, b in zip(results[0][1], results[1][1]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+
+
+@pytest.mark.parametrize('name', ['mlcsd_resnet18', 'mlcsd_test_vit', 'mlcsd_msdnet'])
+def test_features_only_with_gradient_checkpointing(name):
+    gradients = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        features = timm.create_model(name, features_only=True).train()
+        features.set_grad_checkpointing(enable)
+        size = 160 if 'vit' in name else 64
+        sum(f.square().mean() for f in features(torch.ones(2, 3, size, size))).backward()
+        gradients.append([p.grad for p in features.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)

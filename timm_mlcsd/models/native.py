@@ -10,6 +10,7 @@ from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch.utils.checkpoint import checkpoint
 
+from .feature_getter import FeatureGetter
 from .multi_exit import MultiExitModel
 from .weights import drop_unfit_classifiers
 
@@ -285,7 +286,7 @@ def create_native(cls: Callable[..., NativeMultiExit], name: str, pretrained: bo
         name,
         pretrained,
         pretrained_filter_fn=drop_unfit_classifiers,
-        feature_cfg=dict(feature_cls='getter'),
+        feature_cfg=dict(feature_cls=FeatureGetter),
         **kwargs,
     )
     if isinstance(model, NativeMultiExit):

@@ -13,6 +13,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cf
 # shufflenetv2 registers names that get exits too, the others networks that have them
 from . import msdnet, ranet, shufflenetv2  # noqa: F401
 from .backbone import MultiExitBackbone, create_multi_exit, without_weights
+from .feature_getter import FeatureGetter
 from .multi_exit import MultiExitModel
 from .weights import drop_unfit_classifiers
 
@@ -77,7 +78,7 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
             PREFIX + arch,
             pretrained,
             pretrained_filter_fn=drop_unfit_classifiers,
-            feature_cfg=dict(feature_cls='getter', **indices),
+            feature_cfg=dict(feature_cls=FeatureGetter, **indices),
             **kwargs,
         )
 
