@@ -2,13 +2,11 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 
-from timm_mlcsd import MLCSDLoss
 from timm_mlcsd.adaptive import budgeted_curve
 from timm_mlcsd.cost import exit_costs
 from timm_mlcsd.engine.build import autocast_of, data_config_of, resolve_device
@@ -19,8 +17,9 @@ from timm_mlcsd.engine.loaders import eval_loader, held_out, load_dataset
 from timm_mlcsd.engine.validate import data_flags_from
 from timm_mlcsd.errors import run_script
 from timm_mlcsd.files import replacing
-from timm_mlcsd.losses import CWEM
 from timm_mlcsd.network import load_network
+
+from .mixing_weights import mixing_weights
 
 BATCH_SIZE = 250
 
@@ -65,25 +64,8 @@ def measure(run: Path, device: Optional[str] = None) -> Dict[str, Any]:
     record.update({name: [getattr(c, name) for c in costs] for name in ('macs', 'params', 'depth')})
     if model.num_exits > 1:
         record['curve'] = [(p.test.cost, p.test.accuracy) for p in budgeted_curve(val, test, costs)]
-    weights = _mixing_weights(model, checkpoint, loader)
-    return dict(record, weights=weights) if weights else record
-
-
-def _mixing_weights(model: torch.nn.Module, checkpoint: Dict[str, Any], loader: Any) -> List[List[float]]:
-    if checkpoint['args']['distill'] != 'all-for-all' or 'criterion' not in checkpoint.get('task_state', {}):
-        return []
-    state = checkpoint['task_state']['criterion']
-    criterion = MLCSDLoss(model.num_exits, model.feature_dim)
-    criterion.load_state_dict({k: v for k, v in state.items() if k in criterion.state_dict()})
-    assert isinstance(criterion.mixer, CWEM)
-    device = next(model.parameters()).device
-    criterion.to(device).eval()
-    total, count = 0, 0
-    for images, target in loader:
-        output = model.eval().forward_exits(images.to(device))
-        total = total + criterion.mixing_weights(output, target.to(device)).sum(dim=0)
-        count += len(target)
-    return (total / count).tolist()
+    weights = mixing_weights(model, checkpoint, loader)
+    return record if weights is None else dict(record, weights=weights.mean(dim=0).tolist())
 
 
 def main() -> None:
@@ -99,4 +81,3 @@ def main() -> None:
 
 if __name__ == '__main__':
     run_script('experiments.measure', main)
-    sys.exit(0)

@@ -8,9 +8,11 @@ far the weights of single images lie from uniform (total variation distance, 0 t
 weight, 0 to 1 - 1/K).
 """
 
+from typing import Any, Dict, Optional
+
 import torch
 
-from timm_mlcsd import MLCSDLoss
+from timm_mlcsd import MLCSDLoss, MultiExitModel
 from timm_mlcsd.engine.build import data_config_of, resolve_device
 from timm_mlcsd.engine.config import parse_args
 from timm_mlcsd.engine.flags import validate_parser
@@ -21,22 +23,31 @@ from timm_mlcsd.report import format_table
 
 
 @torch.inference_mode()
+def mixing_weights(
+    model: MultiExitModel, checkpoint: Dict[str, Any], loader: Any, use_ema: bool = False
+) -> Optional[torch.Tensor]:
+    """The weights [N, K, K] for all images of a loader on the model's device, None where there is no CWEM."""
+    state = checkpoint.get('task_state_ema' if use_ema else 'task_state', {}).get('criterion', {})
+    if checkpoint['args']['distill'] != 'all-for-all' or not state:
+        return None
+    criterion = MLCSDLoss(model.num_exits, model.feature_dim).to(next(model.parameters()).device).eval()
+    # whatever else the loss remembers mixes nothing
+    criterion.load_state_dict({name: t for name, t in state.items() if name in criterion.state_dict()})
+    model.eval()
+    return torch.cat([criterion.mixing_weights(model.forward_exits(x), target).cpu() for x, target in loader])
+
+
 def main() -> None:
     args = parse_args(validate_parser())
     device = resolve_device(args)
     network = load_model(args)
-    model, checkpoint = network.model, network.checkpoint
-    task_state = checkpoint.get('task_state_ema' if args.use_ema else 'task_state')
-    if not task_state:
-        raise UserError(f'{args.checkpoint!r} was trained without a CWEM.')
-    criterion = MLCSDLoss(model.num_exits, model.feature_dim)
-    criterion.load_state_dict(task_state['criterion'])
-    model.to(device).eval()
-    criterion.to(device).eval()
+    model, checkpoint = network.model.to(device), network.checkpoint
     data_flags_from(args, checkpoint)
     dataset, split = load_split(args, checkpoint)
     loader = eval_loader(args, dataset, data_config_of(args, model, checkpoint['data_config']), device)
-    weights = torch.cat([criterion.mixing_weights(model.forward_exits(x), target).cpu() for x, target in loader])
+    weights = mixing_weights(model, checkpoint, loader, args.use_ema)
+    if weights is None:
+        raise UserError(f'{args.checkpoint!r} was trained without a CWEM.')
 
     names = [f'Ex{k + 1}' for k in range(model.num_exits)]
     uniform = (weights - 1 / model.num_exits).abs().sum(-1).div(2).mean(0)

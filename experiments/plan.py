@@ -88,12 +88,12 @@ def table_names(folder: Path = HERE / 'tables') -> List[str]:
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name)])
 
 
-def load_datasets(here: Path = HERE) -> Dict[str, Dict[str, Any]]:
+def load_datasets() -> Dict[str, Dict[str, Any]]:
     """What tables can be run on, by name."""
-    return yaml.safe_load((here / 'datasets.yaml').read_text())
+    return yaml.safe_load((HERE / 'datasets.yaml').read_text())
 
 
-def load_table(name: str, scale: str, seeds: int = 0, here: Path = HERE) -> Table:
+def load_table(name: str, scale: str, seeds: int = 0) -> Table:
     """Read a table's file at a scale.
 
     A run's flags are the data set's recipe, over it what the scale changes, the scale's part for the network, the
@@ -103,16 +103,15 @@ def load_table(name: str, scale: str, seeds: int = 0, here: Path = HERE) -> Tabl
         name: Of a file in ``tables``.
         scale: Of a file in ``scales``.
         seeds: Runs per row, instead of the scale's number.
-        here: Folder of both.
 
     Raises:
         UserError: There is no such table or scale.
     """
-    spec, scaling = _read(here, 'tables', name), _read(here, 'scales', scale)
+    spec, scaling = _read('tables', name), _read('scales', scale)
     dataset = spec['dataset']
-    about = load_datasets(here)[dataset]
+    about = load_datasets()[dataset]
     recipe = {**yaml.safe_load((ROOT / about['recipe']).read_text()), **about.get('flags', {})}
-    common = yaml.safe_load((here / 'axes.yaml').read_text())
+    common = yaml.safe_load((HERE / 'axes.yaml').read_text())
     axes = {axis: _values(axis, values, common) for axis, values in spec['axes'].items()}
     for axis, kept in scaling.get('keep', {}).items():
         if axis in axes:
@@ -146,10 +145,10 @@ def load_table(name: str, scale: str, seeds: int = 0, here: Path = HERE) -> Tabl
     )
 
 
-def _read(here: Path, kind: str, name: str) -> Dict[str, Any]:
-    path = here / kind / f'{name}.yaml'
+def _read(kind: str, name: str) -> Dict[str, Any]:
+    path = HERE / kind / f'{name}.yaml'
     if not path.exists():
-        known = ', '.join(table_names(here / kind))
+        known = ', '.join(table_names(HERE / kind))
         raise UserError(f'{kind[:-1]} {name!r} is unknown; choose from {known}.')
     return yaml.safe_load(path.read_text())
 

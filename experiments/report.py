@@ -9,6 +9,7 @@ from .plan import Row, Table
 __all__ = ['figure', 'report']
 
 Records = Dict[str, Dict[str, Any]]
+Found = Sequence[Tuple[Row, List[Dict[str, Any]]]]
 
 
 def report(table: Table, results: Records, scale: str) -> str:
@@ -19,8 +20,7 @@ def report(table: Table, results: Records, scale: str) -> str:
         results: Finished runs by id.
         scale: Its name.
     """
-    found = [(row, [results[run.id] for run in row.runs if run.id in results]) for row in table.rows]
-    found = [(row, records) for row, records in found if records]
+    found = _found(table, results)
     wanted = sum(len(row.runs) for row in table.rows)
     have = sum(len(records) for _, records in found)
     parts = [f'# {table.name}: {table.title}', _setting(table, scale, have, wanted)]
@@ -31,6 +31,12 @@ def report(table: Table, results: Records, scale: str) -> str:
     makers = dict(accuracy=_accuracy, rescued=_rescued, cost=_cost, weights=_weights)
     parts += [makers[kind](table, found) for kind in table.show if kind in makers]
     return '\n\n'.join(filter(None, parts)) + '\n'
+
+
+def _found(table: Table, results: Records) -> Found:
+    """The rows of which a run is finished, with its records."""
+    found = [(row, [results[run.id] for run in row.runs if run.id in results]) for row in table.rows]
+    return [(row, records) for row, records in found if records]
 
 
 def _setting(table: Table, scale: str, have: int, wanted: int) -> str:
@@ -46,7 +52,7 @@ def _setting(table: Table, scale: str, have: int, wanted: int) -> str:
     )
 
 
-def _accuracy(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> str:
+def _accuracy(table: Table, found: Found) -> str:
     """Test accuracy per exit and its mean, p-values against the baselines, the paper's mean; and what follows."""
     exits = max(len(records[0]['test']) for _, records in found)
     header = [*table.axes, 'Seeds', *(f'Ex{k + 1}' for k in range(exits)), 'Mean', 'Held-out mean']
@@ -64,7 +70,7 @@ def _accuracy(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -
     return _markdown(header, lines) + _findings(table, found)
 
 
-def _findings(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> str:
+def _findings(table: Table, found: Found) -> str:
     """A sentence for every row with a baseline above it and a figure of the paper: does the sign agree?"""
     sentences = []
     order = [row.labels for row, _ in found]
@@ -87,7 +93,7 @@ def _findings(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -
     return '\n\n' + '\n'.join(sentences) if sentences else ''
 
 
-def _rescued(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> str:
+def _rescued(table: Table, found: Found) -> str:
     """Share of images that are right at an exit and wrong at the last."""
     found = [(row, records) for row, records in found if len(records[0]['rescued']) > 1]
     if not found:
@@ -101,7 +107,7 @@ def _rescued(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) ->
     return 'Right at the exit and wrong at the last one, % of the test images:\n\n' + _markdown(header, lines)
 
 
-def _cost(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> str:
+def _cost(table: Table, found: Found) -> str:
     """Multiply-adds and parameters of the whole, mean depth of the exits (Table 7)."""
     lines = []
     for row, (record, *_) in found:
@@ -112,7 +118,7 @@ def _cost(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> st
     return _markdown([*table.axes, 'MMACs', 'Params M', 'Mean depth'], lines)
 
 
-def _weights(table: Table, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> str:
+def _weights(table: Table, found: Found) -> str:
     """The CWEM's weights averaged over the test split and the seeds (Table 15)."""
     parts = []
     for row, records in found:
@@ -140,8 +146,7 @@ def figure(table: Table, results: Records, path: Path) -> bool:
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    found = [(row, [results[run.id] for run in row.runs if run.id in results]) for row in table.rows]
-    found = [(row, records) for row, records in found if records]
+    found = _found(table, results)
     if not found:
         return False
     panels = list(dict.fromkeys(row.labels[0] for row, _ in found))
@@ -175,7 +180,7 @@ def _means(records: List[Dict[str, Any]], split: str = 'test') -> List[float]:
     return [statistics.mean(r[split]) for r in records]
 
 
-def _partner(row: Row, name: str, found: Sequence[Tuple[Row, List[Dict[str, Any]]]]) -> List[Dict[str, Any]]:
+def _partner(row: Row, name: str, found: Found) -> List[Dict[str, Any]]:
     """The runs of the row that differs in its last label alone."""
     return next((records for other, records in found if other.labels == (*row.labels[:-1], name)), [])
 

@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,7 +58,6 @@ class Runner:
         self.scale = scale
         self.device = device
         self.deadline = deadline
-        self.lock = threading.Lock()
 
     def run(self, runs: List[Run], jobs: int) -> List[str]:
         """Run what is missing of `runs`, `jobs` at once.
@@ -116,7 +114,7 @@ class Runner:
                 seconds=round(float(seconds.read_text()), 1),
                 versions=_versions(self.device),
             )
-            with self.lock, open(self.results, 'a') as f:
+            with open(self.results, 'a') as f:
                 fcntl.flock(f, fcntl.LOCK_EX)
                 f.write(json.dumps(record) + '\n')
             mean = sum(record['test']) / len(record['test'])

@@ -120,19 +120,15 @@ def _write(state: Dict[str, Any], path: Path) -> None:
         UserError: The disk is full, or gone; what was there before stays.
     """
     try:
-        _write_or_fail(state, path)
+        with replacing(path) as temporary, open(temporary, 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # PyTorch makes a RuntimeError of a full disk
         raise UserError(
             f'the checkpoint {str(path)!r} cannot be written: {shortened(e)}. Earlier ones are kept; make room and go '
             f'on with --resume {path.parent}'
         ) from e
-
-
-def _write_or_fail(state: Dict[str, Any], path: Path) -> None:
-    with replacing(path) as temporary, open(temporary, 'wb') as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

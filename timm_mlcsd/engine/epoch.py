@@ -139,15 +139,15 @@ def train_epoch(
             result = task(images, target, indices)
         loss = result['loss'] / group_size
         finite = not args.skip_nonfinite or bool(loss.isfinite())
+        in_a_row = 0 if finite else in_a_row + 1
         if not finite:
-            in_a_row, skipped = in_a_row + 1, skipped + 1
+            skipped += 1
             if in_a_row > args.skip_nonfinite:
                 raise UserError(_not_finite(loss.item(), epoch, i, f', as in the {in_a_row - 1} batches before'))
             _logger.warning(f'epoch {epoch}, batch {i}: the loss is {loss.item()}; left out ({in_a_row} in a row)')
             for buffer, before in statistics:
                 buffer.copy_(before)
         elif scaler:
-            in_a_row = 0
             scaler(
                 loss,
                 optimizer,
@@ -157,7 +157,6 @@ def train_epoch(
                 need_update=need_update,
             )
         else:
-            in_a_row = 0
             loss.backward()
             if need_update:
                 if args.clip_grad is not None:
