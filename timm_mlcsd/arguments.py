@@ -1,13 +1,14 @@
 """What the command lines of all scripts share."""
 
 import argparse
+import math
 from typing import List, NoReturn, Union
 
 from timm.utils import ParseKwargs
 
 from .errors import UserError
 
-__all__ = ['KeyValues', 'ScriptParser', 'exits', 'non_negative_int', 'positive_int']
+__all__ = ['KeyValues', 'ScriptParser', 'exits', 'non_negative_int', 'positive_float', 'positive_int']
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -52,6 +53,14 @@ def non_negative_int(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f'{value} must be at least 0')
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f'{value} must be positive')
     return value
 
 

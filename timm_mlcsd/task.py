@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from timm.models import group_parameters
 from timm.task import TrainingTask
-from timm.utils import unwrap_model
+from timm.utils import distribute_bn, unwrap_model
 
 from .losses import MLCSDLoss
 from .models import MultiExitModel
@@ -78,17 +78,31 @@ class MLCSDTask(TrainingTask):
         return unwrap_model(self.trainable_module).criterion
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'MLCSDTask':
-        """Wrap model and criterion together in DistributedDataParallel.
+        """Wrap model and criterion together in DistributedDataParallel; again, after parameters were frozen or freed.
 
-        Raises:
-            ValueError: The loss remembers training images: every process would remember its own, and lose it.
+        What the loss remembers of training images it shares with the other processes itself.
         """
-        if self.criterion.needs_indices:
-            raise ValueError('a loss that remembers images (method crd, pool_momentum) trains in one process only.')
         from torch.nn.parallel import DistributedDataParallel
 
-        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        module = self.trainable_module
+        module = module.module if isinstance(module, DistributedDataParallel) else module
+        memories = [f'criterion.{name}' for name in unwrap_model(module).criterion.memory_names()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, memories)
+        self.trainable_module = DistributedDataParallel(module, device_ids=device_ids, **ddp_kwargs)
         return self
+
+    def synchronize_statistics(self, world_size: int, how: str = 'reduce') -> None:
+        """After an epoch, give all processes the same running statistics, the loss's included.
+
+        Args:
+            world_size: How many processes there are.
+            how: ``reduce`` for their mean, ``broadcast`` for the first one's, empty for neither.
+        """
+        if how:
+            distribute_bn(self.trainable_module, world_size, reduce=how == 'reduce')
+        if self.has_ema():
+            # the first process's is the one that is saved
+            distribute_bn(self.trainable_module_ema, world_size)
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
         """Compile the forward pass with its loss, and the model for evaluation."""

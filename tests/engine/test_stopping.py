@@ -58,17 +58,17 @@ def test_sigterm_saves_and_leaves(when, small, tmp_path, monkeypatch):
     where = 'train_epoch' if when == 'training' else 'until'
     inner = getattr(train, where)
 
-    def terminated(*args):
-        termination = next(a for a in args if isinstance(a, epoch.Termination))
+    def terminated(*args, **kwargs):
+        termination = next(a for a in (*args, *kwargs.values()) if isinstance(a, epoch.Termination))
         if next(seen) == 1:  # in the second epoch
             termination.wished = True
-        return inner(*args)
+        return inner(*args, **kwargs)
 
     monkeypatch.setattr(train, where, terminated)
     assert run(train.main, [*flags, '--experiment', 'cut']) == 0
     monkeypatch.setattr(train, where, inner)
     stopped = load_checkpoint(tmp_path / 'cut')
-    assert stopped['epoch'] == 0 and stopped['progress']['step'] == (1 if when == 'training' else 5)
+    assert stopped['epoch'] == 0 and stopped['progress'][0]['step'] == (1 if when == 'training' else 5)
     assert run(train.main, [*flags, '--experiment', 'cut', '--resume', tmp_path / 'cut']) == 0
     assert_same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
 

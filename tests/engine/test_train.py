@@ -19,6 +19,7 @@ from timm_mlcsd import MLCSDLoss
 from timm_mlcsd.engine import epoch, train, validate
 from timm_mlcsd.engine.config import parse_args
 from timm_mlcsd.engine.flags import train_parser
+from timm_mlcsd.engine.optimizer import scaled_lr
 from timm_mlcsd.network import load_checkpoint
 
 
@@ -228,7 +229,7 @@ def test_gradient_accumulation_averages_groups_and_the_short_last_one(small):
 )
 def test_learning_rate_grows_with_the_batch_as_in_timm(flags, lr):
 
-    assert train._scaled_lr(parse_args(train_parser(), flags.split())) == pytest.approx(lr)
+    assert scaled_lr(parse_args(train_parser(), flags.split())) == pytest.approx(lr)
 
 
 def test_initial_checkpoint_of_a_plain_backbone(small, tmp_path):

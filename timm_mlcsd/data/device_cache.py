@@ -4,7 +4,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 __all__ = ['CachedLoader', 'cache_images']
 
@@ -57,6 +57,7 @@ class CachedLoader:
         erase: timm's ``RandomErasing``, on normalised batches.
         mixup: timm's ``Mixup``, on batches and targets.
         channels_last: Leave the batches in that memory order, which the images are kept in.
+        sampler: Which images come in which order, instead of all.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class CachedLoader:
         erase: Optional[Callable] = None,
         mixup: Optional[Callable] = None,
         channels_last: bool = False,
+        sampler: Optional[Sampler] = None,
     ):
         self.size = images.shape[1:3]
         self.images = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
@@ -86,6 +88,7 @@ class CachedLoader:
         self.erase = erase
         self.mixup = mixup
         self.channels_last = channels_last
+        self.sampler = sampler
 
     @property
     def mixup_enabled(self) -> bool:
@@ -98,12 +101,17 @@ class CachedLoader:
             self.mixup.mixup_enabled = enabled
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.targets), self.batch_size)
+        whole, rest = divmod(len(self.targets if self.sampler is None else self.sampler), self.batch_size)
         return whole + bool(rest and not self.training)
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         device = self.images.device
-        order = torch.randperm(len(self.targets), device=device) if self.training else torch.arange(len(self.targets))
+        if self.sampler is not None:
+            order = torch.tensor(list(self.sampler))
+        elif self.training:
+            order = torch.randperm(len(self.targets), device=device)
+        else:
+            order = torch.arange(len(self.targets))
         for i in range(len(self)):
             chosen = order[i * self.batch_size : (i + 1) * self.batch_size].to(device)
             images = self._crop(chosen) if self.padding or self.hflip or self.vflip else self.images[chosen]

@@ -8,24 +8,28 @@ from typing import Any, Callable, ContextManager, Dict, Optional
 
 import torch
 from timm.data.model_config import resolve_input_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.loss import create_classification_loss
 from timm.models import load_state_dict
 
 from ..errors import UserError, blame
 from ..losses import MLCSDLoss
 from ..models import MultiExitModel, create_named, load_backbone
+from ..task import MLCSDTask
 from .loaders import mixup_active
 
 __all__ = [
     'autocast_of',
     'build_criterion',
     'build_model',
+    'check_heads_only',
     'compiled',
     'data_config_of',
     'identity_of',
     'load_initial_checkpoint',
     'model_args_of',
     'resolve_device',
+    'synchronize_norms',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -109,6 +113,26 @@ def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:
         else:
             load_backbone(model, state_dict)
     _logger.info(f'Starting from {path}')
+
+
+def check_heads_only(args: argparse.Namespace, model: MultiExitModel, resumed: bool) -> None:
+    """Refuse to leave alone what has not been trained, or cannot be told from the exits."""
+    if not hasattr(model, 'freeze_backbone'):
+        raise UserError(f'--heads-only: {args.model} was made with its exits, it has no backbone of its own.')
+    if model.num_exits == 1:
+        raise UserError('--heads-only: --exits 1 is the plain backbone, nothing would train.')
+    if not (resumed or args.initial_checkpoint or args.pretrained_backbone or args.pretrained or ':' in args.model):
+        raise UserError(
+            '--heads-only leaves the backbone as it is, which is random so far: name its weights with '
+            '--initial-checkpoint FILE, or take timm\'s with --pretrained-backbone.'
+        )
+
+
+def synchronize_norms(task: MLCSDTask, device: torch.device) -> None:
+    """One BatchNorm over all processes, in network and loss."""
+    if device.type != 'cuda':
+        raise UserError(f'--sync-bn works on GPUs alone, not on --device {device.type}.')
+    task.trainable_module = convert_sync_batchnorm(task.trainable_module)
 
 
 def build_criterion(args: argparse.Namespace, model: MultiExitModel, num_samples: Optional[int] = None) -> MLCSDLoss:

@@ -1,6 +1,7 @@
 """One pass over the training data, which may stop half-way and go on there as if it had not."""
 
 import argparse
+import contextlib
 import logging
 import math
 import random
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..task import MLCSDTask
+from .world import ALONE, World
 
 __all__ = ['Progress', 'Stopped', 'Termination', 'mean_losses', 'train_epoch', 'until']
 
@@ -71,6 +73,11 @@ class Progress(NamedTuple):
     right: torch.Tensor
     generators: Dict[str, Any]
 
+    def on_cpu(self) -> 'Progress':
+        """The same in main memory, for whoever saves it."""
+        totals = {name: total.cpu() for name, total in self.totals.items()}
+        return self._replace(totals=totals, right=self.right.cpu())
+
 
 def train_epoch(
     epoch: int,
@@ -85,6 +92,7 @@ def train_epoch(
     start: Optional[Progress] = None,
     save: Optional[Callable[[Progress], None]] = None,
     termination: Optional[Termination] = None,
+    world: World = ALONE,
 ) -> Progress:
     """Train for one epoch, or for what is left of it.
 
@@ -101,9 +109,10 @@ def train_epoch(
         start: Where to go on.
         save: Called every ``--checkpoint-every-steps`` updates, and before the process stops.
         termination: Whether to stop after the next update.
+        world: The processes that train.
 
     Returns:
-        The end of the epoch.
+        The end of the epoch, as this process saw it.
 
     Raises:
         Stopped: By `termination`.
@@ -121,7 +130,8 @@ def train_epoch(
         if start.step == len(batches):
             return start
     optimizer.zero_grad()
-    bar = tqdm(_apart(batches), total=len(batches), desc=f'epoch {epoch}', disable=None, leave=False)
+    quiet = None if world.is_first else True
+    bar = tqdm(_apart(batches), total=len(batches), desc=f'epoch {epoch}', disable=quiet, leave=False)
     for i, (images, target) in enumerate(bar):
         if start is not None and i < start.step:
             if i + 1 == start.step:
@@ -135,11 +145,24 @@ def train_epoch(
             images = images.contiguous(memory_format=torch.channels_last)
         target, indices = target.unbind(dim=1) if task.criterion.needs_indices else (target, None)
         statistics = _statistics(task) if args.skip_nonfinite else []
-        with autocast:
-            result = task(images, target, indices)
-        loss = result['loss'] / group_size
-        finite = not args.skip_nonfinite or bool(loss.isfinite())
-        in_a_row = 0 if finite else in_a_row + 1
+        # gradients that are still to be added to need not go round
+        with contextlib.nullcontext() if need_update else task.no_sync():
+            with autocast:
+                result = task(images, target, indices)
+            loss = result['loss'] / group_size
+            finite = not args.skip_nonfinite or not world.any(not loss.isfinite())
+            in_a_row = 0 if finite else in_a_row + 1
+            if finite and scaler:
+                scaler(
+                    loss,
+                    optimizer,
+                    clip_grad=args.clip_grad,
+                    clip_mode=args.clip_mode,
+                    parameters=task.get_clip_parameters(),
+                    need_update=need_update,
+                )
+            elif finite:
+                loss.backward()
         if not finite:
             skipped += 1
             if in_a_row > args.skip_nonfinite:
@@ -147,21 +170,10 @@ def train_epoch(
             _logger.warning(f'epoch {epoch}, batch {i}: the loss is {loss.item()}; left out ({in_a_row} in a row)')
             for buffer, before in statistics:
                 buffer.copy_(before)
-        elif scaler:
-            scaler(
-                loss,
-                optimizer,
-                clip_grad=args.clip_grad,
-                clip_mode=args.clip_mode,
-                parameters=task.get_clip_parameters(),
-                need_update=need_update,
-            )
-        else:
-            loss.backward()
-            if need_update:
-                if args.clip_grad is not None:
-                    dispatch_clip_grad(task.get_clip_parameters(), args.clip_grad, mode=args.clip_mode)
-                optimizer.step()
+        elif need_update and not scaler:
+            if args.clip_grad is not None:
+                dispatch_clip_grad(task.get_clip_parameters(), args.clip_grad, mode=args.clip_mode)
+            optimizer.step()
         if need_update:
             optimizer.zero_grad()
             num_updates += 1
@@ -177,9 +189,9 @@ def train_epoch(
                 if isinstance(value, torch.Tensor) and value.ndim == 0:
                     totals[name] = totals.get(name, 0.0) + value.detach()
         if seen and (is_last or (i + 1) % args.log_interval == 0):
-            _check_and_show(bar, epoch, i, totals['loss'] / (i + 1 - skipped), right, seen)
+            _check_and_show(bar, epoch, i, totals['loss'] / (i + 1 - skipped), right, seen, world)
         if need_update and save is not None:
-            stop = termination is not None and termination.wished
+            stop = world.any(termination is not None and termination.wished)
             every = args.checkpoint_every_steps
             if stop or (every and not is_last and num_updates % every == 0):
                 save(Progress(i + 1, skipped, seen, totals, right, _generators()))
@@ -202,11 +214,10 @@ def until(termination: Termination, batches: Iterator[Any]) -> Iterator[Any]:
         yield batch
 
 
-def mean_losses(progress: Progress) -> Dict[str, float]:
-    """The loss and its parts, means over the batches of an epoch."""
-    return OrderedDict(
-        (name, (total / (progress.step - progress.skipped)).item()) for name, total in progress.totals.items()
-    )
+def mean_losses(progress: Progress, world: World = ALONE) -> Dict[str, float]:
+    """The loss and its parts, means over the batches of an epoch and all processes."""
+    batches = world.size * (progress.step - progress.skipped)
+    return OrderedDict((name, (world.sum(total) / batches).item()) for name, total in progress.totals.items())
 
 
 def _apart(batches: Iterable[Any]) -> Iterator[Any]:
@@ -240,9 +251,11 @@ def _not_finite(loss: float, epoch: int, i: int, more: str = '') -> str:
     )
 
 
-def _check_and_show(bar: Any, epoch: int, i: int, loss: torch.Tensor, right: torch.Tensor, seen: int) -> None:
+def _check_and_show(
+    bar: Any, epoch: int, i: int, loss: torch.Tensor, right: torch.Tensor, seen: int, world: World
+) -> None:
     mean_loss = loss.item()
-    if not math.isfinite(mean_loss):
+    if world.any(not math.isfinite(mean_loss)):
         raise UserError(_not_finite(mean_loss, epoch, i))
     accuracy = ' '.join(f'{a:.1f}' for a in (100 * right / seen).tolist())
     bar.set_postfix_str(f'loss {mean_loss:.3f}, top-1 per exit {accuracy}')

@@ -4,7 +4,7 @@ import argparse
 import os
 
 from ..adaptive import AGGREGATES, METHODS, SCORES
-from ..arguments import KeyValues, ScriptParser, exits, non_negative_int, positive_int
+from ..arguments import KeyValues, ScriptParser, exits, non_negative_int, positive_float, positive_int
 from ..losses import CWEM_SUPERVISIONS, DISTILLS
 from ..losses import METHODS as DISTILL_METHODS
 from ..models import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS
@@ -121,6 +121,15 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument(
         '--initial-checkpoint', default='', metavar='PATH', help='weights to start from, of all or of the backbone'
     )
+    group.add_argument(
+        '--heads-only',
+        nargs='?',
+        type=positive_int,
+        default=False,
+        const=True,
+        metavar='EPOCHS',
+        help='train the exits and leave the backbone, and so the last exit, as it is: for so many epochs, or always',
+    )
     group.add_argument('--num-classes', type=positive_int, default=None, metavar='N', help='(default: of the data)')
     group.add_argument('--gp', default=None, metavar='POOL', help="the backbone's global pool")
     group.add_argument('--grad-checkpointing', action='store_true', help='recompute blocks in the backward pass')
@@ -172,6 +181,13 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
     group.add_argument('--layer-decay', type=float, default=None)
     group.add_argument('--layer-decay-min-scale', type=float, default=0.0)
+    group.add_argument(
+        '--exit-lr-mult',
+        type=positive_float,
+        default=1.0,
+        metavar='X',
+        help='learning rate of the exits, and of what the loss trains, as a multiple',
+    )
     group.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
     group.add_argument(
         '--skip-nonfinite',
@@ -254,11 +270,25 @@ def train_parser() -> argparse.ArgumentParser:
 
     _add_device_flags(parser)
 
+    group = parser.add_argument_group('Processes', 'torchrun --nproc-per-node N train.py ... trains with N')
+    group.add_argument(
+        '--dist-bn',
+        default='reduce',
+        choices=('reduce', 'broadcast', ''),
+        help="what becomes of BatchNorm's statistics after an epoch: their mean, the first process's, or nothing",
+    )
+    group.add_argument('--sync-bn', action='store_true', help='one BatchNorm over all processes (GPUs only)')
+
     group = parser.add_argument_group('Run')
     group.add_argument('--seed', type=non_negative_int, default=42)
     group.add_argument('--output', default='./output/train', metavar='DIR')
     group.add_argument('--experiment', default='', metavar='NAME', help='sub-folder (default: time and model)')
-    group.add_argument('--resume', default='', metavar='PATH', help='go on from a checkpoint, or from a run')
+    group.add_argument(
+        '--resume',
+        default='',
+        metavar='PATH',
+        help="go on from a checkpoint, or from a run; auto: go on with --experiment's, if it has begun",
+    )
     group.add_argument('--no-resume-opt', action='store_true', help='resume weights only')
     group.add_argument(
         '--checkpoint-hist', type=positive_int, default=10, metavar='N', help='numbered checkpoints to keep'
@@ -270,6 +300,13 @@ def train_parser() -> argparse.ArgumentParser:
         metavar='N',
         help='also save the last checkpoint every N updates (default: after epochs alone)',
     )
+    group.add_argument(
+        '--dry-run', action='store_true', help='build everything, train two steps, print memory and time; write nothing'
+    )
+    group.add_argument('--log-tensorboard', action='store_true', help='curves and teachers for TensorBoard')
+    group.add_argument('--log-wandb', action='store_true', help='the same for Weights & Biases')
+    group.add_argument('--log-trackio', action='store_true', help='the same for trackio')
+    group.add_argument('--log-project', default='timm_mlcsd', metavar='NAME', help='project of those two')
     group.add_argument(
         '--log-interval', type=positive_int, default=50, metavar='N', help='batches between updates of the bar'
     )

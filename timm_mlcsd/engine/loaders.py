@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+import torch.distributed as dist
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
 from ..data import CachedLoader, ConvertedImages, DigitsDataset, PadCrop, TransformSubset, cache_images, hold_out
 from ..errors import UserError, blame
+from .world import World
 
 __all__ = [
     'check_classes',
@@ -23,6 +25,8 @@ __all__ = [
     'load_dataset',
     'mixup_active',
     'same_split',
+    'set_epoch',
+    'shard',
     'train_and_val_datasets',
     'train_loader',
 ]
@@ -261,9 +265,12 @@ def train_loader(
         collate_fn=None if args.cache_dataset else mixup,
         pin_memory=args.pin_mem,
         device=device,
+        distributed=dist.is_initialized(),
         # fresh workers take their seeds from the epoch's, so that a resumed epoch sees the same images
         persistent_workers=False,
     )
+    if isinstance(loader.sampler, DistributedSampler):
+        loader.sampler.seed = args.seed
     pad_and_crop = PadCrop(data_config['input_size'][1:])
     if args.cache_dataset:
         augmented = not args.no_aug
@@ -277,6 +284,7 @@ def train_loader(
             hflip=args.hflip * augmented,
             vflip=args.vflip * augmented,
             mixup=mixup,
+            sampler=loader.sampler if dist.is_initialized() else None,
         )
     elif pad_crop and not args.no_aug:
         # the first of timm's training transforms is its crop
@@ -284,6 +292,20 @@ def train_loader(
     if len(loader) == 0:
         raise UserError(f'--batch-size {args.batch_size} is larger than the training set ({len(dataset)} images).')
     return loader
+
+
+def set_epoch(batches: Any, dataset: Dataset, epoch: int) -> None:
+    """Tell streams, and what shares the images out among processes, that another epoch begins."""
+    for it in (dataset, getattr(batches, 'sampler', None)):
+        if hasattr(it, 'set_epoch'):
+            it.set_epoch(epoch)
+
+
+def shard(dataset: Dataset, world: World) -> Dataset:
+    """This process's part of what all evaluate on: every image once. A stream parts itself."""
+    if world.size == 1 or isinstance(dataset, IterableDataset):
+        return dataset
+    return TransformSubset(dataset, range(world.rank, len(dataset), world.size))
 
 
 def eval_loader(

@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .memory import mean_of_processes, rows_of_processes
+
 __all__ = ['CC', 'CRD', 'DKD', 'KD', 'METHODS', 'Lesson', 'Method']
 
 
@@ -217,7 +219,7 @@ class CRD(Method):
 
         e = scores.exp()
         with torch.no_grad():
-            first = (e * counted).sum(dim=(-2, -1)) / counted.sum() * self.num_samples
+            first = mean_of_processes((e * counted).sum(dim=(-2, -1)) / counted.sum() * self.num_samples)
             scale = torch.where(self.scale > 0, self.scale, first)
             if self.training:
                 self.scale.copy_(scale)
@@ -236,8 +238,10 @@ class CRD(Method):
         old = self.memory[:, lesson.indices]
         new = F.normalize(self.momentum * old + (1 - self.momentum) * embedding, dim=-1)
         # one NaN would stay for good
-        self.memory.index_copy_(1, lesson.indices, torch.where(new.isfinite(), new, old))
-        self.labels.index_copy_(0, lesson.indices, lesson.target)
+        new = torch.where(new.isfinite(), new, old)
+        new, indices, target = rows_of_processes(new.transpose(0, 1), lesson.indices, lesson.target)
+        self.memory.index_copy_(1, indices, new.transpose(0, 1))
+        self.labels.index_copy_(0, indices, target)
 
 
 METHODS: Dict[str, Type[Method]] = {'kd': KD, 'cc': CC, 'crd': CRD, 'dkd': DKD}

@@ -1,9 +1,34 @@
 """What the exits said of every training image before."""
 
+from typing import List
+
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
-__all__ = ['LogitMemory']
+__all__ = ['LogitMemory', 'mean_of_processes', 'rows_of_processes']
+
+
+def rows_of_processes(*tensors: torch.Tensor) -> List[torch.Tensor]:
+    """Each tensor [B, ...] with those of all processes that train together behind one another: what one has seen, all
+    remember. Without gradients; every process has the same B."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(tensors)
+    gathered = []
+    for tensor in tensors:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        gathered.append(torch.cat(parts))
+    return gathered
+
+
+def mean_of_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean over all processes that train together, without gradients."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
 
 
 class LogitMemory(nn.Module):
@@ -35,6 +60,9 @@ class LogitMemory(nn.Module):
         if self.training:
             # one NaN would stay for good
             finite = mean.isfinite().flatten(1).all(dim=1)
-            self.mean.index_copy_(0, indices, torch.where(finite[:, None, None], mean, old).to(self.mean.dtype))
-            self.seen.index_copy_(0, indices, self.seen[indices] | finite)
+            kept = torch.where(finite[:, None, None], mean, old).to(self.mean.dtype)
+            seen = self.seen[indices] | finite
+            indices, kept, seen = rows_of_processes(indices, kept, seen)
+            self.mean.index_copy_(0, indices, kept)
+            self.seen.index_copy_(0, indices, seen)
         return mean

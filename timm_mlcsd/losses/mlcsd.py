@@ -188,6 +188,11 @@ class MLCSDLoss(nn.Module):
         """Whether the loss must know which images a batch holds."""
         return self.memory is not None or (self.method is not None and self.method.needs_indices)
 
+    def memory_names(self) -> List[str]:
+        """Names of the buffers that remember training images; processes keep them alike without DDP's help."""
+        remembers = {'memory': self.memory is not None, 'method': self.method is not None and self.method.needs_indices}
+        return [name for name, _ in self.named_buffers() if remembers.get(name.partition('.')[0])]
+
     def set_distill_scale(self, scale: float) -> None:
         """Scale alpha and beta, from 0 to 1, as a warm-up does."""
         self.distill_scale.fill_(scale)

@@ -146,6 +146,7 @@ class MultiExitBackbone(MultiExitModel):
             ]
         )
         self.program = (ChainProgram if plan.is_chain else GraphProgram)(backbone, plan)
+        self.frozen: Optional[List[str]] = None
 
     @property
     def resumable(self) -> bool:
@@ -177,6 +178,29 @@ class MultiExitBackbone(MultiExitModel):
     def forward(self, x: torch.Tensor) -> Union[MultiExitOutput, torch.Tensor]:
         """All exits in training mode; in evaluation mode what the backbone gives: the last exit's logits [B, C]."""
         return self.forward_exits(x) if self.training else self.backbone(x)
+
+    def freeze_backbone(self, freeze: bool = True) -> None:
+        """Let only the heads train: the backbone, and so the last exit, stays as it is, bit for bit.
+
+        Its parameters get no gradients, and it runs in evaluation mode whatever the model's own: BatchNorm keeps its
+        statistics, nothing is dropped.
+
+        Args:
+            freeze: False to let it train again.
+        """
+        if freeze and self.frozen is None:
+            self.frozen = [name for name, p in self.backbone.named_parameters() if p.requires_grad]
+        for name in self.frozen or ():
+            self.backbone.get_parameter(name).requires_grad_(not freeze)
+        if not freeze:
+            self.frozen = None
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> 'MultiExitBackbone':
+        super().train(mode)
+        if self.frozen is not None:
+            self.backbone.eval()
+        return self
 
     def prepare(self, input_size: Sequence[int]) -> None:
         """Make the stages for images of (C, H, W) now rather than when they first come.

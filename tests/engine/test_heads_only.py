@@ -1,0 +1,126 @@
+"""Exits for a network that already works, and rates of their own for them."""
+
+import pytest
+import timm
+import torch
+from scripts import run
+
+from timm_mlcsd import create_multi_exit
+from timm_mlcsd.engine import train
+from timm_mlcsd.engine.config import parse_args
+from timm_mlcsd.engine.flags import train_parser
+from timm_mlcsd.engine.optimizer import create_optimizer, create_scheduler
+from timm_mlcsd.losses import MLCSDLoss
+from timm_mlcsd.network import load_network
+from timm_mlcsd.task import MLCSDTask
+
+ARGS = dict(num_classes=3, small_input=True, channels=(8, 8, 8, 8))
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A plain network's checkpoint, its BatchNorm statistics unlike those of any data."""
+    torch.manual_seed(1)
+    model = timm.create_model('mlcsd_resnet18', exits=1, **ARGS).backbone
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    path = tmp_path / 'plain.pth'
+    torch.save(model.state_dict(), path)
+    return model.eval(), path
+
+
+@pytest.mark.parametrize('more', [[], ['--model-ema', '--opt', 'adamw', '--clip-grad', 1], ['--distill', 'one-for-all']])
+def test_the_last_exit_stays_bit_for_bit(plain, small, tmp_path, more):
+    model, path = plain
+    assert run(train.main, [*small, '--initial-checkpoint', path, '--heads-only', *more]) == 0
+    trained = load_network(tmp_path / 'run', use_ema='--model-ema' in more).model
+    state = model.state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in trained.backbone.state_dict().items())
+    images = torch.randn(4, 3, 16, 16)
+    assert torch.equal(trained(images), model(images))
+    torch.manual_seed(0)
+    fresh = create_multi_exit('resnet18', exits=4, exit_head='slic', **ARGS)
+    for (name, a), b in zip(trained.heads.named_parameters(), fresh.heads.parameters()):
+        assert not torch.equal(a, b), f'{name} has not moved'
+
+
+def test_after_some_epochs_all_trains(plain, small, tmp_path):
+    model, path = plain
+    flags = [*small, '--initial-checkpoint', path, '--heads-only', 1, '--epochs', 2, '--checkpoint-hist', 2]
+    assert run(train.main, flags) == 0
+    frozen, freed = (load_network(tmp_path / 'run' / f'checkpoint-{epoch}.pth.tar').model.backbone for epoch in (0, 1))
+    for name, t in model.state_dict().items():
+        assert torch.equal(frozen.state_dict()[name], t), name
+        assert not torch.equal(freed.state_dict()[name], t) or not t.is_floating_point(), name
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'densenet121', 'vit_tiny_patch16_224'])
+def test_a_frozen_backbone_takes_no_gradients_and_drops_nothing(name):
+    torch.manual_seed(0)
+    model = create_multi_exit(name, exits=3, num_classes=5, drop_rate=0.5)
+    images = torch.randn(2, 3, 224, 224)
+    model.freeze_backbone()
+    output = model.train()(images)
+    assert not output.logits[-1].requires_grad and all(z.requires_grad for z in output.logits[:-1])
+    sum(z.sum() for z in output.logits).backward()
+    assert all(p.grad is None for p in model.backbone.parameters())
+    assert all(p.grad is not None for p in model.heads.parameters())
+    assert torch.equal(output.logits[-1], model.eval()(images))
+    model.train().freeze_backbone(False)
+    assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+
+
+def test_what_was_fixed_before_stays_so():
+    model = create_multi_exit('resnet18', exits=2, num_classes=5)
+    model.backbone.conv1.weight.requires_grad_(False)
+    model.freeze_backbone()
+    model.freeze_backbone()
+    model.freeze_backbone(False)
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ['backbone.conv1.weight']
+
+
+@pytest.mark.parametrize(
+    'flags, words',
+    [
+        ([], '--initial-checkpoint'),
+        (['--exits', 1, '--pretrained-backbone', 'x'], '--exits 1'),
+        (['--model', 'mlcsd_msdnet', '--model-kwargs', 'num_blocks=2'], 'no backbone'),
+    ],
+)
+def test_mistakes(small, capsys, monkeypatch, flags, words):
+    monkeypatch.setattr('timm_mlcsd.engine.train.build_model', _untrained)
+    assert run(train.main, [*small, '--exits', 4, '--heads-only', *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def _untrained(name, pretrained, pretrained_backbone, **model_args):
+    model_args = {k: v for k, v in model_args.items() if name != 'mlcsd_msdnet' or k in ('num_classes', 'num_blocks')}
+    return timm.create_model(name, **model_args)
+
+
+@pytest.mark.parametrize('sched', ['none', 'cosine'])
+@pytest.mark.parametrize('layer_decay', [None, 0.5])
+def test_exits_learn_at_a_multiple_of_the_rate(sched, layer_decay):
+    def rates(*flags):
+        decay = ['--layer-decay', layer_decay] if layer_decay else []
+        flags = [*flags, '--sched', sched, '--lr', 0.2, '--warmup-epochs', 0, '--weight-decay', 0.1, *decay]
+        args = parse_args(train_parser(), [str(f) for f in flags])
+        torch.manual_seed(0)
+        model = create_multi_exit('resnet18', exits=3, num_classes=5)
+        task = MLCSDTask(model, MLCSDLoss(3, model.feature_dim))
+        optimizer = create_optimizer(args, task, model)
+        create_scheduler(args, optimizer, 10)
+        names = {id(p): name for name, p in task.trainable_module.named_parameters()}
+        groups = {names[id(p)]: group for group in optimizer.param_groups for p in group['params']}
+        assert len(groups) == sum(len(group['params']) for group in optimizer.param_groups) == len(names)
+        return {name: (group['lr'], group['weight_decay']) for name, group in groups.items()}
+
+    usual, scaled = rates(), rates('--exit-lr-mult', 3)
+    assert usual['model.backbone.fc.weight'] == (pytest.approx(0.2), 0.1)
+    if layer_decay:
+        assert usual['model.backbone.conv1.weight'][0] < 0.1
+    for name, (lr, decay) in scaled.items():
+        factor = 1 if name.startswith('model.backbone.') else 3
+        assert lr == pytest.approx(factor * usual[name][0]) and decay == usual[name][1], name

@@ -1,0 +1,84 @@
+"""``--dry-run``: what a training would take, found out in two steps."""
+
+import argparse
+import contextlib
+import resource
+import time
+from typing import Any, Callable, List
+
+import torch
+
+from ..models import MultiExitModel
+from ..report import format_table
+from ..task import MLCSDTask
+from .epoch import Stopped
+from .world import World
+
+__all__ = ['rehearse']
+
+
+class _Clock:
+    """In the place of a `Termination`: notes when updates end, and ends the epoch after a few."""
+
+    def __init__(self, updates: int, device: torch.device):
+        self.updates = updates
+        self.device = device
+        self.ends: List[float] = []
+
+    def tick(self) -> None:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+        self.ends.append(time.perf_counter())
+
+    @property
+    def wished(self) -> bool:
+        self.tick()
+        return len(self.ends) > self.updates
+
+
+def rehearse(
+    args: argparse.Namespace,
+    model: MultiExitModel,
+    task: MLCSDTask,
+    train_one: Callable[..., Any],
+    epoch: int,
+    num_batches: int,
+    num_epochs: int,
+    world: World,
+) -> None:
+    """Train for two updates, the first of which warms up, and print what they took; nothing is written.
+
+    Args:
+        args: The flags.
+        model: The network.
+        task: Network and loss.
+        train_one: Trains for an epoch.
+        epoch: The first.
+        num_batches: In an epoch, of each process.
+        num_epochs: Of the whole training.
+        world: The processes that train.
+    """
+    clock = _Clock(2, task.device)
+    clock.tick()
+    with contextlib.suppress(Stopped):
+        train_one(epoch, save=lambda progress: None, termination=clock)
+    if not world.is_first:
+        return
+    images = args.batch_size * world.size * args.grad_accum_steps
+    seconds = clock.ends[-1] - clock.ends[-2]
+    per_epoch = seconds * num_batches / args.grad_accum_steps
+    if task.device.type == 'cuda':
+        memory = torch.cuda.max_memory_allocated(task.device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    heads = sum(p.numel() for p in model.heads.parameters())
+    rows = [
+        ('parameters of the backbone', f'{(sum(p.numel() for p in model.parameters()) - heads) / 1e6:.2f} M'),
+        ('parameters of the heads', f'{heads / 1e6:.2f} M'),
+        ('parameters of the loss', f'{sum(p.numel() for p in task.criterion.parameters()) / 1e6:.2f} M'),
+        ('images per update', f'{images} in {seconds:.3f} s, {images / seconds:.0f} images/s'),
+        ('time per epoch', f'{per_epoch / 60:.1f} min, without evaluation'),
+        (f'time of {num_epochs} epochs', f'{num_epochs * per_epoch / 3600:.1f} h'),
+        ('peak memory', f'{memory / 2**30:.2f} GiB on {task.device}'),
+    ]
+    print(format_table(('', ''), rows))

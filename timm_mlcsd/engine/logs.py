@@ -1,0 +1,107 @@
+"""Where an epoch's numbers go beside summary.csv: TensorBoard, Weights & Biases, trackio."""
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+
+from ..errors import UserError, blame
+
+__all__ = ['LOGS', 'Logs']
+
+CELL = 24  # pixels at each side of a cell of the CWEM's picture
+
+
+class Logs:
+    """What ``--log-*`` asks for, opened; the numbers of an epoch go to all of them.
+
+    Args:
+        args: The flags.
+        folder: Of the run.
+
+    Raises:
+        UserError: A package is missing, or a service refuses.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.open: List[Any] = []
+        for name, make in LOGS.items():
+            if getattr(args, f'log_{name}'):
+                with blame(f'--log-{name} cannot be used'):
+                    self.open.append(make(args, folder))
+
+    def add(self, epoch: int, values: Dict[str, float], weights: Optional[torch.Tensor] = None) -> None:
+        """Add an epoch.
+
+        Args:
+            epoch: Its number.
+            values: By name.
+            weights: Mean mixing weights of the teachers, [K, K], drawn white for 1.
+        """
+        picture = None
+        if weights is not None:
+            cells = torch.ones(CELL, CELL, device=weights.device)
+            picture = torch.kron(weights.float(), cells).clamp(0, 1).mul(255).byte().cpu()
+        for log in self.open:
+            log.add(epoch, values, picture)
+
+    def close(self) -> None:
+        for log in self.open:
+            log.close()
+
+
+class _TensorBoard:
+    """Event files in the folder of the run."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.writer = _package('torch.utils.tensorboard', 'tensorboard').SummaryWriter(str(folder))
+
+    def add(self, epoch: int, values: Dict[str, float], picture: Optional[torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, epoch)
+        if picture is not None:
+            self.writer.add_image('teachers', picture, epoch, dataformats='HW')
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Service:
+    """A package with wandb's interface, which trackio shares."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.module = _package(self.name, self.name)
+        self.run = self.module.init(project=args.log_project, name=folder.name, config=vars(args), **self.more(folder))
+
+    def add(self, epoch: int, values: Dict[str, float], picture: Optional[torch.Tensor]) -> None:
+        pictures = {} if picture is None else {'teachers': self.module.Image(picture.numpy())}
+        self.module.log({**values, **pictures}, step=epoch)
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+class _WandB(_Service):
+    name = 'wandb'
+
+    def more(self, folder: Path) -> Dict[str, Any]:
+        return dict(dir=str(folder), id=folder.name, resume='allow')
+
+
+class _Trackio(_Service):
+    name = 'trackio'
+
+    def more(self, folder: Path) -> Dict[str, Any]:
+        return dict(resume='allow')
+
+
+LOGS = {'tensorboard': _TensorBoard, 'wandb': _WandB, 'trackio': _Trackio}
+
+
+def _package(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f'--log-{extra} needs a package: pip install "timm_mlcsd[{extra}]" ({e}).') from None

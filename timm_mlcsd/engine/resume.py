@@ -1,0 +1,128 @@
+"""Where a run lives, and how it goes on."""
+
+import argparse
+import logging
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from timm.utils import NativeScaler
+
+from ..errors import UserError, blame
+from ..network import LAST
+from ..task import MLCSDTask
+from .checkpoint import load_newest
+from .epoch import Progress
+from .world import World
+
+__all__ = ['AUTO', 'check_same_run', 'find_run', 'resume']
+
+_logger = logging.getLogger(__name__)
+
+AUTO = 'auto'
+
+
+def find_run(args: argparse.Namespace, world: World) -> Tuple[Path, Optional[Dict[str, Any]]]:
+    """The folder of a run, and the checkpoint that it goes on from, None for a new one.
+
+    A run with ``--resume PATH`` goes on where that checkpoint lies; any other gets a folder of its own. With
+    ``--resume auto``, and when torchrun has started the processes anew, it is ``--experiment``'s, whether it has a
+    checkpoint yet or not.
+
+    Raises:
+        UserError: The folder holds a run that nobody wants to go on with, or cannot be found again.
+    """
+    may_restart = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) > 0
+    if not args.experiment and (args.resume == AUTO or (may_restart and not args.resume)):
+        why = '--resume auto' if args.resume == AUTO else 'a job that torchrun may start again (--max-restarts)'
+        raise UserError(f'{why} must find its checkpoint again: give the run a name with --experiment NAME.')
+    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace("/", "_")}'
+    folder = Path(args.output) / name
+    has_begun = (folder / LAST).exists()
+    if has_begun and (args.resume == AUTO or world.restarts):
+        return folder, load_newest(folder)
+    if args.resume and args.resume != AUTO:
+        checkpoint, given = load_newest(args.resume), Path(args.resume)
+        resumed = given if given.is_dir() else given.parent
+        if not args.experiment or folder.resolve() == resumed.resolve():
+            return resumed, checkpoint
+        return _new(folder, has_begun), checkpoint
+    return _new(folder, has_begun), None
+
+
+def _new(folder: Path, has_begun: bool) -> Path:
+    if has_begun:
+        raise UserError(
+            f'{str(folder)!r} holds a run already: go on with --resume {folder}, or name another --experiment.'
+        )
+    return folder
+
+
+def check_same_run(checkpoint: Dict[str, Any], identity: Dict[str, Any]) -> None:
+    """Refuse to resume what another model, or another choice of held-out images, has begun."""
+    for key, value in identity.items():
+        before = checkpoint.get(key)
+        if isinstance(value, torch.Tensor):
+            same = isinstance(before, torch.Tensor) and torch.equal(before, value)
+            before, value = 'other images', 'these'
+        else:
+            same = _as_lists(before) == _as_lists(value)
+        if not same:
+            raise UserError(f'--resume: the checkpoint is of another run: its {key} is {before}, not {value}.')
+
+
+def _as_lists(value: Any) -> Any:
+    """The same value with lists for tuples: a YAML file has only the one, the command line may have either."""
+    if isinstance(value, dict):
+        return {k: _as_lists(v) for k, v in value.items()}
+    return [_as_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def resume(
+    checkpoint: Dict[str, Any],
+    task: MLCSDTask,
+    optimizer: torch.optim.Optimizer,
+    scaler: Optional[NativeScaler],
+    args: argparse.Namespace,
+    world: World,
+) -> Tuple[int, float, Optional[Progress]]:
+    """Put the state of a checkpoint back; returns the epoch to start with, the best metric so far, and where to go on
+    in an epoch that was not finished."""
+    fixed = ('opt', 'lr', 'weight_decay', 'momentum', 'layer_decay', 'exit_lr_mult')
+    if 'progress' in checkpoint:
+        fixed += ('batch_size', 'workers', 'grad_accum_steps', 'cache_dataset')
+    for name in fixed:
+        # a flag that is younger than the checkpoint had its default then
+        before, now = checkpoint['args'].get(name, getattr(args, name)), getattr(args, name)
+        if before != now and not args.no_resume_opt:
+            raise UserError(
+                f'--resume: the run used --{name.replace("_", "-")} {before}, not {now}, and goes on with it; '
+                f'--no-resume-opt takes its weights only.'
+            )
+    with blame(f'--resume {args.resume!r} does not fit these flags'):
+        task.load_checkpoint_state(checkpoint['state_dict'], checkpoint.get('task_state'))
+        if args.model_ema:
+            if 'state_dict_ema' in checkpoint:
+                task.load_checkpoint_state(checkpoint['state_dict_ema'], checkpoint.get('task_state_ema'), ema=True)
+            else:
+                task.get_trainable_module(ema=True).set(task.get_trainable_module())
+        if not args.no_resume_opt:
+            optimizer.load_state_dict(checkpoint['optimizer'])
+            if scaler and NativeScaler.state_dict_key in checkpoint:
+                scaler.load_state_dict(checkpoint[NativeScaler.state_dict_key])
+    epoch, best = checkpoint['epoch'] + 1, checkpoint['best_metric']
+    if 'progress' not in checkpoint or args.no_resume_opt:
+        _logger.info(f'Resuming after epoch {epoch - 1}')
+        return epoch, best, None
+    by_rank = checkpoint['progress']
+    if len(by_rank) != world.size:
+        _logger.warning(
+            f'Resuming with {world.size} processes what {len(by_rank)} were doing: epoch {epoch} begins anew, with the '
+            f'weights that it had reached.'
+        )
+        return epoch, best, None
+    progress = Progress(**by_rank[world.rank])
+    _logger.info(f'Resuming in epoch {epoch}, after {progress.step} batches')
+    return epoch, best, progress

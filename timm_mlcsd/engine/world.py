@@ -1,0 +1,97 @@
+"""The processes that train one network together, and what they tell each other."""
+
+import logging
+import os
+from typing import Any, List, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError
+
+__all__ = ['ALONE', 'World', 'join_world']
+
+
+class World(NamedTuple):
+    """Which of how many processes this is; alone, it has nobody to ask.
+
+    Every method but `is_first` is collective: all processes call it, in the same order.
+
+    Attributes:
+        rank: Of this process, from 0.
+        size: How many there are.
+        local_rank: Of this process on its machine.
+        restarts: How often torchrun has started them again.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    restarts: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        if self.size == 1:
+            return flag
+        # on the CPU: nobody waits for a GPU
+        says = torch.tensor(float(flag))
+        dist.all_reduce(says, op=dist.ReduceOp.MAX)
+        return bool(says)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> List[Any]:
+        """What every process has, by rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def leave(self) -> None:
+        """Part from the other processes; not collective."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+ALONE = World()
+
+
+def join_world(device_type: str) -> World:
+    """Join the processes that torchrun has started, or stay alone.
+
+    Args:
+        device_type: Where the network trains, ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: There are more processes than GPUs, or they don't find each other.
+    """
+    if 'RANK' not in os.environ or 'WORLD_SIZE' not in os.environ:
+        return ALONE
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    if device_type == 'cuda':
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f'{torch.cuda.device_count()} GPUs for {os.environ.get("LOCAL_WORLD_SIZE")} processes on this machine: '
+                f'start no more than that (torchrun --nproc-per-node), or train with --device cpu.'
+            )
+        torch.cuda.set_device(local_rank)
+    try:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo')
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f'the processes of this job do not find each other: {e}') from e
+    world = World(
+        dist.get_rank(), dist.get_world_size(), local_rank, int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+    )
+    if not world.is_first:
+        logging.getLogger().setLevel(logging.ERROR)
+    return world
