@@ -31,7 +31,9 @@ def plain(tmp_path):
     return model.eval(), path
 
 
-@pytest.mark.parametrize('more', [[], ['--model-ema', '--opt', 'adamw', '--clip-grad', 1], ['--distill', 'one-for-all']])
+@pytest.mark.parametrize(
+    'more', [[], ['--model-ema', '--opt', 'adamw', '--clip-grad', 1], ['--distill', 'one-for-all']]
+)
 def test_the_last_exit_stays_bit_for_bit(plain, small, tmp_path, more):
     model, path = plain
     assert run(train.main, [*small, '--initial-checkpoint', path, '--heads-only', *more]) == 0

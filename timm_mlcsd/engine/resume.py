@@ -24,24 +24,23 @@ _logger = logging.getLogger(__name__)
 AUTO = 'auto'
 
 
-def find_run(args: argparse.Namespace, world: World) -> Tuple[Path, Optional[Dict[str, Any]]]:
+def find_run(args: argparse.Namespace) -> Tuple[Path, Optional[Dict[str, Any]]]:
     """The folder of a run, and the checkpoint that it goes on from, None for a new one.
 
     A run with ``--resume PATH`` goes on where that checkpoint lies; any other gets a folder of its own. With
-    ``--resume auto``, and when torchrun has started the processes anew, it is ``--experiment``'s, whether it has a
-    checkpoint yet or not.
+    ``--resume auto``, and where torchrun may start the processes anew, ``--experiment`` goes on if it has begun.
 
     Raises:
         UserError: The folder holds a run that nobody wants to go on with, or cannot be found again.
     """
     may_restart = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) > 0
-    if not args.experiment and (args.resume == AUTO or (may_restart and not args.resume)):
+    if not args.experiment and (args.resume == AUTO or (may_restart and not os.path.isdir(args.resume))):
         why = '--resume auto' if args.resume == AUTO else 'a job that torchrun may start again (--max-restarts)'
         raise UserError(f'{why} must find its checkpoint again: give the run a name with --experiment NAME.')
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace("/", "_")}'
     folder = Path(args.output) / name
     has_begun = (folder / LAST).exists()
-    if has_begun and (args.resume == AUTO or world.restarts):
+    if has_begun and (args.resume == AUTO or may_restart):
         return folder, load_newest(folder)
     if args.resume and args.resume != AUTO:
         checkpoint, given = load_newest(args.resume), Path(args.resume)

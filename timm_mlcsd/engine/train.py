@@ -62,7 +62,7 @@ def train(args: argparse.Namespace) -> Path:
     device = resolve_device(args)
     world = join_world(device.type)
     random_seed(args.seed)
-    out_dir, checkpoint = find_run(args, world)
+    out_dir, checkpoint = find_run(args)
 
     train_data, val_data, split_record = train_and_val_datasets(args)
     names = class_names(train_data)

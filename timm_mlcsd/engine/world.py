@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from typing import Any, List, NamedTuple
 
 import torch
@@ -21,13 +22,11 @@ class World(NamedTuple):
         rank: Of this process, from 0.
         size: How many there are.
         local_rank: Of this process on its machine.
-        restarts: How often torchrun has started them again.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    restarts: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -86,12 +85,16 @@ def join_world(device_type: str) -> World:
             )
         torch.cuda.set_device(local_rank)
     try:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo')
+        store, rank, size = next(dist.rendezvous('env://'))
+        if os.environ.get('GROUP_WORLD_SIZE') == '1':
+            # torchrun's store outlives a restart, and would still tell where the killed processes could be reached
+            store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        backend = 'cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as e:
         raise UserError(f'the processes of this job do not find each other: {e}') from e
-    world = World(
-        dist.get_rank(), dist.get_world_size(), local_rank, int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
-    )
+    world = World(dist.get_rank(), dist.get_world_size(), local_rank)
     if not world.is_first:
         logging.getLogger().setLevel(logging.ERROR)
+        warnings.simplefilter('ignore')
     return world

@@ -1,0 +1,163 @@
+"""train.py under torchrun: two processes on this machine, on the CPU."""
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from scripts import ROOT, assert_same, run, weights
+
+from timm_mlcsd import MLCSDLoss, create_multi_exit
+from timm_mlcsd.engine import train
+from timm_mlcsd.task import MLCSDTask
+
+CONVNEXT = (
+    '--model mlcsd_convnext_atto --model-kwargs dims=(8,8,16,16) depths=(1,1,2,1) --exits 4 --img-size 32 --crop-pct 1 '
+    '--epochs 2 --workers 0 --lr 0.02 --warmup-epochs 0 --alpha 1 --beta 1 --distill one-for-all --smoothing 0 '
+    '--no-aug --device cpu --val-fraction 0.25'
+).split()
+
+
+def torchrun(*flags, launcher=('--standalone', '--nproc-per-node', 2)):
+    """A job of train.py, started."""
+    command = [sys.executable, '-m', 'torch.distributed.run', *launcher, ROOT / 'train.py', *flags]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen(
+        [str(c) for c in command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def done(job):
+    """What it printed, once it has ended well."""
+    output = job.communicate(timeout=240)[0]
+    assert job.returncode == 0, output
+    return output
+
+
+def curve(run_folder):
+    with open(run_folder / 'summary.csv') as f:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(f)]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(folder, tmp_path):
+    flags = [folder, *CONVNEXT, '--output', tmp_path]
+    jobs = [
+        torchrun(*flags, '--batch-size', 12, '--experiment', 'one', launcher=('--standalone', '--nproc-per-node', 1)),
+        # 3 images at a time, added up over two steps without synchronisation
+        torchrun(*flags, '--batch-size', 3, '--grad-accum-steps', 2, '--experiment', 'two'),
+    ]
+    output = [done(job) for job in jobs]
+    one, two = curve(tmp_path / 'one'), curve(tmp_path / 'two')
+    assert len(one) == 2
+    for a, b in zip(one, two):
+        # sums in another order: float32 rounding, grown over 6 updates
+        assert a == pytest.approx(b, rel=1e-4)
+    a, b = (weights(tmp_path / name) for name in ('one', 'two'))
+    for name, t in a.items():
+        torch.testing.assert_close(t, b[name], rtol=1e-3, atol=1e-5)
+    # only the first process speaks
+    assert output[1].count('epoch 0:') == 1 and output[1].count('Best validation') == 1
+
+
+def test_a_killed_worker_brings_the_job_back_where_it_was(folder, small_flags, tmp_path):
+    flags = [folder, *small_flags, '--output', tmp_path, '--batch-size', 8, '--epochs', 30, '--model-ema']
+    flags += ['--checkpoint-every-steps', 2, '--checkpoint-hist', 50, '--drop', 0.2]
+    # two machines, as far as torchrun can tell
+    node = ['--nnodes', 2, '--nproc-per-node', 1, '--rdzv-backend', 'c10d', '--rdzv-id', 'test']
+    node += ['--rdzv-endpoint', f'127.0.0.1:{free_port()}']
+    for job in [torchrun(*flags, '--experiment', 'whole', launcher=node) for _ in range(2)]:
+        done(job)
+    job = torchrun(
+        *flags, '--experiment', 'killed', launcher=['--standalone', '--nproc-per-node', 2, '--max-restarts', 2]
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / 'killed' / 'checkpoint-3.pth.tar').exists():
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.01)
+    os.kill(_worker(job.pid), signal.SIGKILL)
+    assert 'Resuming' in done(job)
+    assert [row['epoch'] for row in curve(tmp_path / 'killed')] == list(range(30))
+    assert_same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
+
+
+def _worker(agent):
+    """The process that a torchrun has started, on Linux."""
+    for entry in Path('/proc').iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / 'stat').read_text().rpartition(')')[2].split()[1])
+            except OSError:
+                continue
+            if parent == agent and b'train.py' in (entry / 'cmdline').read_bytes():
+                return int(entry.name)
+    raise AssertionError('the agent has no worker')
+
+
+def test_a_job_that_may_restart_needs_a_name(small, capsys, monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', '3')
+    assert run(train.main, small[: small.index('--experiment')]) == 2
+    assert '--experiment NAME' in capsys.readouterr().err
+
+
+def test_resume_auto(small, tmp_path, capsys):
+    assert run(train.main, [*small, '--resume', 'auto', '--epochs', 1]) == 0
+    assert run(train.main, [*small, '--resume', 'auto', '--epochs', 2]) == 0
+    assert [row['epoch'] for row in curve(tmp_path / 'run')] == [0, 1]
+    assert run(train.main, [*small[: small.index('--experiment')], '--resume', 'auto']) == 2
+    assert '--experiment NAME' in capsys.readouterr().err
+
+
+def _in_two_processes(work, tmp_path):
+    mp.spawn(_start, (str(tmp_path / 'store'), work, str(tmp_path)), nprocs=2)
+    return [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2)]
+
+
+def _start(rank, store, work, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
+    torch.save(work(rank), f'{folder}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+def _remember(rank):
+    """Train two steps with each loss that remembers images; its memories, and which images this process had."""
+    memories = {}
+    for kind in ({'method': 'crd'}, {'pool_momentum': 0.5}):
+        torch.manual_seed(0)
+        model = create_multi_exit('resnet18', exits=3, num_classes=5, small_input=True, channels=(8, 8, 8, 8))
+        criterion = MLCSDLoss(3, model.feature_dim, num_samples=40, num_classes=5, **kind)
+        task = MLCSDTask(model, criterion, verbose=False)
+        fresh = {name: t.clone() for name, t in criterion.named_buffers()}
+        task.prepare_distributed()
+        for step in range(2):
+            torch.manual_seed(10 * step + rank)
+            indices = torch.arange(4) + 8 * step + 4 * rank
+            task.train()(torch.randn(4, 3, 16, 16), indices % 5, indices)['loss'].backward()
+        for name in criterion.memory_names():
+            memories[f'{kind} {name}'] = dict(criterion.named_buffers())[name]
+            memories[f'{kind} {name} fresh'] = fresh[name]
+    return memories
+
+
+def test_what_one_process_saw_all_remember(tmp_path):
+    first, second = _in_two_processes(_remember, tmp_path)
+    assert len(first) == 2 * 5
+    for name, memory in first.items():
+        assert torch.equal(memory, second[name]), name
+    for name, moved in (("{'method': 'crd'} method.memory", 1), ("{'pool_momentum': 0.5} memory.mean", 0)):
+        changed = (first[name] != first[f'{name} fresh']).movedim(moved, 0).flatten(1).any(dim=1)
+        assert changed.tolist() == [True] * 16 + [False] * 24, name
