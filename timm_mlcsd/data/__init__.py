@@ -1,5 +1,6 @@
 """What timm's data package lacks."""
 
+from .checked import CheckedImages, CheckedLoader, NextIfBroken, checked_images, without_broken
 from .device_cache import CachedLoader, cache_images
 from .digits import DigitsDataset
 from .pad_crop import PadCrop
@@ -7,11 +8,16 @@ from .subset import ConvertedImages, IndexedTargets, TransformSubset, hold_out
 
 __all__ = [
     'CachedLoader',
+    'CheckedImages',
+    'CheckedLoader',
     'ConvertedImages',
     'DigitsDataset',
     'IndexedTargets',
+    'NextIfBroken',
     'PadCrop',
     'TransformSubset',
     'cache_images',
+    'checked_images',
     'hold_out',
+    'without_broken',
 ]

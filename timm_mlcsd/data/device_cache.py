@@ -13,7 +13,7 @@ def cache_images(dataset: Dataset, device: torch.device, workers: int = 0) -> Tu
     """Decode a whole data set.
 
     Args:
-        dataset: Gives (image, target), images of one size: PIL's, or uint8 tensors [C, H, W].
+        dataset: Gives (image, target), images of one size: PIL's, or uint8 tensors [C, H, W]; None is left out.
         device: Where they go.
         workers: Processes that decode.
 
@@ -26,7 +26,7 @@ def cache_images(dataset: Dataset, device: torch.device, workers: int = 0) -> Tu
 
 
 def _collate(samples: Sequence[Tuple[Any, Any]]) -> Tuple[torch.Tensor, torch.Tensor]:
-    images, targets = zip(*samples)
+    images, targets = zip(*(sample for sample in samples if sample is not None))
     return torch.stack([_as_hwc(image) for image in images]), default_collate(list(targets))
 
 

@@ -12,7 +12,7 @@ class TransformSubset(Dataset):
     """The samples at `indices`, with a transform that leaves the full data set's alone.
 
     Args:
-        dataset: Gives (image, target) without a transform of its own.
+        dataset: Gives (image, target) without a transform of its own, or None for what cannot be read.
         indices: Which samples.
     """
 
@@ -21,8 +21,11 @@ class TransformSubset(Dataset):
         self.indices = indices
         self.transform: Optional[Callable] = None
 
-    def __getitem__(self, index: int) -> Tuple[Any, Any]:
-        image, target = self.dataset[self.indices[index]]
+    def __getitem__(self, index: int) -> Optional[Tuple[Any, Any]]:
+        sample = self.dataset[self.indices[index]]
+        if sample is None:
+            return None
+        image, target = sample
         return self.transform(image) if self.transform else image, target
 
     def __len__(self) -> int:
@@ -55,15 +58,18 @@ class IndexedTargets(Dataset):
     """The same images, each target a tensor [2]: the class and the image's index.
 
     Args:
-        dataset: Gives (image, class) without a transform of its own.
+        dataset: Gives (image, class) without a transform of its own, or None for what cannot be read.
     """
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
         self.transform: Optional[Callable] = None
 
-    def __getitem__(self, index: int) -> Tuple[Any, torch.Tensor]:
-        image, target = self.dataset[index]
+    def __getitem__(self, index: int) -> Optional[Tuple[Any, torch.Tensor]]:
+        sample = self.dataset[index]
+        if sample is None:
+            return None
+        image, target = sample
         return self.transform(image) if self.transform else image, torch.tensor([int(target), index])
 
     def __len__(self) -> int:

@@ -77,8 +77,14 @@ def rehearse(
         ('parameters of the heads', f'{heads / 1e6:.2f} M'),
         ('parameters of the loss', f'{sum(p.numel() for p in task.criterion.parameters()) / 1e6:.2f} M'),
         ('images per update', f'{images} in {seconds:.3f} s, {images / seconds:.0f} images/s'),
-        ('time per epoch', f'{per_epoch / 60:.1f} min, without evaluation'),
-        (f'time of {num_epochs} epochs', f'{num_epochs * per_epoch / 3600:.1f} h'),
+        ('time of an epoch', f'{_duration(per_epoch)}, without evaluation'),
+        (f'time of {num_epochs} epochs', _duration(num_epochs * per_epoch)),
         ('peak memory', f'{memory / 2**30:.2f} GiB on {task.device}'),
     ]
-    print(format_table(('', ''), rows))
+    print(format_table(('what', 'how much'), rows))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f'{seconds:.1f} s'
+    return f'{seconds / 60:.1f} min' if seconds < 7200 else f'{seconds / 3600:.1f} h'

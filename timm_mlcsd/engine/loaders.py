@@ -9,10 +9,24 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
-from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.data import FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
+from timm.data.loader import fast_collate
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
-from ..data import CachedLoader, ConvertedImages, DigitsDataset, PadCrop, TransformSubset, cache_images, hold_out
+from ..data import (
+    CachedLoader,
+    CheckedImages,
+    CheckedLoader,
+    ConvertedImages,
+    DigitsDataset,
+    NextIfBroken,
+    PadCrop,
+    TransformSubset,
+    cache_images,
+    checked_images,
+    hold_out,
+    without_broken,
+)
 from ..errors import UserError, blame
 from .world import World
 
@@ -100,6 +114,8 @@ def load_dataset(
             trust_remote_code=args.dataset_trust_remote_code,
             **keys,
         )
+    if isinstance(dataset, ImageDataset):
+        return CheckedImages(dataset.reader, image_mode, args.max_bad_samples)
     # timm leaves torchvision's images as they are
     return ConvertedImages(dataset, image_mode) if prefix == 'torch' else dataset
 
@@ -224,6 +240,8 @@ def train_loader(
     """Batches to train on: augmented, normalised, on the device."""
     if args.cache_dataset:
         _check_cacheable(args, dataset)
+    if checked_images(dataset) is not None:
+        dataset = NextIfBroken(dataset)
     mixup = None
     if mixup_active(args):
         if args.batch_size % 2:
@@ -291,7 +309,7 @@ def train_loader(
         dataset.transform.transforms[0] = pad_and_crop
     if len(loader) == 0:
         raise UserError(f'--batch-size {args.batch_size} is larger than the training set ({len(dataset)} images).')
-    return loader
+    return _checked(loader, dataset)
 
 
 def set_epoch(batches: Any, dataset: Dataset, epoch: int) -> None:
@@ -326,11 +344,18 @@ def eval_loader(
         crop_pct=data_config['crop_pct'],
         crop_mode=data_config['crop_mode'],
         num_workers=args.workers,
+        collate_fn=without_broken(fast_collate),
         pin_memory=args.pin_mem,
         device=device,
         persistent_workers=False,
     )
-    return _cached(args, loader) if getattr(args, 'cache_dataset', '') else loader
+    return _checked(_cached(args, loader) if getattr(args, 'cache_dataset', '') else loader, dataset)
+
+
+def _checked(loader: Any, dataset: Dataset) -> Any:
+    """The loader, stopping where too many images are broken."""
+    images = checked_images(dataset)
+    return loader if images is None else CheckedLoader(loader, images)
 
 
 def _check_cacheable(args: argparse.Namespace, dataset: Dataset) -> None:

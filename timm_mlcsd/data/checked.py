@@ -1,0 +1,165 @@
+"""Images that may be broken: counted, named once, left out."""
+
+import logging
+from typing import Any, Callable, Iterator, Optional, Set, Tuple
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ..errors import UserError, shortened
+
+__all__ = ['CheckedImages', 'CheckedLoader', 'NextIfBroken', 'checked_images', 'without_broken']
+
+_logger = logging.getLogger(__name__)
+
+
+class CheckedImages(Dataset):
+    """A timm reader's images; None in the place of one that cannot be read.
+
+    timm's own data set takes the next image instead, says so every time, and counts nothing.
+
+    Args:
+        reader: Gives (file, class index), and its names.
+        mode: PIL mode.
+        limit: How many images may be broken.
+    """
+
+    def __init__(self, reader: Any, mode: str, limit: int = 0):
+        self.reader = reader
+        self.mode = mode
+        self.limit = limit
+        self.transform: Optional[Callable] = None
+        # in memory that the loader's processes share
+        self.broken = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
+        self.named: Set[int] = set()
+
+    def __getitem__(self, index: int) -> Optional[Tuple[Any, Any]]:
+        try:
+            image, target = self._read(index)
+        except Exception:  # decoders fail in as many ways as there are files
+            self.broken[index] = True
+            return None
+        return self.transform(image) if self.transform else image, target
+
+    def _read(self, index: int) -> Tuple[Image.Image, Any]:
+        file, target = self.reader[index]
+        with Image.open(file) as image:
+            return image.convert(self.mode), -1 if target is None else target
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def check(self) -> None:
+        """Name the images that have turned out broken since last asked.
+
+        Raises:
+            UserError: They have become more than may be.
+        """
+        broken = self.broken.nonzero().flatten().tolist()
+        new = [index for index in broken if index not in self.named]
+        self.named.update(new)
+        if new and len(broken) > self.limit:
+            allowed = f', more than --max-bad-samples {self.limit} allows' if self.limit else ''
+            raise UserError(
+                f'{len(broken)} of {len(self)} images cannot be read{allowed}, among them {self._complaint(new[0])}. '
+                f'Mend or remove them, or go on without with --max-bad-samples N.'
+            )
+        for index in new:
+            _logger.warning(f'Left out, because it cannot be read: {self._complaint(index)}')
+
+    def _complaint(self, index: int) -> str:
+        try:
+            name = self.reader.filename(index, absolute=True) or f'number {index}'
+        except Exception:  # where even that is unreadable
+            name = f'number {index}'
+        try:
+            self._read(index)
+        except Exception as e:
+            return f'{name} ({shortened(e, 120)})'
+        return f'{name}, which now can be read'
+
+
+class NextIfBroken(Dataset):
+    """To train on: the image behind a broken one in its place, so that batches stay full.
+
+    Args:
+        dataset: Gives (image, target), or None.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        self.transform: Optional[Callable] = None
+
+    def __getitem__(self, index: int) -> Tuple[Any, Any]:
+        for i in range(len(self)):
+            sample = self.dataset[(index + i) % len(self)]
+            images = checked_images(self.dataset)
+            if sample is not None:
+                return self.transform(sample[0]) if self.transform else sample[0], sample[1]
+            if images is not None and int(images.broken.sum()) > images.limit:
+                break
+        raise ValueError('too many images are broken')
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def without_broken(collate: Callable) -> Callable:
+    """To evaluate on: batches of what can be read alone."""
+    return _WithoutBroken(collate)
+
+
+class _WithoutBroken:
+    def __init__(self, collate: Callable):
+        self.collate = collate
+
+    def __call__(self, samples: Any) -> Any:
+        whole = [sample for sample in samples if sample is not None]
+        if not whole:
+            raise ValueError('all images of a batch are broken')
+        return self.collate(whole)
+
+
+def checked_images(dataset: Any) -> Optional[CheckedImages]:
+    """What a data set's images come from, if that looks for broken ones."""
+    while dataset is not None and not isinstance(dataset, CheckedImages):
+        dataset = getattr(dataset, 'dataset', None)
+    return dataset
+
+
+class CheckedLoader:
+    """A loader that looks for broken images behind every batch.
+
+    Args:
+        loader: timm's.
+        images: What its images come from.
+    """
+
+    def __init__(self, loader: Any, images: CheckedImages):
+        self.loader = loader
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            for batch in self.loader:
+                self.images.check()
+                yield batch
+        except ValueError:
+            self.images.check()
+            raise
+
+    @property
+    def sampler(self) -> Any:
+        return self.loader.sampler
+
+    @property
+    def mixup_enabled(self) -> bool:
+        return self.loader.mixup_enabled
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        self.loader.mixup_enabled = enabled
