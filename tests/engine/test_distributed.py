@@ -17,6 +17,7 @@ from scripts import ROOT, assert_same, run, weights
 
 from timm_mlcsd import MLCSDLoss, create_multi_exit
 from timm_mlcsd.engine import train
+from timm_mlcsd.engine.world import World
 from timm_mlcsd.task import MLCSDTask
 
 CONVNEXT = (
@@ -54,21 +55,25 @@ def free_port():
 
 
 def test_two_processes_train_as_one_with_the_same_global_batch(folder, tmp_path):
-    flags = [folder, *CONVNEXT, '--output', tmp_path]
+    flags = [folder, *CONVNEXT, '--sched', 'none', '--clip-grad', 1, '--output', tmp_path]
     jobs = [
         torchrun(*flags, '--batch-size', 12, '--experiment', 'one', launcher=('--standalone', '--nproc-per-node', 1)),
         # 3 images at a time, added up over two steps without synchronisation
         torchrun(*flags, '--batch-size', 3, '--grad-accum-steps', 2, '--experiment', 'two'),
+        torchrun(*flags, '--batch-size', 6, '--experiment', 'sharded', '--fsdp', '--log-tensorboard', '--epochs', 1),
     ]
     output = [done(job) for job in jobs]
-    one, two = curve(tmp_path / 'one'), curve(tmp_path / 'two')
-    assert len(one) == 2
-    for a, b in zip(one, two):
-        # sums in another order: float32 rounding, grown over 6 updates
-        assert a == pytest.approx(b, rel=1e-4)
-    a, b = (weights(tmp_path / name) for name in ('one', 'two'))
-    for name, t in a.items():
-        torch.testing.assert_close(t, b[name], rtol=1e-3, atol=1e-5)
+    done(torchrun(*flags, '--batch-size', 6, '--resume', tmp_path / 'sharded', '--fsdp', '--log-tensorboard'))
+    for name in ('two', 'sharded'):
+        one, other = curve(tmp_path / 'one'), curve(tmp_path / name)
+        assert len(one) == len(other) == 2
+        for a, b in zip(one, other):
+            # sums in another order: float32 rounding, grown over 6 updates
+            assert a == pytest.approx(b, rel=1e-4)
+        a, b = (weights(tmp_path / run) for run in ('one', name))
+        assert set(a) == set(b)
+        for key, t in a.items():
+            torch.testing.assert_close(t, b[key], rtol=1e-3, atol=1e-5)
     # only the first process speaks
     assert output[1].count('epoch 0:') == 1 and output[1].count('Best validation') == 1
 
@@ -161,3 +166,11 @@ def test_what_one_process_saw_all_remember(tmp_path):
     for name, moved in (("{'method': 'crd'} method.memory", 1), ("{'pool_momentum': 0.5} memory.mean", 0)):
         changed = (first[name] != first[f'{name} fresh']).movedim(moved, 0).flatten(1).any(dim=1)
         assert changed.tolist() == [True] * 16 + [False] * 24, name
+
+
+@pytest.mark.parametrize('others', [[], ['--model-ema'], ['--heads-only']])
+def test_fsdp_says_what_it_does_not_do(small, capsys, monkeypatch, others):
+    monkeypatch.setattr(train, 'join_world', lambda device_type: World(size=1 + bool(others)))
+    monkeypatch.setattr(train, 'check_heads_only', lambda *args: None)
+    assert run(train.main, [*small, '--fsdp', *others]) == 2
+    assert (others[0] if others else 'torchrun') in capsys.readouterr().err

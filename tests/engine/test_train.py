@@ -242,9 +242,15 @@ def test_initial_checkpoint_of_a_plain_backbone(small, tmp_path):
 
 
 @pytest.mark.parametrize('config', sorted(p.name for p in (ROOT / 'configs').glob('*.yaml')))
-def test_configs_parse(config):
-
-    assert parse_args(train_parser(), ['--config', str(ROOT / 'configs' / config)]).model.startswith('mlcsd_')
+def test_configs_train(config, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('timm.models._builder.load_pretrained', lambda *args, **kwargs: None)
+    plain = timm.create_model('mlcsd_resnet18', num_classes=3, exits=1)
+    torch.save(plain.backbone.state_dict(), tmp_path / 'plain.pth')
+    flags = ['--config', ROOT / 'configs' / config, '--device', 'cpu', '--workers', 0, '-b', 2, '--img-size', 32]
+    more = ['--initial-checkpoint', tmp_path / 'plain.pth'] if config == 'heads_only.yaml' else []
+    data = [] if config == 'quickstart.yaml' else [folder, '--train-split', 'train']
+    assert run(train.main, [*data, *flags, *more, '--dry-run']) == 0
+    assert 'images per update' in capsys.readouterr().out
 
 
 def test_scripts_run_as_they_stand():

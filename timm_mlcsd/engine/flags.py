@@ -284,6 +284,9 @@ def train_parser() -> argparse.ArgumentParser:
         choices=('reduce', 'broadcast', ''),
         help="what becomes of BatchNorm's statistics after an epoch: their mean, the first process's, or nothing",
     )
+    group.add_argument(
+        '--fsdp', action='store_true', help='share parameters and optimizer out (FSDP2), for what one GPU cannot hold'
+    )
     group.add_argument('--sync-bn', action='store_true', help='one BatchNorm over all processes (GPUs only)')
 
     group = parser.add_argument_group('Run')

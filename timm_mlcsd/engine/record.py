@@ -3,7 +3,7 @@
 import argparse
 from collections import OrderedDict
 from pathlib import Path
-from typing import Callable, Dict, Optional
+from typing import Dict, Optional
 
 import torch
 import yaml
@@ -46,7 +46,7 @@ class RunRecord:
         result: Evaluation,
         lr: float,
         speed: float,
-        weights: Callable[[], Optional[torch.Tensor]],
+        weights: Optional[torch.Tensor],
     ) -> None:
         """Add a finished epoch.
 
@@ -56,7 +56,7 @@ class RunRecord:
             result: What the exits get right.
             lr: Learning rate, mean over the groups.
             speed: Images trained on per second.
-            weights: Gives the teachers' mean mixing weights [K, K], asked only where somebody draws them.
+            weights: The teachers' mean mixing weights [K, K], where there are any.
         """
         metrics = OrderedDict(mean_top1=result.mean_top1)
         for k, exit_metrics in enumerate(result.exits, 1):
@@ -66,4 +66,4 @@ class RunRecord:
         )
         if self.logs.open:
             values = dict(losses, lr=lr, images_per_s=speed, **{f'val_{k}': v for k, v in metrics.items()})
-            self.logs.add(epoch, values, weights())
+            self.logs.add(epoch, values, weights)

@@ -15,6 +15,7 @@ from ..network import LAST
 from ..task import MLCSDTask
 from .checkpoint import load_newest
 from .epoch import Progress
+from .fsdp import load_sharded
 from .world import World
 
 __all__ = ['AUTO', 'check_same_run', 'find_run', 'resume']
@@ -89,7 +90,7 @@ def resume(
 ) -> Tuple[int, float, Optional[Progress]]:
     """Put the state of a checkpoint back; returns the epoch to start with, the best metric so far, and where to go on
     in an epoch that was not finished."""
-    fixed = ('opt', 'lr', 'weight_decay', 'momentum', 'layer_decay', 'exit_lr_mult')
+    fixed = ('opt', 'lr', 'weight_decay', 'momentum', 'layer_decay', 'exit_lr_mult', 'fsdp')
     if 'progress' in checkpoint:
         fixed += ('batch_size', 'workers', 'grad_accum_steps', 'cache_dataset')
     for name in fixed:
@@ -101,13 +102,16 @@ def resume(
                 f'--no-resume-opt takes its weights only.'
             )
     with blame(f'--resume {args.resume!r} does not fit these flags'):
-        task.load_checkpoint_state(checkpoint['state_dict'], checkpoint.get('task_state'))
+        if args.fsdp:
+            load_sharded(task, checkpoint, optimizer, args)
+        else:
+            task.load_checkpoint_state(checkpoint['state_dict'], checkpoint.get('task_state'))
         if args.model_ema:
             if 'state_dict_ema' in checkpoint:
                 task.load_checkpoint_state(checkpoint['state_dict_ema'], checkpoint.get('task_state_ema'), ema=True)
             else:
                 task.get_trainable_module(ema=True).set(task.get_trainable_module())
-        if not args.no_resume_opt:
+        if not (args.no_resume_opt or args.fsdp):
             optimizer.load_state_dict(checkpoint['optimizer'])
             if scaler and NativeScaler.state_dict_key in checkpoint:
                 scaler.load_state_dict(checkpoint[NativeScaler.state_dict_key])

@@ -34,7 +34,9 @@ from .dry_run import rehearse
 from .epoch import Progress, Stopped, Termination, mean_losses, train_epoch, until
 from .evaluate import count, exit_logits, mean_mixing_weights, tally
 from .flags import train_parser
+from .fsdp import check_fsdp, shard_task, sharded_state
 from .loaders import class_names, eval_loader, set_epoch, shard, train_and_val_datasets, train_loader
+from .logs import LOGS
 from .optimizer import create_optimizer, create_scheduler, scaled_lr
 from .record import RunRecord
 from .resume import check_same_run, find_run, resume
@@ -83,7 +85,10 @@ def train(args: argparse.Namespace) -> Path:
         check_heads_only(args, model, checkpoint is not None)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
-    model.to(device=device)
+    if args.fsdp:
+        check_fsdp(args, world)
+    else:
+        model.to(device=device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
 
@@ -92,6 +97,8 @@ def train(args: argparse.Namespace) -> Path:
     task = MLCSDTask(model, criterion, device=device, verbose=False)
     if args.sync_bn:
         synchronize_norms(task, device)
+    if args.fsdp:
+        shard_task(task, model, world)
     args.lr, args.alpha = scaled_lr(args, world.size), criterion.alpha
     optimizer = create_optimizer(args, task, model)
     autocast = autocast_of(args, device)
@@ -133,7 +140,7 @@ def train(args: argparse.Namespace) -> Path:
         freeze = args.heads_only is True or epoch < args.heads_only
         if args.heads_only:
             model.freeze_backbone(freeze)
-        if world.size > 1 and (epoch == start_epoch or epoch == args.heads_only):
+        if world.size > 1 and not args.fsdp and (epoch == start_epoch or epoch == args.heads_only):
             # DDP asks once which parameters train
             task.prepare_distributed(device_ids=[world.local_rank] if device.type == 'cuda' else None)
         updates = epoch * updates_per_epoch
@@ -147,20 +154,23 @@ def train(args: argparse.Namespace) -> Path:
 
     def state(**more: Any) -> Dict[str, Any]:
         """All that a run needs to go on."""
+        if args.fsdp:
+            trained = sharded_state(task, optimizer)
+        else:
+            trained = dict(task.get_checkpoint_state(), optimizer=optimizer.state_dict())
         return dict(
             identity,
             args=vars(args),
             data_config=data_config,
             class_names=names,
-            optimizer=optimizer.state_dict(),
+            **trained,
             **({NativeScaler.state_dict_key: scaler.state_dict()} if scaler else {}),
-            **task.get_checkpoint_state(),
             **(task.get_checkpoint_state(ema=True) if args.model_ema else {}),
             **more,
         )
 
     record = RunRecord(args, out_dir, start_epoch, best_metric) if world.is_first else None
-    best = best_metric
+    best, drawn = best_metric, any(getattr(args, f'log_{name}') for name in LOGS)
     _logger.info(
         f'{args.model}: {model.num_exits} exits, {num_classes} classes, {len(train_data)} images to train on, '
         f'{len(val_data)} to choose the best epoch, {world.size} process(es), output in {out_dir}'
@@ -171,8 +181,9 @@ def train(args: argparse.Namespace) -> Path:
 
                 def save(progress: Progress, epoch: int = epoch, best: float = best) -> None:
                     by_rank = world.gather(progress.on_cpu()._asdict())
+                    reached = state(epoch=epoch - 1, best_metric=best, progress=by_rank)
                     if record:
-                        record.saver.save_last(state(epoch=epoch - 1, best_metric=best, progress=by_rank))
+                        record.saver.save_last(reached)
 
                 began = time.perf_counter()
                 progress = train_one(epoch, progress, save=save, termination=termination)
@@ -198,26 +209,17 @@ def train(args: argparse.Namespace) -> Path:
                     scheduler.step(epoch + 1)
                 is_best = result.mean_top1 > best
                 best = max(best, result.mean_top1)
+                weights = mean_mixing_weights(task, val_batches, autocast, args.channels_last) if drawn else None
+                reached = state(
+                    epoch=epoch,
+                    metric=result.mean_top1,
+                    best_metric=best,
+                    results=[metrics._asdict() for metrics in result.exits],
+                    measured_on=f'the {len(val_data)} images that chose the epoch',
+                )
                 if record:
-                    record.add(
-                        epoch,
-                        losses,
-                        result,
-                        lr=sum(rates) / len(rates),
-                        speed=speed,
-                        weights=lambda: mean_mixing_weights(task, val_batches, autocast, args.channels_last),
-                    )
-                    record.saver.save(
-                        state(
-                            epoch=epoch,
-                            metric=result.mean_top1,
-                            best_metric=best,
-                            results=[metrics._asdict() for metrics in result.exits],
-                            measured_on=f'the {len(val_data)} images that chose the epoch',
-                        ),
-                        epoch,
-                        result.mean_top1,
-                    )
+                    record.add(epoch, losses, result, sum(rates) / len(rates), speed, weights)
+                    record.saver.save(reached, epoch, result.mean_top1)
                 accuracies = ' '.join(f'Ex{k} {e.top1:.1f}' for k, e in enumerate(result.exits, 1))
                 _logger.info(
                     f'epoch {epoch}: loss {losses["loss"]:.3f}, validation mean top-1 {result.mean_top1:.2f}'

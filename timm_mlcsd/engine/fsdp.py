@@ -1,0 +1,87 @@
+"""``--fsdp``: parameters, gradients and optimizer state shared out among the processes (FSDP2)."""
+
+import argparse
+from typing import Any, Dict
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from ..errors import UserError
+from ..models import MultiExitModel
+from ..task import MLCSDTask
+from .world import World
+
+__all__ = ['check_fsdp', 'load_sharded', 'shard_task', 'sharded_state']
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def check_fsdp(args: argparse.Namespace, world: World) -> None:
+    """Refuse what does not go together with ``--fsdp``."""
+    if world.size == 1:
+        raise UserError('--fsdp shares a network out among processes: start several with torchrun.')
+    others = dict(
+        model_ema=args.model_ema,
+        torchcompile=args.torchcompile,
+        heads_only=args.heads_only,
+        sync_bn=args.sync_bn,
+        grad_checkpointing=args.grad_checkpointing,
+    )
+    others = [f'--{name.replace("_", "-")}' for name, given in others.items() if given]
+    if args.amp and args.amp_dtype == 'float16':
+        others.append('--amp-dtype float16 (take bfloat16)')
+    if others:
+        raise UserError(f'--fsdp does not go together with {", ".join(others)}.')
+
+
+def shard_task(task: MLCSDTask, model: MultiExitModel, world: World) -> None:
+    """Share network and loss out, block by block, before the optimizer is made.
+
+    Args:
+        task: Network and loss; their parameters go to its device.
+        model: The network.
+        world: The processes.
+    """
+    mesh = init_device_mesh(task.device.type, (world.size,))
+    names = {place.name for place in model.plan.places} if hasattr(model, 'plan') else set()
+    wrapped = getattr(model, 'backbone', model)
+    blocks = [module for name, module in wrapped.named_modules() if name in names]
+    for module in [*blocks, *model.heads, task.criterion]:
+        if next(module.parameters(), None) is not None:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    fully_shard(task.trainable_module, mesh=mesh)
+    # called by name, not as modules
+    register_fsdp_forward_method(model, 'forward_exits')
+    register_fsdp_forward_method(task.criterion, 'mixing_weights')
+
+
+def sharded_state(task: MLCSDTask, optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
+    """What a checkpoint holds of task and optimizer, put together on the CPU; all processes call it."""
+    state = get_model_state_dict(task.trainable_module, options=WHOLE)
+    optimizer_state = get_optimizer_state_dict(task.trainable_module, optimizer, options=WHOLE)
+    parts = {
+        key: {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        for key, prefix in (('state_dict', 'model.'), ('criterion', 'criterion.'))
+    }
+    return dict(
+        state_dict=parts['state_dict'], task_state=dict(criterion=parts['criterion']), optimizer=optimizer_state
+    )
+
+
+def load_sharded(task: MLCSDTask, checkpoint: Dict[str, Any], optimizer: torch.optim.Optimizer, args: Any) -> None:
+    """Share out what `sharded_state` has put together; without optimizer for ``--no-resume-opt``."""
+    criterion = checkpoint.get('task_state', {}).get('criterion', {})
+    state = {f'model.{name}': t for name, t in checkpoint['state_dict'].items()}
+    state.update({f'criterion.{name}': t for name, t in criterion.items()})
+    set_model_state_dict(task.trainable_module, state, options=WHOLE)
+    if not args.no_resume_opt:
+        set_optimizer_state_dict(task.trainable_module, optimizer, checkpoint['optimizer'], options=WHOLE)
