@@ -3,10 +3,11 @@
 
 A step is forward, loss, backward and optimizer update on a resident batch. Prints the ratio of the medians beside the
 ratio of the multiply-adds, the shares of backbone, heads and loss in the multi-exit step, and the ratio of peak
-memory.
+memory. The loss is timed alone too, forward and backward, on the outputs of one step.
 
     python benchmarks/train_step.py --model resnet18 --small-input --input-size 3 32 32 --batch-size 64
     python benchmarks/train_step.py --model resnet50 --input-size 3 224 224 --batch-size 8
+    python benchmarks/train_step.py --small-input --exits 4 --compile
 """
 
 import argparse
@@ -58,18 +59,30 @@ def make_steps(args: argparse.Namespace) -> Tuple[Dict[str, Callable[[], None]],
 
     plain, multi = make(1), make(args.exits)
     criterion = MLCSDLoss(multi.num_exits, multi.feature_dim).to(device)
+    with autocast():
+        outputs = [[t.detach().requires_grad_() for t in kind] for kind in multi(images)]
+    compiled = torch.compile if args.compile else lambda function: function
+    run_plain, run_multi, run_backbone, run_loss = (compiled(m) for m in (plain, multi, multi.backbone, criterion))
 
     def heads_off():
-        return F.cross_entropy(multi.backbone(images).float(), target)
+        return F.cross_entropy(run_backbone(images).float(), target)
 
     def loss_off():
-        return sum(z.float().mean() for z in multi(images).logits)
+        return sum(z.float().mean() for z in run_multi(images).logits)
+
+    def whole():
+        return run_loss(run_multi(images), target)
+
+    def loss_alone():
+        with autocast():
+            run_loss(outputs, target).backward()
 
     steps = {
-        'plain': stepper(plain.parameters(), lambda: F.cross_entropy(plain(images).logits[-1].float(), target)),
-        'multi-exit': stepper([*multi.parameters(), *criterion.parameters()], lambda: criterion(multi(images), target)),
+        'plain': stepper(plain.parameters(), lambda: F.cross_entropy(run_plain(images).logits[-1].float(), target)),
+        'multi-exit': stepper([*multi.parameters(), *criterion.parameters()], whole),
         'multi-exit, loss off': stepper(multi.parameters(), loss_off),
         'multi-exit, heads off': stepper(multi.backbone.parameters(), heads_off),
+        'loss alone': loss_alone,
     }
     size = tuple(args.input_size)
     return steps, exit_costs(multi, size)[-1].macs / exit_costs(plain, size)[-1].macs
@@ -103,6 +116,7 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=7)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
+    parser.add_argument('--compile', action='store_true', help='torch.compile networks and loss')
     parser.add_argument(
         '--channels-last',
         action=argparse.BooleanOptionalAction,
@@ -131,7 +145,8 @@ def main() -> None:
     where = f'{args.device}, {torch.get_num_threads()} threads' if args.device == 'cpu' else args.device
     print(
         f'{args.model}, {args.exits} exits, {args.exit_head}, batch {args.batch_size} of {args.input_size}, {where}, '
-        f'{"bfloat16" if args.amp else "float32"}{", channels last" if args.channels_last else ""}, '
+        f'{"bfloat16" if args.amp else "float32"}{", channels last" if args.channels_last else ""}'
+        f'{", compiled" if args.compile else ""}, '
         f'torch {torch.__version__}, timm {timm.__version__}, median of {args.repeats}'
     )
     rows = [(name, 1000 * t, t / median['plain']) for name, t in median.items()]
@@ -144,7 +159,7 @@ def main() -> None:
     backbone, heads = median['multi-exit, heads off'], median['multi-exit, loss off'] - median['multi-exit, heads off']
     print(
         f'shares of the multi-exit step: backbone {backbone / whole:.0%}, heads {heads / whole:.0%}, '
-        f'loss {(whole - backbone - heads) / whole:.0%}'
+        f'loss {(whole - backbone - heads) / whole:.0%} (timed alone: {median["loss alone"] / whole:.1%})'
     )
     print(
         f'peak memory of a step: plain {memory["plain"] / 2**20:.0f} MiB, multi-exit '
