@@ -8,7 +8,7 @@ from timm.utils import ParseKwargs
 
 from .errors import UserError
 
-__all__ = ['KeyValues', 'ScriptParser', 'exits', 'non_negative_int', 'positive_float', 'positive_int']
+__all__ = ['KeyValues', 'ScriptParser', 'exits', 'non_negative_int', 'positive_float', 'positive_int', 'probability']
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -61,6 +61,14 @@ def positive_float(text: str) -> float:
     value = float(text)
     if not 0.0 < value < math.inf:
         raise argparse.ArgumentTypeError(f'{value} must be positive')
+    return value
+
+
+def probability(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f'{value} must be from 0 to 1')
     return value
 
 

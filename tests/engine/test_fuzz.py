@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripts import run
 
-from timm_mlcsd.arguments import non_negative_int, positive_float, positive_int
+from timm_mlcsd.arguments import non_negative_int, positive_float, positive_int, probability
 from timm_mlcsd.engine import train
 from timm_mlcsd.engine.config import parse_args
 from timm_mlcsd.engine.flags import train_parser
@@ -62,7 +62,7 @@ def values(action):
         usual = st.sampled_from([str(c) for c in action.choices])
     elif action.type in (positive_int, non_negative_int, int):
         usual = st.integers(*SMALL.get(action.dest, (0, 12))).map(str)
-    elif action.type in (float, positive_float):
+    elif action.type in (float, positive_float, probability):
         usual = st.floats(-1, 3, width=16).map(str)
     else:
         usual = st.text('abc/.=', min_size=1, max_size=4)

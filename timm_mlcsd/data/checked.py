@@ -129,14 +129,14 @@ def checked_images(dataset: Any) -> Optional[CheckedImages]:
 
 
 class CheckedLoader:
-    """A loader that looks for broken images behind every batch.
+    """A loader that looks for broken images behind every batch, and says in one line why there is none.
 
     Args:
         loader: timm's.
-        images: What its images come from.
+        images: What its images come from, if that looks for broken ones.
     """
 
-    def __init__(self, loader: Any, images: CheckedImages):
+    def __init__(self, loader: Any, images: Optional[CheckedImages]):
         self.loader = loader
         self.images = images
 
@@ -144,13 +144,23 @@ class CheckedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        try:
-            for batch in self.loader:
-                self.images.check()
-                yield batch
-        except ValueError:
+        iterator = iter(self.loader)
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except Exception as e:  # of a transform, a decoder, a process that died
+                self._check()
+                # a loader's process reports its whole traceback
+                reason = str(e).strip().rpartition('\n')[2] or type(e).__name__
+                raise UserError(f'a batch of images cannot be made: {reason}') from e
+            self._check()
+            yield batch
+
+    def _check(self) -> None:
+        if self.images is not None:
             self.images.check()
-            raise
 
     @property
     def sampler(self) -> Any:

@@ -4,7 +4,7 @@ import argparse
 import os
 
 from ..adaptive import AGGREGATES, METHODS, SCORES
-from ..arguments import KeyValues, ScriptParser, exits, non_negative_int, positive_float, positive_int
+from ..arguments import KeyValues, ScriptParser, exits, non_negative_int, positive_float, positive_int, probability
 from ..losses import CWEM_SUPERVISIONS, DISTILLS
 from ..losses import METHODS as DISTILL_METHODS
 from ..models import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS
@@ -140,9 +140,9 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--num-classes', type=positive_int, default=None, metavar='N', help='(default: of the data)')
     group.add_argument('--gp', default=None, metavar='POOL', help="the backbone's global pool")
     group.add_argument('--grad-checkpointing', action='store_true', help='recompute blocks in the backward pass')
-    group.add_argument('--drop', type=float, default=None, metavar='PCT', help='dropout rate')
-    group.add_argument('--drop-path', type=float, default=None, metavar='PCT', help='drop path rate')
-    group.add_argument('--drop-block', type=float, default=None, metavar='PCT', help='drop block rate')
+    group.add_argument('--drop', type=probability, default=None, metavar='PCT', help='dropout rate')
+    group.add_argument('--drop-path', type=probability, default=None, metavar='PCT', help='drop path rate')
+    group.add_argument('--drop-block', type=probability, default=None, metavar='PCT', help='drop block rate')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
 
     group = parser.add_argument_group('Distillation')
@@ -245,22 +245,22 @@ def train_parser() -> argparse.ArgumentParser:
     )
     group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0])
     group.add_argument('--ratio', type=float, nargs=2, default=[3.0 / 4.0, 4.0 / 3.0])
-    group.add_argument('--hflip', type=float, default=0.5)
-    group.add_argument('--vflip', type=float, default=0.0)
+    group.add_argument('--hflip', type=probability, default=0.5)
+    group.add_argument('--vflip', type=probability, default=0.0)
     group.add_argument('--color-jitter', type=float, default=0.4)
-    group.add_argument('--color-jitter-prob', type=float, default=None)
-    group.add_argument('--grayscale-prob', type=float, default=0.0)
-    group.add_argument('--gaussian-blur-prob', type=float, default=0.0)
+    group.add_argument('--color-jitter-prob', type=probability, default=None)
+    group.add_argument('--grayscale-prob', type=probability, default=0.0)
+    group.add_argument('--gaussian-blur-prob', type=probability, default=0.0)
     group.add_argument('--aa', default=None, metavar='NAME', help='AutoAugment policy')
-    group.add_argument('--reprob', type=float, default=0.0, help='random erasing probability')
+    group.add_argument('--reprob', type=probability, default=0.0, help='random erasing probability')
     group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'))
     group.add_argument('--recount', type=positive_int, default=1)
     group.add_argument('--train-interpolation', default='random')
     group.add_argument('--mixup', type=float, default=0.0)
     group.add_argument('--cutmix', type=float, default=0.0)
     group.add_argument('--cutmix-minmax', type=float, nargs=2, default=None)
-    group.add_argument('--mixup-prob', type=float, default=1.0)
-    group.add_argument('--mixup-switch-prob', type=float, default=0.5)
+    group.add_argument('--mixup-prob', type=probability, default=1.0)
+    group.add_argument('--mixup-switch-prob', type=probability, default=0.5)
     group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
     group.add_argument('--mixup-off-epoch', type=non_negative_int, default=0, metavar='N')
     group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')

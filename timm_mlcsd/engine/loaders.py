@@ -354,8 +354,7 @@ def eval_loader(
 
 def _checked(loader: Any, dataset: Dataset) -> Any:
     """The loader, stopping where too many images are broken."""
-    images = checked_images(dataset)
-    return loader if images is None else CheckedLoader(loader, images)
+    return CheckedLoader(loader, checked_images(dataset))
 
 
 def _check_cacheable(args: argparse.Namespace, dataset: Dataset) -> None:
