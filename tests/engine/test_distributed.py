@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from scripts import ROOT, assert_same, run, weights
 
 from timm_mlcsd import MLCSDLoss, create_multi_exit
-from timm_mlcsd.engine import train
+from timm_mlcsd.engine import train, training
 from timm_mlcsd.engine.world import World
 from timm_mlcsd.task import MLCSDTask
 
@@ -171,6 +171,6 @@ def test_what_one_process_saw_all_remember(tmp_path):
 @pytest.mark.parametrize('others', [[], ['--model-ema'], ['--heads-only']])
 def test_fsdp_says_what_it_does_not_do(small, capsys, monkeypatch, others):
     monkeypatch.setattr(train, 'join_world', lambda device_type: World(size=1 + bool(others)))
-    monkeypatch.setattr(train, 'check_heads_only', lambda *args: None)
+    monkeypatch.setattr(training, 'check_heads_only', lambda *args: None)
     assert run(train.main, [*small, '--fsdp', *others]) == 2
     assert (others[0] if others else 'torchrun') in capsys.readouterr().err

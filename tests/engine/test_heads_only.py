@@ -92,7 +92,7 @@ def test_what_was_fixed_before_stays_so():
     ],
 )
 def test_mistakes(small, capsys, monkeypatch, flags, words):
-    monkeypatch.setattr('timm_mlcsd.engine.train.build_model', _untrained)
+    monkeypatch.setattr('timm_mlcsd.engine.training.build_model', _untrained)
     assert run(train.main, [*small, '--exits', 4, '--heads-only', *flags]) == 2
     assert words in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scripts import ROOT, assert_same, run, weights
 
-from timm_mlcsd.engine import checkpoint, epoch, train
+from timm_mlcsd.engine import checkpoint, epoch, train, training
 from timm_mlcsd.network import load_checkpoint
 
 # dropout, so that the generators matter to the network too
@@ -56,7 +56,7 @@ def test_sigterm_saves_and_leaves(when, small, tmp_path, monkeypatch):
     assert run(train.main, [*flags, '--experiment', 'whole']) == 0
     seen = itertools.count()
     where = 'train_epoch' if when == 'training' else 'until'
-    inner = getattr(train, where)
+    inner = getattr(training, where)
 
     def terminated(*args, **kwargs):
         termination = next(a for a in (*args, *kwargs.values()) if isinstance(a, epoch.Termination))
@@ -64,9 +64,9 @@ def test_sigterm_saves_and_leaves(when, small, tmp_path, monkeypatch):
             termination.wished = True
         return inner(*args, **kwargs)
 
-    monkeypatch.setattr(train, where, terminated)
+    monkeypatch.setattr(training, where, terminated)
     assert run(train.main, [*flags, '--experiment', 'cut']) == 0
-    monkeypatch.setattr(train, where, inner)
+    monkeypatch.setattr(training, where, inner)
     stopped = load_checkpoint(tmp_path / 'cut')
     assert stopped['epoch'] == 0 and stopped['progress'][0]['step'] == (1 if when == 'training' else 5)
     assert run(train.main, [*flags, '--experiment', 'cut', '--resume', tmp_path / 'cut']) == 0
@@ -88,7 +88,7 @@ def test_sigterm_from_outside(small, tmp_path):
 
 def test_an_unfinished_epoch_goes_on_with_the_same_batches_only(small, tmp_path, capsys, monkeypatch):
     flags = [*small, '--checkpoint-every-steps', '2', '--epochs', '1']
-    monkeypatch.setattr(train, 'until', _stop)
+    monkeypatch.setattr(training, 'until', _stop)
     assert run(train.main, flags) == 0
     capsys.readouterr()
     monkeypatch.undo()
@@ -120,7 +120,7 @@ def test_generators_come_back():
 
 def poison(monkeypatch, bad):
     """Make the images of some batches NaN."""
-    count, inner = itertools.count(), train.train_loader
+    count, inner = itertools.count(), training.train_loader
 
     class Poisoned:
         def __init__(self, loader):
@@ -133,7 +133,7 @@ def poison(monkeypatch, bad):
             for images, target in self.loader:
                 yield (images * float('nan') if next(count) in bad else images), target
 
-    monkeypatch.setattr(train, 'train_loader', lambda *args: Poisoned(inner(*args)))
+    monkeypatch.setattr(training, 'train_loader', lambda *args: Poisoned(inner(*args)))
 
 
 def test_batches_without_a_finite_loss_are_left_out(small, tmp_path, monkeypatch, caplog):

@@ -1,18 +1,15 @@
 """``--dry-run``: what a training would take, found out in two steps."""
 
-import argparse
 import contextlib
 import resource
 import time
-from typing import Any, Callable, List
+from typing import List
 
 import torch
 
-from ..models import MultiExitModel
 from ..report import format_table
-from ..task import MLCSDTask
 from .epoch import Stopped
-from .world import World
+from .training import Training
 
 __all__ = ['rehearse']
 
@@ -36,39 +33,20 @@ class _Clock:
         return len(self.ends) > self.updates
 
 
-def rehearse(
-    args: argparse.Namespace,
-    model: MultiExitModel,
-    task: MLCSDTask,
-    train_one: Callable[..., Any],
-    epoch: int,
-    num_batches: int,
-    num_epochs: int,
-    world: World,
-) -> None:
-    """Train for two updates, the first of which warms up, and print what they took; nothing is written.
-
-    Args:
-        args: The flags.
-        model: The network.
-        task: Network and loss.
-        train_one: Trains for an epoch.
-        epoch: The first.
-        num_batches: In an epoch, of each process.
-        num_epochs: Of the whole training.
-        world: The processes that train.
-    """
-    clock = _Clock(2, task.device)
+def rehearse(training: Training) -> None:
+    """Train for two updates, the first of which warms up, and print what they took; nothing is written."""
+    args, model, task, world = training.args, training.model, training.task, training.world
+    clock = _Clock(2, training.device)
     clock.tick()
     with contextlib.suppress(Stopped):
-        train_one(epoch, save=lambda progress: None, termination=clock)
+        training.train_epoch(training.start_epoch, lambda progress: None, clock)
     if not world.is_first:
         return
     images = args.batch_size * world.size * args.grad_accum_steps
     seconds = clock.ends[-1] - clock.ends[-2]
-    per_epoch = seconds * num_batches / args.grad_accum_steps
-    if task.device.type == 'cuda':
-        memory = torch.cuda.max_memory_allocated(task.device)
+    per_epoch = seconds * training.updates_per_epoch
+    if training.device.type == 'cuda':
+        memory = torch.cuda.max_memory_allocated(training.device)
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     heads = sum(p.numel() for p in model.heads.parameters())
@@ -78,8 +56,8 @@ def rehearse(
         ('parameters of the loss', f'{sum(p.numel() for p in task.criterion.parameters()) / 1e6:.2f} M'),
         ('images per update', f'{images} in {seconds:.3f} s, {images / seconds:.0f} images/s'),
         ('time of an epoch', f'{_duration(per_epoch)}, without evaluation'),
-        (f'time of {num_epochs} epochs', _duration(num_epochs * per_epoch)),
-        ('peak memory', f'{memory / 2**30:.2f} GiB on {task.device}'),
+        (f'time of {training.num_epochs} epochs', _duration(training.num_epochs * per_epoch)),
+        ('peak memory', f'{memory / 2**30:.2f} GiB on {training.device}'),
     ]
     print(format_table(('what', 'how much'), rows))
 

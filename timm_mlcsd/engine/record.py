@@ -3,7 +3,7 @@
 import argparse
 from collections import OrderedDict
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Optional
 
 import torch
 import yaml
@@ -11,8 +11,8 @@ from timm.utils import trim_summary, update_summary
 
 from ..errors import blame
 from .checkpoint import CheckpointSaver
-from .evaluate import Evaluation
 from .logs import Logs
+from .training import EpochResult
 
 __all__ = ['RunRecord']
 
@@ -39,31 +39,18 @@ class RunRecord:
         self.summary = folder / 'summary.csv'
         trim_summary(str(self.summary), start_epoch)
 
-    def add(
-        self,
-        epoch: int,
-        losses: Dict[str, float],
-        result: Evaluation,
-        lr: float,
-        speed: float,
-        weights: Optional[torch.Tensor],
-    ) -> None:
+    def add(self, epoch: int, result: EpochResult, weights: Optional[torch.Tensor]) -> None:
         """Add a finished epoch.
 
         Args:
             epoch: Its number.
-            losses: The loss and its parts.
-            result: What the exits get right.
-            lr: Learning rate, mean over the groups.
-            speed: Images trained on per second.
+            result: What came out.
             weights: The teachers' mean mixing weights [K, K], where there are any.
         """
-        metrics = OrderedDict(mean_top1=result.mean_top1)
-        for k, exit_metrics in enumerate(result.exits, 1):
+        metrics = OrderedDict(mean_top1=result.evaluation.mean_top1)
+        for k, exit_metrics in enumerate(result.evaluation.exits, 1):
             metrics.update({f'Ex{k}_top1': exit_metrics.top1, f'Ex{k}_loss': exit_metrics.loss})
-        update_summary(
-            epoch, losses, metrics, filename=str(self.summary), lr=lr, write_header=not self.summary.exists()
-        )
-        if self.logs.open:
-            values = dict(losses, lr=lr, images_per_s=speed, **{f'val_{k}': v for k, v in metrics.items()})
-            self.logs.add(epoch, values, weights)
+        is_new = not self.summary.exists()
+        update_summary(epoch, result.losses, metrics, filename=str(self.summary), lr=result.lr, write_header=is_new)
+        values = dict(result.losses, lr=result.lr, images_per_s=result.speed)
+        self.logs.add(epoch, {**values, **{f'val_{name}': value for name, value in metrics.items()}}, weights)

@@ -1,0 +1,258 @@
+"""One training: network, loss, optimizer, data and how far it has come."""
+
+import argparse
+import math
+import time
+from typing import Any, Callable, Dict, NamedTuple, Optional
+
+import torch
+from timm.utils import NativeScaler, random_seed
+from torch.utils.data import IterableDataset
+
+from ..data import IndexedTargets
+from ..errors import UserError, blame
+from ..task import MLCSDTask
+from .build import (
+    autocast_of,
+    build_criterion,
+    build_model,
+    check_heads_only,
+    compiled,
+    data_config_of,
+    identity_of,
+    load_initial_checkpoint,
+    model_args_of,
+    synchronize_norms,
+)
+from .epoch import Progress, Stopped, Termination, mean_losses, train_epoch, until
+from .evaluate import Evaluation, count, exit_logits, mean_mixing_weights, tally
+from .fsdp import check_fsdp, shard_task, sharded_state
+from .loaders import class_names, eval_loader, set_epoch, shard, train_and_val_datasets, train_loader
+from .optimizer import create_optimizer, create_scheduler, scaled_lr
+from .resume import check_same_run, resume
+from .world import World
+
+__all__ = ['EpochResult', 'Training']
+
+
+class EpochResult(NamedTuple):
+    """A finished epoch.
+
+    Attributes:
+        losses: The loss and its parts.
+        evaluation: What the exits get right.
+        lr: Learning rate that it ended with, mean over the groups.
+        speed: Images trained on per second.
+    """
+
+    losses: Dict[str, float]
+    evaluation: Evaluation
+    lr: float
+    speed: float
+
+
+class Training:
+    """What train.py's flags describe, ready to go on.
+
+    Args:
+        args: The flags; ``lr`` and ``alpha`` are set to what they stand for.
+        device: Where it trains.
+        world: The processes that train.
+        checkpoint: What it goes on from, if anything.
+
+    Raises:
+        UserError: The flags, the data or the checkpoint don't fit.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, device: torch.device, world: World, checkpoint: Optional[Dict[str, Any]]
+    ):
+        self.args, self.device, self.world = args, device, world
+        self._load_data()
+        self._make_network(checkpoint is not None)
+        self._make_task()
+        self.identity = dict(
+            **identity_of(self.model, args.model, model_args_of(args, self.num_classes)), **self.split_record
+        )
+        self.start_epoch, self.best, self.progress = 0, float('-inf'), None
+        if checkpoint:
+            check_same_run(checkpoint, self.identity)
+            self.start_epoch, self.best, self.progress = resume(
+                checkpoint, self.task, self.optimizer, self.scaler, args, world
+            )
+        self.eval_model = self.task.get_eval_model(ema=args.model_ema)
+        self.eval_forward = compiled(self.eval_model.forward_exits, args)
+        if args.torchcompile:
+            self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        self._make_loaders()
+        self.updates_per_epoch = math.ceil(len(self.batches) / args.grad_accum_steps)
+        self.scheduler, self.num_epochs = create_scheduler(args, self.optimizer, self.updates_per_epoch)
+        if checkpoint and self.scheduler is not None:
+            steps = self.progress.step if self.progress else 0
+            updates = math.ceil(steps / args.grad_accum_steps)
+            self.scheduler.step_update(self.start_epoch * self.updates_per_epoch + updates)
+            self.scheduler.step(self.start_epoch)
+
+    def _load_data(self) -> None:
+        args = self.args
+        self.train_data, self.val_data, self.split_record = train_and_val_datasets(args)
+        self.class_names = names = class_names(self.train_data)
+        self.num_classes = args.num_classes or (len(names) if names else None)
+        if self.num_classes is None:
+            raise UserError('the data does not tell how many classes it has: give --num-classes N.')
+        if names and self.num_classes < len(names):
+            raise UserError(f'--num-classes {self.num_classes} is too small: the data has {len(names)} classes.')
+
+    def _make_network(self, resumed: bool) -> None:
+        args = self.args
+        weights = dict(pretrained=args.pretrained, pretrained_backbone=args.pretrained_backbone)
+        self.model = build_model(args.model, **weights, **model_args_of(args, self.num_classes))
+        self.data_config = data_config_of(args, self.model)
+        if args.initial_checkpoint:
+            load_initial_checkpoint(self.model, args.initial_checkpoint)
+        if args.heads_only:
+            check_heads_only(args, self.model, resumed)
+        if args.grad_checkpointing:
+            self.model.set_grad_checkpointing()
+        if args.fsdp:
+            check_fsdp(args, self.world)
+        else:
+            self.model.to(device=self.device)
+        if args.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+
+    def _make_task(self) -> None:
+        args = self.args
+        num_samples = None if isinstance(self.train_data, IterableDataset) else len(self.train_data)
+        criterion = build_criterion(args, self.model, num_samples)
+        self.task = MLCSDTask(self.model, criterion, device=self.device, verbose=False)
+        if args.sync_bn:
+            synchronize_norms(self.task, self.device)
+        if args.fsdp:
+            shard_task(self.task, self.model, self.world)
+        args.lr, args.alpha = scaled_lr(args, self.world.size), criterion.alpha
+        self.optimizer = create_optimizer(args, self.task, self.model)
+        self.autocast = autocast_of(args, self.device)
+        half = args.amp and args.amp_dtype == 'float16'
+        self.scaler = NativeScaler(device=self.device.type) if half else None
+        if args.model_ema:
+            self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+
+    def _make_loaders(self) -> None:
+        args = self.args
+        if self.task.criterion.needs_indices:
+            self.train_data = IndexedTargets(self.train_data)
+        # under FSDP all processes must do the same number of batches
+        val_data = self.val_data if args.fsdp else shard(self.val_data, self.world)
+        with blame('the data flags cannot be used'):
+            self.batches = train_loader(args, self.train_data, self.data_config, self.num_classes, self.device)
+            self.val_batches = eval_loader(args, val_data, self.data_config, self.device, args.validation_batch_size)
+
+    def train_epoch(
+        self,
+        epoch: int,
+        save: Callable[[Progress], None],
+        termination: Termination,
+        start: Optional[Progress] = None,
+    ) -> Progress:
+        """Train for an epoch, or for what is left of it.
+
+        Raises:
+            Stopped: By `termination`.
+            UserError: The loss is not finite.
+        """
+        args = self.args
+        # each epoch has a seed of its own, so that a resumed run sees what an uninterrupted one would have seen
+        random_seed((args.seed + 1_000_003 * epoch) % 2**32, self.world.rank)
+        set_epoch(self.batches, self.train_data, epoch)
+        if args.mixup_off_epoch and epoch >= args.mixup_off_epoch and self.batches.mixup_enabled:
+            self.batches.mixup_enabled = False
+        warmup = args.distill_warmup_epochs
+        self.task.criterion.set_distill_scale(min(1.0, epoch / warmup) if warmup else 1.0)
+        if args.heads_only:
+            self.model.freeze_backbone(args.heads_only is True or epoch < args.heads_only)
+        # DDP asks once which parameters train
+        asks = epoch in (self.start_epoch, args.heads_only)
+        if self.world.size > 1 and not args.fsdp and asks:
+            self.task.prepare_distributed([self.world.local_rank] if self.device.type == 'cuda' else None)
+        return train_epoch(
+            epoch,
+            self.task,
+            self.batches,
+            self.optimizer,
+            self.scheduler,
+            self.scaler,
+            self.autocast,
+            args,
+            epoch * self.updates_per_epoch,
+            start,
+            save,
+            termination,
+            self.world,
+        )
+
+    def evaluate(self, termination: Termination) -> Evaluation:
+        """What the exits get right on the images that choose the epoch.
+
+        Raises:
+            Stopped: By `termination`, in any of the processes.
+        """
+        args, sharded = self.args, self.args.fsdp
+        logits = exit_logits(
+            self.eval_model, self.val_batches, self.device, self.autocast, args.channels_last, self.eval_forward
+        )
+        totals, stopped = torch.zeros(5, self.model.num_exits, dtype=torch.float64, device=self.device), False
+        try:
+            # no process may leave the others alone in a collective
+            counted = count(logits if sharded else until(termination, logits))
+            totals = totals if counted is None else counted
+        except Stopped:
+            stopped = True
+        if self.world.any(stopped):
+            raise Stopped
+        return tally(totals if sharded else self.world.sum(totals))
+
+    def run_epoch(self, epoch: int, save: Callable[[Progress], None], termination: Termination) -> EpochResult:
+        """Train and evaluate.
+
+        Raises:
+            Stopped: By `termination`, after saving.
+        """
+        began = time.perf_counter()
+        progress, self.progress = self.train_epoch(epoch, save, termination, self.progress), None
+        seconds = time.perf_counter() - began
+        if self.world.size > 1:
+            self.task.synchronize_statistics(self.world.size, self.args.dist_bn)
+        try:
+            evaluation = self.evaluate(termination)
+        except Stopped:
+            save(progress)
+            raise
+        rates = [group['lr'] for group in self.optimizer.param_groups]
+        if self.scheduler is not None:
+            self.scheduler.step(epoch + 1)
+        self.best = max(self.best, evaluation.mean_top1)
+        losses = mean_losses(progress, self.world)
+        return EpochResult(losses, evaluation, sum(rates) / len(rates), self.world.size * progress.seen / seconds)
+
+    def mixing_weights(self) -> Optional[torch.Tensor]:
+        """The teachers' mean mixing weights [K, K] on some images; None without a teacher."""
+        return mean_mixing_weights(self.task, self.val_batches, self.autocast, self.args.channels_last)
+
+    def state(self, **more: Any) -> Dict[str, Any]:
+        """All that a run needs to go on, for a checkpoint; under FSDP all processes call it."""
+        if self.args.fsdp:
+            trained = sharded_state(self.task, self.optimizer)
+        else:
+            trained = dict(self.task.get_checkpoint_state(), optimizer=self.optimizer.state_dict())
+        return dict(
+            self.identity,
+            args=vars(self.args),
+            data_config=self.data_config,
+            class_names=self.class_names,
+            best_metric=self.best,
+            **trained,
+            **({NativeScaler.state_dict_key: self.scaler.state_dict()} if self.scaler else {}),
+            **(self.task.get_checkpoint_state(ema=True) if self.args.model_ema else {}),
+            **more,
+        )
