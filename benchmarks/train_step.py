@@ -59,8 +59,7 @@ def make_steps(args: argparse.Namespace) -> Tuple[Dict[str, Callable[[], None]],
 
     plain, multi = make(1), make(args.exits)
     criterion = MLCSDLoss(multi.num_exits, multi.feature_dim).to(device)
-    with autocast():
-        outputs = [[t.detach().requires_grad_() for t in kind] for kind in multi(images)]
+    outputs = []
     compiled = torch.compile if args.compile else lambda function: function
     run_plain, run_multi, run_backbone, run_loss = (compiled(m) for m in (plain, multi, multi.backbone, criterion))
 
@@ -75,6 +74,8 @@ def make_steps(args: argparse.Namespace) -> Tuple[Dict[str, Callable[[], None]],
 
     def loss_alone():
         with autocast():
+            if not outputs:  # not before: it would count as memory that was taken already
+                outputs.extend([t.detach().requires_grad_() for t in kind] for kind in multi(images))
             run_loss(outputs, target).backward()
 
     steps = {
