@@ -1,5 +1,7 @@
 """The data that train.py and validate.py read, and which part of it for what."""
 
+import tarfile
+
 import pytest
 import timm
 import torch
@@ -100,3 +102,11 @@ def test_digits_from_the_quickstart_config(tmp_path):
     argv = ['--config', ROOT / 'configs' / 'quickstart.yaml', '--epochs', 1, '--output', tmp_path, '--workers', 0]
     assert run(train.main, argv) == 0
     assert run(validate.main, ['--checkpoint', tmp_path / 'quickstart', '--split', 'test', '--workers', 0]) == 0
+
+
+def test_images_in_a_tar_file(small, folder, tmp_path):
+    with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
+        for path in sorted((folder / 'train').rglob('*.png')):
+            tar.add(path, path.relative_to(folder / 'train'))
+    assert run(train.main, [tmp_path / 'train.tar', *small[1:]]) == 0
+    assert load_checkpoint(tmp_path / 'run')['class_names'] == ['blue', 'green', 'red']

@@ -75,3 +75,10 @@ def test_dry_run_tells_what_training_takes_and_leaves_nothing(small, tmp_path, c
     assert re.search(rf'images per update +{images} in [\d.]+ s, \d+ images/s', shown)
     assert re.search(r'time of an epoch +[\d.]+ s', shown) and re.search(r'peak memory +[\d.]+ GiB on cpu', shown)
     assert not (tmp_path / 'run').exists()
+
+
+def test_dry_run_where_a_run_is(small, tmp_path):
+    assert run(train.main, [*small, '--epochs', 1]) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / 'run').iterdir()}
+    assert run(train.main, [*small, '--dry-run']) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / 'run').iterdir()} == before

@@ -150,7 +150,8 @@ def class_names(dataset: Dataset) -> Optional[List[str]]:
     while isinstance(dataset, (TransformSubset, ConvertedImages)):
         dataset = dataset.dataset
     reader = getattr(dataset, 'reader', dataset)
-    mapping = getattr(reader, 'class_to_idx', None)
+    # timm's reader of tar files has another name for it
+    mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
     if mapping:
         return [str(name) for name in sorted(mapping, key=mapping.get)]
     names = getattr(reader, 'classes', None)

@@ -40,7 +40,8 @@ def find_run(args: argparse.Namespace) -> Tuple[Path, Optional[Dict[str, Any]]]:
         raise UserError(f'{why} must find its checkpoint again: give the run a name with --experiment NAME.')
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace("/", "_")}'
     folder = Path(args.output) / name
-    has_begun = (folder / LAST).exists()
+    # a rehearsal leaves it alone
+    has_begun = (folder / LAST).exists() and not args.dry_run
     if has_begun and (args.resume == AUTO or may_restart):
         return folder, load_newest(folder)
     if args.resume and args.resume != AUTO:
