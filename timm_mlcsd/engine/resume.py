@@ -121,6 +121,8 @@ def resume(
         _logger.info(f'Resuming after epoch {epoch - 1}')
         return epoch, best, None
     by_rank = checkpoint['progress']
+    if isinstance(by_rank, dict):  # as written before there were several processes
+        by_rank = [by_rank]
     if len(by_rank) != world.size:
         _logger.warning(
             f'Resuming with {world.size} processes what {len(by_rank)} were doing: epoch {epoch} begins anew, with the '
