@@ -13,7 +13,7 @@ from ..errors import UserError, blame
 from ..models import MultiExitModel
 from ..network import Network, policy_place
 from .build import autocast_of
-from .loaders import check_classes, class_names, held_out, is_trained_on, load_dataset, same_split
+from .datasets import check_classes, class_names, held_out, is_trained_on, load_dataset, same_split
 
 __all__ = ['Logits', 'backbone_macs', 'check_flags', 'load_calibration', 'policy_of', 'policy_path']
 

@@ -24,10 +24,11 @@ from .build import (
     model_args_of,
     synchronize_norms,
 )
+from .datasets import class_names, train_and_val_datasets
 from .epoch import Progress, Stopped, Termination, mean_losses, train_epoch, until
 from .evaluate import Evaluation, count, exit_logits, mean_mixing_weights, tally
 from .fsdp import check_fsdp, shard_task, sharded_state
-from .loaders import class_names, eval_loader, set_epoch, shard, train_and_val_datasets, train_loader
+from .loaders import eval_loader, set_epoch, shard, train_loader
 from .optimizer import create_optimizer, create_scheduler, scaled_lr
 from .resume import check_same_run, resume
 from .world import World

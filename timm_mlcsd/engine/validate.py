@@ -22,9 +22,10 @@ from .adaptive import run_adaptive, tables
 from .build import autocast_of, compiled, data_config_of, resolve_device
 from .calibration import Logits, check_flags, policy_of, policy_path
 from .config import parse_args
+from .datasets import check_classes, class_names, held_out, load_dataset
 from .evaluate import Evaluation, evaluate, exit_logits
 from .flags import validate_parser
-from .loaders import check_classes, class_names, eval_loader, held_out, load_dataset
+from .loaders import eval_loader
 from .page import Album, page_data
 
 __all__ = ['data_flags_from', 'load_model', 'load_split', 'main', 'validate']

@@ -1,0 +1,203 @@
+"""From flags to data sets, which timm reads."""
+
+import argparse
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from timm.data import ImageDataset, create_dataset
+from torch.utils.data import Dataset, IterableDataset
+
+from ..data import CheckedImages, ConvertedImages, DigitsDataset, TransformSubset, hold_out
+from ..errors import UserError, blame
+
+__all__ = [
+    'check_classes',
+    'class_names',
+    'held_out',
+    'is_trained_on',
+    'load_dataset',
+    'same_split',
+    'train_and_val_datasets',
+]
+
+_PREFIXES = ('', 'hfds', 'hfids', 'tfds', 'torch', 'wds')
+_TRAIN_AND_TEST = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')
+# what timm takes for one another, then what else tells that a folder holds splits
+_SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'), ('test',))
+
+
+def load_dataset(
+    args: argparse.Namespace,
+    split: str,
+    is_training: bool = False,
+    num_samples: Optional[int] = None,
+    needs_folder: bool = False,
+) -> Dataset:
+    """Load one split of what ``--dataset`` and ``--data-dir`` name.
+
+    Args:
+        args: The flags.
+        split: Which.
+        is_training: Whether streamed data is shuffled.
+        num_samples: Length of streamed data.
+        needs_folder: Whether a folder without splits is a mistake, instead of being the split itself.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    image_mode = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
+    if args.dataset == 'digits':
+        with blame('--dataset digits'):
+            return DigitsDataset(split, image_mode=image_mode)
+    if not args.dataset and not args.data_dir:
+        tag = getattr(args, 'pretrained_backbone', None)
+        swallowed = f' --pretrained-backbone took {tag!r} for a tag.' if isinstance(tag, str) else ''
+        raise UserError(f'no data: give a path (./train.py DIR), or --dataset digits, which needs none.{swallowed}')
+    prefix, _, name = args.dataset.partition('/')
+    if prefix.lower() not in _PREFIXES:  # timm would take it for a folder of images
+        raise UserError(
+            f'--dataset {args.dataset!r} is unknown: leave it out for a folder of images, or give digits or a name '
+            f'that begins with {", ".join(p + "/" for p in _PREFIXES if p)}.'
+        )
+    prefix = prefix.lower()
+    if prefix == 'torch':
+        _check_torchvision_has_split(name, args.data_dir, split)
+    path = args.data_dir if prefix in ('', 'torch') else name
+    looks_local = path == args.data_dir or path.startswith(('/', './', '../'))
+    if path and looks_local and not args.dataset_download and not Path(path).exists():
+        raise UserError(f'no data at {path!r}: there is no such file or folder.')
+    if prefix == '' or name in ('folder', 'image_folder'):
+        _check_folder_has_split(args.data_dir, split, needs_folder)
+    if prefix in ('hfds', 'hfids') and importlib.util.find_spec('datasets') is None:
+        raise UserError(f'--dataset {args.dataset} needs the package datasets: pip install "timm_mlcsd[hfds]".')
+    keys = dict(input_key=args.input_key, target_key=args.target_key) if prefix not in ('', 'torch') else {}
+    with blame(f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read'):
+        dataset = create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            is_training=is_training,
+            class_map=args.class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            num_samples=num_samples,
+            repeats=args.epoch_repeats if is_training else 0,
+            seed=getattr(args, 'seed', 42),
+            input_img_mode=image_mode,
+            trust_remote_code=args.dataset_trust_remote_code,
+            **keys,
+        )
+    if isinstance(dataset, ImageDataset):
+        return CheckedImages(dataset.reader, image_mode, args.max_bad_samples)
+    # timm leaves torchvision's images as they are
+    return ConvertedImages(dataset, image_mode) if prefix == 'torch' else dataset
+
+
+def _check_folder_has_split(root: str, split: str, needs_folder: bool) -> None:
+    """Refuse a split that a folder of splits doesn't have; timm would take all its images, whatever their split."""
+    folders = {p.name for p in Path(root).iterdir() if p.is_dir()} if Path(root).is_dir() else set()
+    accepted = next((names for names in _SPLIT_FOLDERS if split in names), (split,))
+    known = {name for names in _SPLIT_FOLDERS for name in names}
+    if not folders.intersection(accepted) and (needs_folder or folders & known):
+        if folders & known:
+            raise UserError(f'{root!r} has no split {split!r}; it has {", ".join(sorted(folders))}.')
+        raise UserError(
+            f'{root!r} is not divided into splits: as split {split!r} it would give the images that are trained on. '
+            f'Leave --val-split out, or validate with --held-out.'
+        )
+
+
+def _check_torchvision_has_split(name: str, root: Optional[str], split: str) -> None:
+    """Refuse what timm would take for the test images: with these data sets, any split that isn't train."""
+    if not root:
+        raise UserError(f'--dataset torch/{name} needs a path: ./train.py DIR, or --data-dir DIR.')
+    if name.rpartition('/')[2].lower() in _TRAIN_AND_TEST and split not in ('train', 'training', 'test'):
+        raise UserError(
+            f'torch/{name} has no split {split!r}, only train and test. Leave --val-split out to hold images out of '
+            f'train; name test to evaluate.'
+        )
+
+
+def class_names(dataset: Dataset) -> Optional[List[str]]:
+    """The names of the classes in the order of their indices, None where the data set doesn't tell."""
+    while isinstance(dataset, (TransformSubset, ConvertedImages)):
+        dataset = dataset.dataset
+    reader = getattr(dataset, 'reader', dataset)
+    # timm's reader of tar files has another name for it
+    mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
+    if mapping:
+        return [str(name) for name in sorted(mapping, key=mapping.get)]
+    names = getattr(reader, 'classes', None)
+    return [str(name) for name in names] if names is not None else None
+
+
+def check_classes(names: Optional[List[str]], expected: Optional[List[str]], what: str) -> None:
+    """Refuse data whose classes have other names, and so other indices, than those trained on."""
+    if names and expected and names != expected:
+        raise UserError(
+            f'the classes of {what} ({", ".join(names[:5])}, ...) are not those that are trained on '
+            f'({", ".join(expected[:5])}, ...); --class-map FILE gives classes their indices.'
+        )
+
+
+def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, Dict[str, Any]]:
+    """The data to train on, the data that chooses the best epoch, and a record of which was which.
+
+    Without ``--val-split`` the second is held out of the train split by a seed of its own; the record then holds the
+    indices, so that nobody ever calibrates on images that were trained on.
+    """
+    train = load_dataset(args, args.train_split, is_training=True, num_samples=args.train_num_samples)
+    record = dict(train_split=args.train_split, val_split=args.val_split)
+    if args.val_split:
+        # without a folder for it, timm would take the training images once more
+        val = load_dataset(args, args.val_split, num_samples=args.val_num_samples, needs_folder=True)
+        check_classes(class_names(val), class_names(train), f'split {args.val_split!r}')
+        return train, val, record
+    if isinstance(train, IterableDataset):
+        raise UserError(f'--dataset {args.dataset!r} is a stream, nothing can be held out of it: name a --val-split.')
+    if not 0.0 < args.val_fraction < 1.0:
+        raise UserError(
+            f'--val-fraction {args.val_fraction} must lie between 0 and 1: the held-out part chooses the best epoch. '
+            f'To train on the whole split, name a --val-split.'
+        )
+    kept, held = hold_out(len(train), args.val_fraction, args.val_seed)
+    record.update(
+        val_fraction=args.val_fraction, val_seed=args.val_seed, val_indices=torch.tensor(held), train_size=len(train)
+    )
+    return TransformSubset(train, kept), TransformSubset(train, held), record
+
+
+def held_out(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Dataset, str]:
+    """The images that training held out of its train split, and what to call them.
+
+    Raises:
+        UserError: The split isn't the one of training.
+    """
+    split = checkpoint['train_split']
+    dataset = load_dataset(args, split)
+    if len(dataset) != checkpoint['train_size']:
+        size = checkpoint['train_size']
+        raise UserError(f'the held-out images: split {split!r} has {len(dataset)} images, not the {size} of training.')
+    return TransformSubset(dataset, checkpoint['val_indices'].tolist()), f'the held-out part of {split}'
+
+
+def same_split(split: str, other: str) -> bool:
+    """Whether two names stand for the same images, or for some of the same: timm's synonyms, parts of one split."""
+
+    def whole(split: str) -> str:
+        name = split.partition('[')[0].lower()
+        return next((names[0] for names in _SPLIT_FOLDERS if name in names), name)
+
+    return whole(split) == whole(other)
+
+
+def is_trained_on(args: argparse.Namespace, checkpoint: Dict[str, Any], split: str) -> bool:
+    """Whether a split of the data that the flags name is, as far as a checkpoint tells, what it was trained on."""
+    if 'train_split' not in checkpoint or not same_split(split, checkpoint['train_split']):
+        return False
+    trained = checkpoint.get('args', {})
+    same_set = args.dataset.lower() == (trained.get('dataset') or '').lower()
+    return same_set and os.path.realpath(args.data_dir or '') == os.path.realpath(trained.get('data_dir') or '')
