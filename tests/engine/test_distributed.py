@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import in_two_processes
 from scripts import ROOT, assert_same, run, weights
 
 from timm_mlcsd import MLCSDLoss, create_multi_exit
@@ -126,18 +125,6 @@ def test_resume_auto(small, tmp_path, capsys):
     assert '--experiment NAME' in capsys.readouterr().err
 
 
-def _in_two_processes(work, tmp_path):
-    mp.spawn(_start, (str(tmp_path / 'store'), work, str(tmp_path)), nprocs=2)
-    return [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2)]
-
-
-def _start(rank, store, work, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
-    torch.save(work(rank), f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
-
-
 def _remember(rank):
     """Train two steps with each loss that remembers images; its memories, and which images this process had."""
     memories = {}
@@ -159,7 +146,7 @@ def _remember(rank):
 
 
 def test_what_one_process_saw_all_remember(tmp_path):
-    first, second = _in_two_processes(_remember, tmp_path)
+    first, second = in_two_processes(_remember, tmp_path)
     assert len(first) == 2 * 5
     for name, memory in first.items():
         assert torch.equal(memory, second[name]), name
@@ -174,3 +161,16 @@ def test_fsdp_says_what_it_does_not_do(small, capsys, monkeypatch, others):
     monkeypatch.setattr(training, 'check_heads_only', lambda *args: None)
     assert run(train.main, [*small, '--fsdp', *others]) == 2
     assert (others[0] if others else 'torchrun') in capsys.readouterr().err
+
+
+def test_processes_that_would_begin_at_different_epochs_stop(small, tmp_path, capsys, monkeypatch):
+    """As where machines don't share the folder of the run."""
+    assert run(train.main, [*small, '--epochs', 1]) == 0
+
+    class Elsewhere(World):
+        def gather(self, value):
+            return [value, 0]
+
+    monkeypatch.setattr(train, 'join_world', lambda device_type: Elsewhere())
+    assert run(train.main, [*small, '--resume', tmp_path / 'run']) == 2
+    assert 'different epochs (0, 1)' in capsys.readouterr().err

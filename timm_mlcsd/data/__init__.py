@@ -3,6 +3,7 @@
 from .checked import CheckedImages, CheckedLoader, NextIfBroken, checked_images, without_broken
 from .device_cache import CachedLoader, cache_images
 from .digits import DigitsDataset
+from .drawn import RememberingSampler
 from .pad_crop import PadCrop
 from .subset import ConvertedImages, IndexedTargets, TransformSubset, hold_out
 
@@ -15,6 +16,7 @@ __all__ = [
     'IndexedTargets',
     'NextIfBroken',
     'PadCrop',
+    'RememberingSampler',
     'TransformSubset',
     'cache_images',
     'checked_images',

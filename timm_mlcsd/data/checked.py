@@ -1,7 +1,7 @@
 """Images that may be broken: counted, named once, left out."""
 
 import logging
-from typing import Any, Callable, Iterator, Optional, Set, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Set, Tuple
 
 import torch
 from PIL import Image
@@ -68,11 +68,15 @@ class CheckedImages(Dataset):
         for index in new:
             _logger.warning(f'Left out, because it cannot be read: {self._complaint(index)}')
 
-    def _complaint(self, index: int) -> str:
+    def name(self, index: int) -> str:
+        """The file of an image, or its number where the reader doesn't tell."""
         try:
-            name = self.reader.filename(index, absolute=True) or f'number {index}'
+            return self.reader.filename(index, absolute=True) or f'number {index}'
         except Exception:  # where even that is unreadable
-            name = f'number {index}'
+            return f'number {index}'
+
+    def _complaint(self, index: int) -> str:
+        name = self.name(index)
         try:
             self._read(index)
         except Exception as e:
@@ -121,6 +125,19 @@ class _WithoutBroken:
         return self.collate(whole)
 
 
+def image_name(dataset: Any, index: int) -> str:
+    """The file that an image comes from, or its number where nothing tells more.
+
+    Args:
+        dataset: A data set, perhaps around others.
+        index: The image's in this one.
+    """
+    while hasattr(dataset, 'dataset'):
+        index = dataset.indices[index] if hasattr(dataset, 'indices') else index
+        dataset = dataset.dataset
+    return dataset.name(index) if isinstance(dataset, CheckedImages) else f'number {index}'
+
+
 def checked_images(dataset: Any) -> Optional[CheckedImages]:
     """What a data set's images come from, if that looks for broken ones."""
     while dataset is not None and not isinstance(dataset, CheckedImages):
@@ -133,12 +150,19 @@ class CheckedLoader:
 
     Args:
         loader: timm's.
-        images: What its images come from, if that looks for broken ones.
+        dataset: What it loads.
+        drawn: The indices in its batch of a number, where somebody remembers them.
     """
 
-    def __init__(self, loader: Any, images: Optional[CheckedImages]):
+    def __init__(self, loader: Any, dataset: Any, drawn: Optional[Callable[[int], List[int]]] = None):
         self.loader = loader
-        self.images = images
+        self.dataset = dataset
+        self.drawn = drawn
+        self.images = checked_images(dataset)
+
+    def names(self, batch: int) -> List[str]:
+        """What the images of the batch of that number are called in this epoch, as far as that is known."""
+        return [image_name(self.dataset, index) for index in self.drawn(batch)] if self.drawn else []
 
     def __len__(self) -> int:
         return len(self.loader)

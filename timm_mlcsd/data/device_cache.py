@@ -1,6 +1,6 @@
 """Small images kept on the training device: decoded once, cropped, flipped and normalised there, a batch at a time."""
 
-from typing import Any, Callable, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -89,6 +89,7 @@ class CachedLoader:
         self.mixup = mixup
         self.channels_last = channels_last
         self.sampler = sampler
+        self.order = torch.empty(0, dtype=torch.long)
 
     @property
     def mixup_enabled(self) -> bool:
@@ -112,6 +113,7 @@ class CachedLoader:
             order = torch.randperm(len(self.targets), device=device)
         else:
             order = torch.arange(len(self.targets))
+        self.order = order
         for i in range(len(self)):
             chosen = order[i * self.batch_size : (i + 1) * self.batch_size].to(device)
             images = self._crop(chosen) if self.padding or self.hflip or self.vflip else self.images[chosen]
@@ -123,6 +125,10 @@ class CachedLoader:
             if self.erase is not None:
                 images = self.erase(images)
             yield images, targets
+
+    def batch(self, number: int) -> List[int]:
+        """Which images are in the batch of that number of this epoch."""
+        return self.order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
 
     def _crop(self, chosen: torch.Tensor) -> torch.Tensor:
         """Every chosen image, cropped and flipped on its own."""

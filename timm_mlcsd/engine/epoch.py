@@ -15,8 +15,8 @@ import torch
 from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
 from tqdm import tqdm
 
-from ..errors import UserError
 from ..task import MLCSDTask
+from .finite import NotFinite, Watch
 from .world import ALONE, World
 
 __all__ = ['Progress', 'Stopped', 'Termination', 'mean_losses', 'train_epoch', 'until']
@@ -93,6 +93,7 @@ def train_epoch(
     save: Optional[Callable[[Progress], None]] = None,
     termination: Optional[Termination] = None,
     world: World = ALONE,
+    names: Optional[Callable[[int], List[str]]] = None,
 ) -> Progress:
     """Train for one epoch, or for what is left of it.
 
@@ -110,19 +111,20 @@ def train_epoch(
         save: Called every ``--checkpoint-every-steps`` updates, and before the process stops.
         termination: Whether to stop after the next update.
         world: The processes that train.
+        names: What the images of the batch of a number are called.
 
     Returns:
         The end of the epoch, as this process saw it.
 
     Raises:
         Stopped: By `termination`.
-        UserError: The loss is not finite.
+        NotFinite: The loss is not finite, or weights aren't that would be saved.
     """
     task.train()
     accumulate = args.grad_accum_steps
     short_group = len(batches) % accumulate
     skipped, seen, totals, right = 0, 0, {}, torch.zeros((), device=task.device)
-    in_a_row = 0
+    in_a_row, watch = 0, Watch(task.device, world, names)
     if start is not None:
         skipped, seen, right = start.skipped, start.seen, start.right.to(task.device)
         totals = {name: total.to(task.device) for name, total in start.totals.items()}
@@ -150,6 +152,7 @@ def train_epoch(
             with autocast:
                 result = task(images, target, indices)
             loss = result['loss'] / group_size
+            watch.see(i, result['loss'].detach())
             finite = not args.skip_nonfinite or not world.any(not loss.isfinite())
             in_a_row = 0 if finite else in_a_row + 1
             if finite and scaler:
@@ -165,9 +168,11 @@ def train_epoch(
                 loss.backward()
         if not finite:
             skipped += 1
-            if in_a_row > args.skip_nonfinite:
-                raise UserError(_not_finite(loss.item(), epoch, i, f', as in the {in_a_row - 1} batches before'))
-            _logger.warning(f'epoch {epoch}, batch {i}: the loss is {loss.item()}; left out ({in_a_row} in a row)')
+            too_many = in_a_row > args.skip_nonfinite
+            bad = watch.found(epoch, f', as in the {in_a_row - 1} batches before' if too_many else '')
+            if too_many:
+                raise bad
+            _logger.warning(f'{bad}: left out ({in_a_row} in a row)')
             for buffer, before in statistics:
                 buffer.copy_(before)
         elif need_update and not scaler:
@@ -189,16 +194,19 @@ def train_epoch(
                 if isinstance(value, torch.Tensor) and value.ndim == 0:
                     totals[name] = totals.get(name, 0.0) + value.detach()
         if seen and (is_last or (i + 1) % args.log_interval == 0):
-            _check_and_show(bar, epoch, i, totals['loss'] / (i + 1 - skipped), right, seen, world)
+            watch.check(epoch, i, task.parameters() if is_last else ())
+            accuracy = ' '.join(f'{a:.1f}' for a in (100 * right / seen).tolist())
+            bar.set_postfix_str(f'loss {totals["loss"].item() / (i + 1 - skipped):.3f}, top-1 per exit {accuracy}')
         if need_update and save is not None:
             stop = world.any(termination is not None and termination.wished)
             every = args.checkpoint_every_steps
             if stop or (every and not is_last and num_updates % every == 0):
+                watch.check(epoch, i, task.parameters())
                 save(Progress(i + 1, skipped, seen, totals, right, _generators()))
             if stop:
                 raise Stopped
     if not seen:
-        raise UserError(_not_finite(float('nan'), epoch, skipped - 1, ', as in all of this epoch'))
+        raise NotFinite('the loss is not finite', epoch, skipped - 1, more=', as in all of this epoch')
     return Progress(len(batches), skipped, seen, totals, right, _generators())
 
 
@@ -242,23 +250,6 @@ def _statistics(task: MLCSDTask) -> List[Tuple[torch.Tensor, torch.Tensor]]:
     """The network's buffers with copies: BatchNorm's running statistics, which one NaN would spoil for good."""
     modules = [unwrap_model(task.trainable_module).model, task.criterion.mixer or torch.nn.Module()]
     return [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-
-
-def _not_finite(loss: float, epoch: int, i: int, more: str = '') -> str:
-    return (
-        f'the loss is {loss} at epoch {epoch}, batch {i}{more}: try a smaller --lr, --clip-grad, or '
-        f'--distill-warmup-epochs; the checkpoints of finished epochs are kept.'
-    )
-
-
-def _check_and_show(
-    bar: Any, epoch: int, i: int, loss: torch.Tensor, right: torch.Tensor, seen: int, world: World
-) -> None:
-    mean_loss = loss.item()
-    if world.any(not math.isfinite(mean_loss)):
-        raise UserError(_not_finite(mean_loss, epoch, i))
-    accuracy = ' '.join(f'{a:.1f}' for a in (100 * right / seen).tolist())
-    bar.set_postfix_str(f'loss {mean_loss:.3f}, top-1 per exit {accuracy}')
 
 
 def _generators() -> Dict[str, Any]:

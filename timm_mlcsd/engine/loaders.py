@@ -2,19 +2,20 @@
 
 import argparse
 import logging
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 import torch.distributed as dist
 from timm.data import FastCollateMixup, Mixup, create_loader
 from timm.data.loader import fast_collate
-from torch.utils.data import Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from ..data import (
     CachedLoader,
     CheckedLoader,
     NextIfBroken,
     PadCrop,
+    RememberingSampler,
     TransformSubset,
     cache_images,
     checked_images,
@@ -91,6 +92,7 @@ def train_loader(
     )
     if isinstance(loader.sampler, DistributedSampler):
         loader.sampler.seed = args.seed
+    drawn = _remember(loader.loader)
     pad_and_crop = PadCrop(data_config['input_size'][1:])
     if args.cache_dataset:
         augmented = not args.no_aug
@@ -106,12 +108,13 @@ def train_loader(
             mixup=mixup,
             sampler=loader.sampler if dist.is_initialized() else None,
         )
+        drawn = loader.batch
     elif pad_crop and not args.no_aug:
         # the first of timm's training transforms is its crop
         dataset.transform.transforms[0] = pad_and_crop
     if len(loader) == 0:
         raise UserError(f'--batch-size {args.batch_size} is larger than the training set ({len(dataset)} images).')
-    return _checked(loader, dataset)
+    return CheckedLoader(loader, dataset, drawn)
 
 
 def set_epoch(batches: Any, dataset: Dataset, epoch: int) -> None:
@@ -151,12 +154,15 @@ def eval_loader(
         device=device,
         persistent_workers=False,
     )
-    return _checked(_cached(args, loader) if getattr(args, 'cache_dataset', '') else loader, dataset)
+    return CheckedLoader(_cached(args, loader) if getattr(args, 'cache_dataset', '') else loader, dataset)
 
 
-def _checked(loader: Any, dataset: Dataset) -> Any:
-    """The loader, stopping where too many images are broken."""
-    return CheckedLoader(loader, checked_images(dataset))
+def _remember(loader: DataLoader) -> Optional[Callable[[int], List[int]]]:
+    """Make a loader remember its batches' indices; a stream has none."""
+    if isinstance(loader.dataset, IterableDataset):
+        return None
+    sampler = loader.batch_sampler.sampler = RememberingSampler(loader.batch_sampler.sampler)
+    return lambda number: sampler.batch(number, loader.batch_size)
 
 
 def _check_cacheable(args: argparse.Namespace, dataset: Dataset) -> None:

@@ -9,12 +9,14 @@ from typing import Optional, Sequence
 
 from timm.utils import random_seed
 
-from ..errors import run_script
+from ..errors import UserError, run_script
+from ..network import LAST
 from .build import resolve_device
 from .checkpoint import BEST
 from .config import parse_args
 from .dry_run import rehearse
 from .epoch import Progress, Stopped, Termination
+from .finite import NotFinite
 from .flags import train_parser
 from .logs import LOGS
 from .record import RunRecord
@@ -58,6 +60,8 @@ def train(args: argparse.Namespace) -> Path:
     )
     try:
         _run(training, record)
+    except NotFinite as e:
+        raise UserError(f'{e}: {_way_out(e, folder, world.is_first)}') from e
     except Stopped:
         _logger.info(f'Stopped by SIGTERM; saved, go on with --resume {folder}')
     else:
@@ -104,6 +108,17 @@ def _run(training: Training, record: Optional[RunRecord]) -> None:
             _logger.info(_line(epoch, result, training.best > best, minutes))
             if world.any(termination.wished) and epoch + 1 < training.num_epochs:
                 raise Stopped
+
+
+def _way_out(error: NotFinite, folder: Path, writes: bool) -> str:
+    """What to do about it; the first process also writes down all images of the batch."""
+    images = ''
+    if error.images and writes:
+        path = folder / 'not_finite.txt'
+        path.write_text('\n'.join(error.images) + '\n')
+        images = f' The images are listed in {path}.'
+    kept = f'the last good checkpoint is {folder / LAST}' if (folder / LAST).exists() else 'no checkpoint is there yet'
+    return f'try a smaller --lr, --clip-grad or --distill-warmup-epochs; {kept}.{images}'
 
 
 def _line(epoch: int, result: EpochResult, is_best: bool, minutes: float) -> str:

@@ -81,6 +81,12 @@ class Training:
             self.start_epoch, self.best, self.progress = resume(
                 checkpoint, self.task, self.optimizer, self.scaler, args, world
             )
+        starts = sorted(set(world.gather(self.start_epoch)))
+        if len(starts) > 1:
+            raise UserError(
+                f'the processes would begin at different epochs ({", ".join(map(str, starts))}): all machines of a job '
+                f'that goes on must see the same --output and --resume.'
+            )
         self.eval_model = self.task.get_eval_model(ema=args.model_ema)
         self.eval_forward = compiled(self.eval_model.forward_exits, args)
         if args.torchcompile:
@@ -160,7 +166,7 @@ class Training:
 
         Raises:
             Stopped: By `termination`.
-            UserError: The loss is not finite.
+            NotFinite: The loss is not finite.
         """
         args = self.args
         # each epoch has a seed of its own, so that a resumed run sees what an uninterrupted one would have seen
@@ -190,6 +196,7 @@ class Training:
             save,
             termination,
             self.world,
+            self.batches.names,
         )
 
     def evaluate(self, termination: Termination) -> Evaluation:
