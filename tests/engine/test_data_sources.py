@@ -77,26 +77,6 @@ def test_fine_tuning_what_a_folder_holds(small, folder, tmp_path):
     assert run(validate.main, ['--checkpoint', tmp_path / 'tuned', '--split', 'test', '--workers', 0]) == 0
 
 
-def test_local_parquet(small, tmp_path):
-    datasets = pytest.importorskip('datasets')
-    import numpy as np
-    from PIL import Image
-
-    random = np.random.default_rng(0)
-    features = datasets.Features(img=datasets.Image(), fine_label=datasets.ClassLabel(names=['a', 'b', 'c']))
-    for split in ('train', 'test'):
-        rows = [
-            dict(img=Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)), fine_label=i % 3)
-            for i in range(30)
-        ]
-        datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / 'data' / f'{split}-0.parquet')
-    data = ['--dataset', f'hfds/{tmp_path / "data"}', '--data-dir', tmp_path / 'cache']
-    keys = ['--input-key', 'img', '--target-key', 'fine_label']
-    assert run(train.main, [*small[1:], *data, *keys, '--epochs', 1]) == 0
-    assert load_checkpoint(tmp_path / 'run')['class_names'] == ['a', 'b', 'c']
-    assert run(validate.main, ['--checkpoint', tmp_path / 'run', '--split', 'test', '--workers', 0]) == 0
-
-
 def test_digits_from_the_quickstart_config(tmp_path):
     pytest.importorskip('sklearn')
     argv = ['--config', ROOT / 'configs' / 'quickstart.yaml', '--epochs', 1, '--output', tmp_path, '--workers', 0]

@@ -1,6 +1,7 @@
 """Images that may be broken: counted, named once, left out."""
 
 import logging
+from itertools import islice
 from typing import Any, Callable, Iterator, List, Optional, Set, Tuple
 
 import torch
@@ -152,10 +153,18 @@ class CheckedLoader:
         loader: timm's.
         dataset: What it loads.
         drawn: The indices in its batch of a number, where somebody remembers them.
+        part: The first of its batches to give, and the distance to the next.
     """
 
-    def __init__(self, loader: Any, dataset: Any, drawn: Optional[Callable[[int], List[int]]] = None):
+    def __init__(
+        self,
+        loader: Any,
+        dataset: Any,
+        drawn: Optional[Callable[[int], List[int]]] = None,
+        part: Tuple[int, int] = (0, 1),
+    ):
         self.loader = loader
+        self.part = part
         self.dataset = dataset
         self.drawn = drawn
         self.images = checked_images(dataset)
@@ -168,7 +177,8 @@ class CheckedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        iterator = iter(self.loader)
+        first, step = self.part
+        iterator = islice(iter(self.loader), first, None, step)
         while True:
             try:
                 batch = next(iterator)

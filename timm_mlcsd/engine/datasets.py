@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 _PREFIXES = ('', 'hfds', 'hfids', 'tfds', 'torch', 'wds')
+_STREAMS = ('hfids', 'tfds', 'wds')
 _TRAIN_AND_TEST = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')
 # what timm takes for one another, then what else tells that a folder holds splits
 _SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'), ('test',))
@@ -42,7 +43,7 @@ def load_dataset(
         args: The flags.
         split: Which.
         is_training: Whether streamed data is shuffled.
-        num_samples: Length of streamed data.
+        num_samples: Length of a stream to train on, where it doesn't tell.
         needs_folder: Whether a folder without splits is a mistake, instead of being the split itself.
 
     Raises:
@@ -52,6 +53,48 @@ def load_dataset(
     if args.dataset == 'digits':
         with blame('--dataset digits'):
             return DigitsDataset(split, image_mode=image_mode)
+    prefix = _check_source(args, split, needs_folder)
+    if prefix == 'hfids' and not is_training:
+        num_samples = 1  # timm insists, and uses it for training alone
+    keys = dict(input_key=args.input_key, target_key=args.target_key) if prefix not in ('', 'torch') else {}
+    asks = prefix in _STREAMS and is_training and not num_samples
+    length = ' (--train-num-samples N tells how long it is)' if asks else ''
+    with blame(f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read{length}'):
+        dataset = create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            is_training=is_training,
+            class_map=args.class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            num_samples=num_samples,
+            repeats=args.epoch_repeats if is_training else 0,
+            seed=getattr(args, 'seed', 42),
+            input_img_mode=image_mode,
+            trust_remote_code=args.dataset_trust_remote_code,
+            **keys,
+        )
+    if prefix == 'hfids':
+        _learn_classes(dataset.reader, args)
+    if prefix in ('hfds', 'hfids', 'tfds'):
+        _check_columns(dataset.reader, args)
+    if isinstance(dataset, ImageDataset):
+        return CheckedImages(dataset.reader, image_mode, args.max_bad_samples)
+    if args.max_bad_samples:
+        raise UserError(
+            f'--max-bad-samples counts images of folders, tar files and hfds/, not of --dataset {args.dataset!r}: timm '
+            f'leaves broken images of wds/ out, with a warning, and the others stop at one.'
+        )
+    if prefix in _STREAMS and not is_training:
+        # timm would part it among processes, and repeat or lose images
+        dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
+    # timm leaves torchvision's images as they are
+    return ConvertedImages(dataset, image_mode) if prefix == 'torch' else dataset
+
+
+def _check_source(args: argparse.Namespace, split: str, needs_folder: bool) -> str:
+    """Refuse data that timm would not find, or take for other data; returns which of timm's sources it is."""
     if not args.dataset and not args.data_dir:
         tag = getattr(args, 'pretrained_backbone', None)
         swallowed = f' --pretrained-backbone took {tag!r} for a tag.' if isinstance(tag, str) else ''
@@ -71,29 +114,38 @@ def load_dataset(
         raise UserError(f'no data at {path!r}: there is no such file or folder.')
     if prefix == '' or name in ('folder', 'image_folder'):
         _check_folder_has_split(args.data_dir, split, needs_folder)
-    if prefix in ('hfds', 'hfids') and importlib.util.find_spec('datasets') is None:
-        raise UserError(f'--dataset {args.dataset} needs the package datasets: pip install "timm_mlcsd[hfds]".')
-    keys = dict(input_key=args.input_key, target_key=args.target_key) if prefix not in ('', 'torch') else {}
-    with blame(f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read'):
-        dataset = create_dataset(
-            args.dataset,
-            root=args.data_dir,
-            split=split,
-            is_training=is_training,
-            class_map=args.class_map,
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            num_samples=num_samples,
-            repeats=args.epoch_repeats if is_training else 0,
-            seed=getattr(args, 'seed', 42),
-            input_img_mode=image_mode,
-            trust_remote_code=args.dataset_trust_remote_code,
-            **keys,
-        )
-    if isinstance(dataset, ImageDataset):
-        return CheckedImages(dataset.reader, image_mode, args.max_bad_samples)
-    # timm leaves torchvision's images as they are
-    return ConvertedImages(dataset, image_mode) if prefix == 'torch' else dataset
+    _check_package(args.dataset, prefix)
+    return prefix
+
+
+def _check_package(dataset: str, prefix: str) -> None:
+    package = dict(hfds='datasets', hfids='datasets', tfds='tensorflow_datasets', wds='webdataset').get(prefix)
+    if package and importlib.util.find_spec(package) is None:
+        extra = 'hfds' if package == 'datasets' else prefix
+        raise UserError(f'--dataset {dataset} needs the package {package}: pip install "timm_mlcsd[{extra}]".')
+
+
+def _learn_classes(reader: Any, args: argparse.Namespace) -> None:
+    """Ask the first shard for columns and class names that a streamed data set does not state."""
+    info = reader.builder.info
+    if info.features is None:
+        info.features = reader.builder.as_streaming_dataset(split=reader.split).features
+    names = getattr((info.features or {}).get(args.target_key or 'label'), 'names', None)
+    if names and not reader.class_to_idx:
+        reader.class_to_idx = {name: i for i, name in enumerate(names)}
+
+
+def _check_columns(reader: Any, args: argparse.Namespace) -> None:
+    """Refuse keys that no sample has: each of them would seem to be broken."""
+    if hasattr(reader, 'dataset'):
+        # timm has added an empty column of that name
+        columns = [column for column, value in next(iter(reader.dataset), {}).items() if value is not None]
+    else:
+        columns = reader.builder.info.features or ()
+    for flag, keys in (('--input-key', args.input_key or 'image'), ('--target-key', args.target_key or 'label')):
+        for key in keys.split(','):
+            if columns and not {key.strip(), key.strip().partition('/')[0]}.intersection(columns):
+                raise UserError(f'{flag} {keys!r}: {args.dataset!r} has no such column; it has {", ".join(columns)}.')
 
 
 def _check_folder_has_split(root: str, split: str, needs_folder: bool) -> None:
@@ -153,7 +205,7 @@ def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, 
     record = dict(train_split=args.train_split, val_split=args.val_split)
     if args.val_split:
         # without a folder for it, timm would take the training images once more
-        val = load_dataset(args, args.val_split, num_samples=args.val_num_samples, needs_folder=True)
+        val = load_dataset(args, args.val_split, needs_folder=True)
         check_classes(class_names(val), class_names(train), f'split {args.val_split!r}')
         return train, val, record
     if isinstance(train, IterableDataset):

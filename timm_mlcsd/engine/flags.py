@@ -88,8 +88,13 @@ def train_parser() -> argparse.ArgumentParser:
         choices=('', 'device'),
         help='keep small images, decoded, on the training device and augment them there',
     )
-    group.add_argument('--train-num-samples', type=positive_int, default=None, metavar='N', help='of streamed data')
-    group.add_argument('--val-num-samples', type=positive_int, default=None, metavar='N', help='of streamed data')
+    group.add_argument(
+        '--train-num-samples',
+        type=positive_int,
+        default=None,
+        metavar='N',
+        help='length of streamed data that does not tell',
+    )
     group.add_argument('--epoch-repeats', type=float, default=0.0, metavar='N', help='passes per epoch, streamed data')
     group.add_argument(
         '--val-split',

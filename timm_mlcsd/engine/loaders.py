@@ -22,9 +22,9 @@ from ..data import (
     without_broken,
 )
 from ..errors import UserError, blame
-from .world import World
+from .world import ALONE, World
 
-__all__ = ['eval_loader', 'mixup_active', 'set_epoch', 'shard', 'train_loader']
+__all__ = ['eval_loader', 'mixup_active', 'set_epoch', 'train_loader']
 
 _logger = logging.getLogger(__name__)
 
@@ -124,21 +124,21 @@ def set_epoch(batches: Any, dataset: Dataset, epoch: int) -> None:
             it.set_epoch(epoch)
 
 
-def shard(dataset: Dataset, world: World) -> Dataset:
-    """This process's part of what all evaluate on: every image once. A stream parts itself."""
-    if world.size == 1 or isinstance(dataset, IterableDataset):
-        return dataset
-    return TransformSubset(dataset, range(world.rank, len(dataset), world.size))
-
-
 def eval_loader(
     args: argparse.Namespace,
     dataset: Dataset,
     data_config: Dict[str, Any],
     device: torch.device,
     batch_size: Optional[int] = None,
+    world: World = ALONE,
 ) -> Any:
-    """Batches to evaluate on: resized and centre-cropped, normalised, on the device."""
+    """Batches to evaluate on: resized and centre-cropped, normalised, on the device; in `world`, this process's part of
+    them, so that all together see every image once."""
+    part = (0, 1)
+    if isinstance(dataset, IterableDataset):
+        part = (world.rank, world.size)
+    elif world.size > 1:
+        dataset = TransformSubset(dataset, range(world.rank, len(dataset), world.size))
     loader = create_loader(
         dataset,
         input_size=data_config['input_size'],
@@ -154,7 +154,8 @@ def eval_loader(
         device=device,
         persistent_workers=False,
     )
-    return CheckedLoader(_cached(args, loader) if getattr(args, 'cache_dataset', '') else loader, dataset)
+    loader = _cached(args, loader) if getattr(args, 'cache_dataset', '') else loader
+    return CheckedLoader(loader, dataset, part=part)
 
 
 def _remember(loader: DataLoader) -> Optional[Callable[[int], List[int]]]:

@@ -28,10 +28,10 @@ from .datasets import class_names, train_and_val_datasets
 from .epoch import Progress, Stopped, Termination, mean_losses, train_epoch, until
 from .evaluate import Evaluation, count, exit_logits, mean_mixing_weights, tally
 from .fsdp import check_fsdp, shard_task, sharded_state
-from .loaders import eval_loader, set_epoch, shard, train_loader
+from .loaders import eval_loader, set_epoch, train_loader
 from .optimizer import create_optimizer, create_scheduler, scaled_lr
 from .resume import check_same_run, resume
-from .world import World
+from .world import ALONE, World
 
 __all__ = ['EpochResult', 'Training']
 
@@ -150,10 +150,12 @@ class Training:
         if self.task.criterion.needs_indices:
             self.train_data = IndexedTargets(self.train_data)
         # under FSDP all processes must do the same number of batches
-        val_data = self.val_data if args.fsdp else shard(self.val_data, self.world)
+        sharers = ALONE if args.fsdp else self.world
         with blame('the data flags cannot be used'):
             self.batches = train_loader(args, self.train_data, self.data_config, self.num_classes, self.device)
-            self.val_batches = eval_loader(args, val_data, self.data_config, self.device, args.validation_batch_size)
+            self.val_batches = eval_loader(
+                args, self.val_data, self.data_config, self.device, args.validation_batch_size, sharers
+            )
 
     def train_epoch(
         self,
