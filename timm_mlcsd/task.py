@@ -9,7 +9,7 @@ from timm.task import TrainingTask
 from timm.utils import distribute_bn, unwrap_model
 
 from .losses import MLCSDLoss
-from .models import MultiExitModel
+from .models import MultiExitModel, MultiExitOutput
 
 __all__ = ['MLCSDTask']
 
@@ -39,6 +39,9 @@ class MultiExitTrainableModule(nn.Module):
         output = self.model(input)
         parts = self.criterion(output, target, return_components=True, indices=indices)
         return dict(parts, output=output.logits[-1], exit_logits=output.logits)
+
+    def forward_exits(self, input: torch.Tensor) -> MultiExitOutput:
+        return self.model.forward_exits(input)
 
 
 class MLCSDTask(TrainingTask):
@@ -86,7 +89,11 @@ class MLCSDTask(TrainingTask):
 
         module = self.trainable_module
         module = module.module if isinstance(module, DistributedDataParallel) else module
-        memories = [f'criterion.{name}' for name in unwrap_model(module).criterion.memory_names()]
+        criterion = unwrap_model(module).criterion
+        buffers = dict(criterion.named_buffers())
+        # by identity: a compiled module has other names
+        remembered = {id(buffers[name]) for name in criterion.memory_names()}
+        memories = [name for name, buffer in module.named_buffers() if id(buffer) in remembered]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, memories)
         self.trainable_module = DistributedDataParallel(module, device_ids=device_ids, **ddp_kwargs)
         return self

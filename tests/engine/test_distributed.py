@@ -169,8 +169,8 @@ def test_processes_that_would_begin_at_different_epochs_stop(small, tmp_path, ca
 
     class Elsewhere(World):
         def gather(self, value):
-            return [value, 0]
+            return [value, (0, 0)]
 
     monkeypatch.setattr(train, 'join_world', lambda device_type: Elsewhere())
     assert run(train.main, [*small, '--resume', tmp_path / 'run']) == 2
-    assert 'different epochs (0, 1)' in capsys.readouterr().err
+    assert 'different places (epoch 0 batch 0, epoch 1 batch 0)' in capsys.readouterr().err

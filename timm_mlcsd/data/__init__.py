@@ -1,6 +1,6 @@
 """What timm's data package lacks."""
 
-from .checked import CheckedImages, CheckedLoader, NextIfBroken, checked_images, without_broken
+from .checked import CheckedImages, CheckedLoader, NextIfBroken, WithoutBroken, checked_images
 from .device_cache import CachedLoader, cache_images
 from .digits import DigitsDataset
 from .drawn import RememberingSampler
@@ -18,8 +18,8 @@ __all__ = [
     'PadCrop',
     'RememberingSampler',
     'TransformSubset',
+    'WithoutBroken',
     'cache_images',
     'checked_images',
     'hold_out',
-    'without_broken',
 ]

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError, shortened
 
-__all__ = ['CheckedImages', 'CheckedLoader', 'NextIfBroken', 'checked_images', 'without_broken']
+__all__ = ['CheckedImages', 'CheckedLoader', 'NextIfBroken', 'WithoutBroken', 'checked_images', 'image_name']
 
 _logger = logging.getLogger(__name__)
 
@@ -110,19 +110,22 @@ class NextIfBroken(Dataset):
         return len(self.dataset)
 
 
-def without_broken(collate: Callable) -> Callable:
-    """To evaluate on: batches of what can be read alone."""
-    return _WithoutBroken(collate)
+class WithoutBroken:
+    """To evaluate on: makes batches of what can be read alone; they may be empty.
 
+    Args:
+        collate: Makes a batch.
+        channels: Of an image.
+    """
 
-class _WithoutBroken:
-    def __init__(self, collate: Callable):
+    def __init__(self, collate: Callable, channels: int):
         self.collate = collate
+        self.channels = channels
 
     def __call__(self, samples: Any) -> Any:
         whole = [sample for sample in samples if sample is not None]
         if not whole:
-            raise ValueError('all images of a batch are broken')
+            return torch.zeros(0, self.channels, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
         return self.collate(whole)
 
 
@@ -190,7 +193,8 @@ class CheckedLoader:
                 reason = str(e).strip().rpartition('\n')[2] or type(e).__name__
                 raise UserError(f'a batch of images cannot be made: {reason}') from e
             self._check()
-            yield batch
+            if len(batch[0]):
+                yield batch
 
     def _check(self) -> None:
         if self.images is not None:

@@ -20,13 +20,16 @@ def cache_images(dataset: Dataset, device: torch.device, workers: int = 0) -> Tu
     Returns:
         Images, uint8 [N, H, W, C], and targets [N, ...].
     """
-    batches = list(DataLoader(dataset, batch_size=256, num_workers=workers, collate_fn=_collate))
-    images, targets = (torch.cat(parts) for parts in zip(*batches))
+    batches = DataLoader(dataset, batch_size=256, num_workers=workers, collate_fn=_collate)
+    images, targets = (torch.cat(parts) for parts in zip(*(batch for batch in batches if batch is not None)))
     return images.to(device), targets.to(device)
 
 
-def _collate(samples: Sequence[Tuple[Any, Any]]) -> Tuple[torch.Tensor, torch.Tensor]:
-    images, targets = zip(*(sample for sample in samples if sample is not None))
+def _collate(samples: Sequence[Tuple[Any, Any]]) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
+    samples = [sample for sample in samples if sample is not None]
+    if not samples:
+        return None
+    images, targets = zip(*samples)
     return torch.stack([_as_hwc(image) for image in images]), default_collate(list(targets))
 
 

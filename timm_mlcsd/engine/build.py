@@ -42,8 +42,25 @@ def resolve_device(args: argparse.Namespace) -> torch.device:
         raise UserError(f'--torchcompile {args.torchcompile} is unknown; choose one of {", ".join(backends)}.')
     with blame(f'--device {args.device} cannot be used'):
         device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        if device.type == 'cuda' and 'LOCAL_RANK' in os.environ:
+            device = _own_gpu(device)
         torch.empty(0, device=device)
     return device
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    """The GPU of one of the processes that torchrun has started."""
+    rank, count = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+    if device.index is not None:
+        raise UserError(
+            f'--device {device} is one GPU for all processes of torchrun: --device cuda gives each its own.'
+        )
+    if rank >= count:
+        raise UserError(
+            f'{count} GPUs for {os.environ.get("LOCAL_WORLD_SIZE")} processes on this machine: start no more than that '
+            f'(torchrun --nproc-per-node), or train with --device cpu.'
+        )
+    return torch.device('cuda', rank)
 
 
 def compiled(forward: Callable, args: argparse.Namespace) -> Callable:
@@ -121,11 +138,21 @@ def check_heads_only(args: argparse.Namespace, model: MultiExitModel, resumed: b
         raise UserError(f'--heads-only: {args.model} was made with its exits, it has no backbone of its own.')
     if model.num_exits == 1:
         raise UserError('--heads-only: --exits 1 is the plain backbone, nothing would train.')
-    if not (resumed or args.initial_checkpoint or args.pretrained_backbone or args.pretrained or ':' in args.model):
+    if resumed or args.initial_checkpoint:
+        return
+    if not (args.pretrained_backbone or args.pretrained):
         raise UserError(
             '--heads-only leaves the backbone as it is, which is random so far: name its weights with '
-            '--initial-checkpoint FILE, or take timm\'s with --pretrained-backbone.'
+            '--initial-checkpoint FILE, or take those of --model with --pretrained-backbone or --pretrained.'
         )
+    classes = (model.backbone if args.pretrained_backbone else model).pretrained_cfg.get('num_classes')
+    if classes != model.num_classes:
+        raise UserError(
+            f'--heads-only: these weights know {classes} classes and the data has {model.num_classes}, so the last '
+            f'exit is new and would stay random; train all of it, or bring weights with --initial-checkpoint FILE.'
+        )
+    if args.small_input and args.pretrained_backbone:
+        raise UserError('--heads-only: with --small-input the first layers of pretrained weights are new, and random.')
 
 
 def synchronize_norms(task: MLCSDTask, device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """``--dry-run``: what a training would take, found out in two steps."""
 
 import contextlib
-import resource
+import importlib.util
+import sys
 import time
 from typing import List
 
@@ -45,10 +46,6 @@ def rehearse(training: Training) -> None:
     images = args.batch_size * world.size * args.grad_accum_steps
     seconds = clock.ends[-1] - clock.ends[-2]
     per_epoch = seconds * training.updates_per_epoch
-    if training.device.type == 'cuda':
-        memory = torch.cuda.max_memory_allocated(training.device)
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     heads = sum(p.numel() for p in model.heads.parameters())
     rows = [
         ('parameters of the backbone', f'{(sum(p.numel() for p in model.parameters()) - heads) / 1e6:.2f} M'),
@@ -57,9 +54,22 @@ def rehearse(training: Training) -> None:
         ('images per update', f'{images} in {seconds:.3f} s, {images / seconds:.0f} images/s'),
         ('time of an epoch', f'{_duration(per_epoch)}, without evaluation'),
         (f'time of {training.num_epochs} epochs', _duration(training.num_epochs * per_epoch)),
-        ('peak memory', f'{memory / 2**30:.2f} GiB on {training.device}'),
+        ('peak memory', _peak_memory(training.device)),
     ]
     print(format_table(('what', 'how much'), rows))
+
+
+def _peak_memory(device: torch.device) -> str:
+    if device.type == 'cuda':
+        memory = torch.cuda.max_memory_allocated(device)
+    elif importlib.util.find_spec('resource'):
+        import resource
+
+        # macOS counts bytes, Linux KiB
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    else:  # Windows
+        return 'unknown'
+    return f'{memory / 2**30:.2f} GiB on {device}'
 
 
 def _duration(seconds: float) -> str:

@@ -29,7 +29,7 @@ class Stopped(Exception):
 
 
 class Termination:
-    """Turns the first SIGTERM into a wish that the loops look for: a machine about to go sends one.
+    """Turns SIGTERM into a wish that the loops look for: a machine about to go sends one, or with torchrun two.
 
     Attributes:
         wished: Whether it has come.
@@ -51,7 +51,6 @@ class Termination:
 
     def _wish(self, *_: Any) -> None:
         self.wished = True
-        signal.signal(signal.SIGTERM, self._before)  # a second one ends it at once
 
 
 class Progress(NamedTuple):
@@ -124,7 +123,7 @@ def train_epoch(
     accumulate = args.grad_accum_steps
     short_group = len(batches) % accumulate
     skipped, seen, totals, right = 0, 0, {}, torch.zeros((), device=task.device)
-    in_a_row, watch = 0, Watch(task.device, world, names)
+    in_a_row, spoilt, watch = 0, False, Watch(task.device, world, names)
     if start is not None:
         skipped, seen, right = start.skipped, start.seen, start.right.to(task.device)
         totals = {name: total.to(task.device) for name, total in start.totals.items()}
@@ -155,7 +154,9 @@ def train_epoch(
             watch.see(i, result['loss'].detach())
             finite = not args.skip_nonfinite or not world.any(not loss.isfinite())
             in_a_row = 0 if finite else in_a_row + 1
-            if finite and scaler:
+            # of an update that is left out nothing stays
+            spoilt = spoilt or not finite
+            if not spoilt and scaler:
                 scaler(
                     loss,
                     optimizer,
@@ -164,7 +165,7 @@ def train_epoch(
                     parameters=task.get_clip_parameters(),
                     need_update=need_update,
                 )
-            elif finite:
+            elif not spoilt:
                 loss.backward()
         if not finite:
             skipped += 1
@@ -172,15 +173,17 @@ def train_epoch(
             bad = watch.found(epoch, f', as in the {in_a_row - 1} batches before' if too_many else '')
             if too_many:
                 raise bad
-            _logger.warning(f'{bad}: left out ({in_a_row} in a row)')
+            rest = ', with the other batches of its update' if group_size > 1 else ''
+            _logger.warning(f'{bad}: left out{rest} ({in_a_row} in a row)')
             for buffer, before in statistics:
                 buffer.copy_(before)
-        elif need_update and not scaler:
+        if need_update and not spoilt and not scaler:
             if args.clip_grad is not None:
                 dispatch_clip_grad(task.get_clip_parameters(), args.clip_grad, mode=args.clip_mode)
             optimizer.step()
         if need_update:
             optimizer.zero_grad()
+            spoilt = False
             num_updates += 1
             task.update_ema(step=num_updates)
             if scheduler is not None:

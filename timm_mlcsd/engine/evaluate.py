@@ -76,7 +76,7 @@ def exit_logits(
 
 @torch.no_grad()
 def count(batches: Iterable[Tuple[torch.Tensor, torch.Tensor]]) -> Optional[torch.Tensor]:
-    """Sums over what `exit_logits` yields, to be added up before `tally`: [5, K], None without batches."""
+    """Sums over what `exit_logits` yields, to be added up before `tally`: [5, K] on the CPU, None without batches."""
     totals = None
     for logits, target in batches:
         ranked = logits.topk(min(5, logits.shape[-1])).indices == target[:, None]
@@ -87,7 +87,7 @@ def count(batches: Iterable[Tuple[torch.Tensor, torch.Tensor]]) -> Optional[torc
         precise = torch.float32 if logits.device.type == 'mps' else torch.float64  # mps has no float64
         counts = torch.stack(counts).to(precise)
         totals = counts if totals is None else totals + counts
-    return totals
+    return None if totals is None else totals.cpu().double()
 
 
 def tally(totals: Optional[torch.Tensor]) -> Evaluation:

@@ -206,8 +206,8 @@ def train_parser() -> argparse.ArgumentParser:
         type=non_negative_int,
         default=0,
         metavar='N',
-        help='leave out batches with a loss that is not finite, up to N in a row; looks at every loss, which makes a '
-        'GPU wait (default: stop at the next look, every --log-interval batches)',
+        help='leave out updates with a loss that is not finite, up to N batches in a row; looks at every loss, which '
+        'makes a GPU wait (default: stop at the next look, every --log-interval batches)',
     )
     group.add_argument('--grad-accum-steps', type=positive_int, default=1, metavar='N')
 

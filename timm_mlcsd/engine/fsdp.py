@@ -61,6 +61,7 @@ def shard_task(task: MLCSDTask, model: MultiExitModel, world: World) -> None:
     fully_shard(task.trainable_module, mesh=mesh)
     # called by name, not as modules
     register_fsdp_forward_method(model, 'forward_exits')
+    register_fsdp_forward_method(task.trainable_module, 'forward_exits')
     register_fsdp_forward_method(task.criterion, 'mixing_weights')
 
 
@@ -77,11 +78,17 @@ def sharded_state(task: MLCSDTask, optimizer: torch.optim.Optimizer) -> Dict[str
     )
 
 
-def load_sharded(task: MLCSDTask, checkpoint: Dict[str, Any], optimizer: torch.optim.Optimizer, args: Any) -> None:
-    """Share out what `sharded_state` has put together; without optimizer for ``--no-resume-opt``."""
+def load_sharded(
+    task: MLCSDTask, checkpoint: Dict[str, Any], optimizer: torch.optim.Optimizer, weights_only: bool
+) -> None:
+    """Share out what `sharded_state` has put together, perhaps without the optimizer's part."""
     criterion = checkpoint.get('task_state', {}).get('criterion', {})
     state = {f'model.{name}': t for name, t in checkpoint['state_dict'].items()}
     state.update({f'criterion.{name}': t for name, t in criterion.items()})
     set_model_state_dict(task.trainable_module, state, options=WHOLE)
-    if not args.no_resume_opt:
+    # an optimizer without momentum has none
+    if checkpoint['optimizer']['state'] and not weights_only:
+        for group in optimizer.param_groups:
+            # which the schedule, yet to be made, left in the checkpoint
+            group.setdefault('initial_lr', group['lr'])
         set_optimizer_state_dict(task.trainable_module, optimizer, checkpoint['optimizer'], options=WHOLE)

@@ -17,9 +17,9 @@ from ..data import (
     PadCrop,
     RememberingSampler,
     TransformSubset,
+    WithoutBroken,
     cache_images,
     checked_images,
-    without_broken,
 )
 from ..errors import UserError, blame
 from .world import ALONE, World
@@ -149,7 +149,7 @@ def eval_loader(
         crop_pct=data_config['crop_pct'],
         crop_mode=data_config['crop_mode'],
         num_workers=args.workers,
-        collate_fn=without_broken(fast_collate),
+        collate_fn=WithoutBroken(fast_collate, data_config['input_size'][0]),
         pin_memory=args.pin_mem,
         device=device,
         persistent_workers=False,
@@ -189,7 +189,13 @@ def _check_cacheable(args: argparse.Namespace, dataset: Dataset) -> None:
 def _cached(args: argparse.Namespace, loader: Any, **kwargs: Any) -> CachedLoader:
     """The loader that gives what timm's would, from images kept on the device."""
     with blame('--cache-dataset device'):
-        images, targets = cache_images(loader.loader.dataset, loader.device, args.workers)
+        try:
+            images, targets = cache_images(loader.loader.dataset, loader.device, args.workers)
+        except Exception:
+            checked = checked_images(loader.loader.dataset)
+            if checked is not None:
+                checked.check()
+            raise
     _logger.info(f'Keeping {len(images)} images on {loader.device}: {images.numel() / 1e6:.0f} MB')
     return CachedLoader(
         images,

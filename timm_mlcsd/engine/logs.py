@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import uuid
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -87,7 +88,11 @@ class _WandB(_Service):
     name = 'wandb'
 
     def more(self, folder: Path) -> Dict[str, Any]:
-        return dict(dir=str(folder), id=folder.name, resume='allow')
+        # a name may be taken again, an id never
+        path = folder / 'wandb-id.txt'
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:8])
+        return dict(dir=str(folder), id=path.read_text(), resume='allow')
 
 
 class _Trackio(_Service):

@@ -25,17 +25,19 @@ _logger = logging.getLogger(__name__)
 AUTO = 'auto'
 
 
-def find_run(args: argparse.Namespace) -> Tuple[Path, Optional[Dict[str, Any]]]:
-    """The folder of a run, and the checkpoint that it goes on from, None for a new one.
+def find_run(args: argparse.Namespace) -> Tuple[Path, Optional[Dict[str, Any]], bool]:
+    """The folder of a run, the checkpoint that it goes on from, None for a new one, and whether to take weights alone.
 
     A run with ``--resume PATH`` goes on where that checkpoint lies; any other gets a folder of its own. With
-    ``--resume auto``, and where torchrun may start the processes anew, ``--experiment`` goes on if it has begun.
+    ``--resume auto``, and where torchrun may start the processes anew, ``--experiment`` goes on if it has begun, whole:
+    ``--no-resume-opt`` is about what another run has left.
 
     Raises:
         UserError: The folder holds a run that nobody wants to go on with, or cannot be found again.
     """
     may_restart = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) > 0
-    if not args.experiment and (args.resume == AUTO or (may_restart and not os.path.isdir(args.resume))):
+    finds_itself = os.path.isdir(args.resume) and not args.no_resume_opt
+    if not args.experiment and (args.resume == AUTO or (may_restart and not finds_itself)):
         why = '--resume auto' if args.resume == AUTO else 'a job that torchrun may start again (--max-restarts)'
         raise UserError(f'{why} must find its checkpoint again: give the run a name with --experiment NAME.')
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace("/", "_")}'
@@ -43,14 +45,14 @@ def find_run(args: argparse.Namespace) -> Tuple[Path, Optional[Dict[str, Any]]]:
     # a rehearsal leaves it alone
     has_begun = (folder / LAST).exists() and not args.dry_run
     if has_begun and (args.resume == AUTO or may_restart):
-        return folder, load_newest(folder)
+        return folder, load_newest(folder), False
     if args.resume and args.resume != AUTO:
         checkpoint, given = load_newest(args.resume), Path(args.resume)
         resumed = given if given.is_dir() else given.parent
         if not args.experiment or folder.resolve() == resumed.resolve():
-            return resumed, checkpoint
-        return _new(folder, has_begun), checkpoint
-    return _new(folder, has_begun), None
+            return resumed, checkpoint, args.no_resume_opt
+        return _new(folder, has_begun), checkpoint, args.no_resume_opt
+    return _new(folder, has_begun), None, False
 
 
 def _new(folder: Path, has_begun: bool) -> Path:
@@ -88,23 +90,24 @@ def resume(
     scaler: Optional[NativeScaler],
     args: argparse.Namespace,
     world: World,
+    weights_only: bool = False,
 ) -> Tuple[int, float, Optional[Progress]]:
     """Put the state of a checkpoint back; returns the epoch to start with, the best metric so far, and where to go on
     in an epoch that was not finished."""
     fixed = ('opt', 'lr', 'weight_decay', 'momentum', 'layer_decay', 'exit_lr_mult', 'fsdp')
     if 'progress' in checkpoint:
-        fixed += ('batch_size', 'workers', 'grad_accum_steps', 'cache_dataset')
+        fixed += ('batch_size', 'workers', 'grad_accum_steps', 'cache_dataset', 'seed')
     for name in fixed:
         # a flag that is younger than the checkpoint had its default then
         before, now = checkpoint['args'].get(name, getattr(args, name)), getattr(args, name)
-        if before != now and not args.no_resume_opt:
+        if before != now and not weights_only:
             raise UserError(
-                f'--resume: the run used --{name.replace("_", "-")} {before}, not {now}, and goes on with it; '
-                f'--no-resume-opt takes its weights only.'
+                f'--resume: the run used --{name.replace("_", "-")} {before}, not {now}, and goes on with '
+                f'it: say so, or take its weights only with --no-resume-opt.'
             )
-    with blame(f'--resume {args.resume!r} does not fit these flags'):
+    with blame('the checkpoint to go on from does not fit these flags'):
         if args.fsdp:
-            load_sharded(task, checkpoint, optimizer, args)
+            load_sharded(task, checkpoint, optimizer, weights_only)
         else:
             task.load_checkpoint_state(checkpoint['state_dict'], checkpoint.get('task_state'))
         if args.model_ema:
@@ -112,12 +115,12 @@ def resume(
                 task.load_checkpoint_state(checkpoint['state_dict_ema'], checkpoint.get('task_state_ema'), ema=True)
             else:
                 task.get_trainable_module(ema=True).set(task.get_trainable_module())
-        if not (args.no_resume_opt or args.fsdp):
+        if not (weights_only or args.fsdp):
             optimizer.load_state_dict(checkpoint['optimizer'])
             if scaler and NativeScaler.state_dict_key in checkpoint:
                 scaler.load_state_dict(checkpoint[NativeScaler.state_dict_key])
     epoch, best = checkpoint['epoch'] + 1, checkpoint['best_metric']
-    if 'progress' not in checkpoint or args.no_resume_opt:
+    if 'progress' not in checkpoint or weights_only:
         _logger.info(f'Resuming after epoch {epoch - 1}')
         return epoch, best, None
     by_rank = checkpoint['progress']

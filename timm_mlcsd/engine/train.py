@@ -44,10 +44,11 @@ def train(args: argparse.Namespace) -> Path:
         UserError: The flags, the data or a checkpoint don't fit.
     """
     device = resolve_device(args)
-    world = join_world(device.type)
+    world = join_world(device)
     random_seed(args.seed)
-    folder, checkpoint = find_run(args)
-    training = Training(args, device, world, checkpoint)
+    folder, checkpoint, weights_only = find_run(args)
+    training = Training(args, device, world, checkpoint, weights_only)
+    del checkpoint  # as large as all that trains
     if args.dry_run:
         rehearse(training)
         world.leave()

@@ -9,7 +9,7 @@ import torch
 from timm.utils import NativeScaler, random_seed
 from torch.utils.data import IterableDataset
 
-from ..data import IndexedTargets
+from ..data import IndexedTargets, checked_images
 from ..errors import UserError, blame
 from ..task import MLCSDTask
 from .build import (
@@ -60,13 +60,19 @@ class Training:
         device: Where it trains.
         world: The processes that train.
         checkpoint: What it goes on from, if anything.
+        weights_only: Take no more than weights and epoch from it.
 
     Raises:
         UserError: The flags, the data or the checkpoint don't fit.
     """
 
     def __init__(
-        self, args: argparse.Namespace, device: torch.device, world: World, checkpoint: Optional[Dict[str, Any]]
+        self,
+        args: argparse.Namespace,
+        device: torch.device,
+        world: World,
+        checkpoint: Optional[Dict[str, Any]],
+        weights_only: bool = False,
     ):
         self.args, self.device, self.world = args, device, world
         self._load_data()
@@ -79,16 +85,19 @@ class Training:
         if checkpoint:
             check_same_run(checkpoint, self.identity)
             self.start_epoch, self.best, self.progress = resume(
-                checkpoint, self.task, self.optimizer, self.scaler, args, world
+                checkpoint, self.task, self.optimizer, self.scaler, args, world, weights_only
             )
-        starts = sorted(set(world.gather(self.start_epoch)))
+        starts = sorted(set(world.gather((self.start_epoch, self.progress.step if self.progress else 0))))
         if len(starts) > 1:
+            places = ', '.join(f'epoch {epoch} batch {step}' for epoch, step in starts)
             raise UserError(
-                f'the processes would begin at different epochs ({", ".join(map(str, starts))}): all machines of a job '
-                f'that goes on must see the same --output and --resume.'
+                f'the processes would begin at different places ({places}): all machines of a job that goes on must '
+                f'see the same --output and --resume.'
             )
         self.eval_model = self.task.get_eval_model(ema=args.model_ema)
-        self.eval_forward = compiled(self.eval_model.forward_exits, args)
+        # under FSDP all that runs must run inside the outermost module
+        evaluated = self.task.trainable_module if args.fsdp else self.eval_model
+        self.eval_forward = compiled(evaluated.forward_exits, args)
         if args.torchcompile:
             self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         self._make_loaders()
@@ -125,7 +134,8 @@ class Training:
             check_fsdp(args, self.world)
         else:
             self.model.to(device=self.device)
-        if args.channels_last:
+        # FSDP shares out contiguous weights alone
+        if args.channels_last and not args.fsdp:
             self.model.to(memory_format=torch.channels_last)
 
     def _make_task(self) -> None:
@@ -211,7 +221,7 @@ class Training:
         logits = exit_logits(
             self.eval_model, self.val_batches, self.device, self.autocast, args.channels_last, self.eval_forward
         )
-        totals, stopped = torch.zeros(5, self.model.num_exits, dtype=torch.float64, device=self.device), False
+        totals, stopped = torch.zeros(5, self.model.num_exits, dtype=torch.float64), False
         try:
             # no process may leave the others alone in a collective
             counted = count(logits if sharded else until(termination, logits))
@@ -227,8 +237,10 @@ class Training:
 
         Raises:
             Stopped: By `termination`, after saving.
+            UserError: The loss is not finite, or too many images are broken.
         """
         began = time.perf_counter()
+        seen_before = self.progress.seen if self.progress else 0
         progress, self.progress = self.train_epoch(epoch, save, termination, self.progress), None
         seconds = time.perf_counter() - began
         if self.world.size > 1:
@@ -238,12 +250,22 @@ class Training:
         except Stopped:
             save(progress)
             raise
+        self._share_broken_images()
         rates = [group['lr'] for group in self.optimizer.param_groups]
         if self.scheduler is not None:
             self.scheduler.step(epoch + 1)
         self.best = max(self.best, evaluation.mean_top1)
         losses = mean_losses(progress, self.world)
-        return EpochResult(losses, evaluation, sum(rates) / len(rates), self.world.size * progress.seen / seconds)
+        speed = self.world.size * (progress.seen - seen_before) / seconds
+        return EpochResult(losses, evaluation, sum(rates) / len(rates), speed)
+
+    def _share_broken_images(self) -> None:
+        """Tell all processes which images could not be read, so that one names all and all count alike."""
+        for data in (self.train_data, self.val_data):
+            images = checked_images(data)
+            if images is not None and self.world.size > 1:
+                images.broken |= self.world.sum(images.broken.int()) > 0
+                images.check()
 
     def mixing_weights(self) -> Optional[torch.Tensor]:
         """The teachers' mean mixing weights [K, K] on some images; None without a teacher."""

@@ -65,31 +65,26 @@ class World(NamedTuple):
 ALONE = World()
 
 
-def join_world(device_type: str) -> World:
+def join_world(device: torch.device) -> World:
     """Join the processes that torchrun has started, or stay alone.
 
     Args:
-        device_type: Where the network trains, ``cpu`` or ``cuda``.
+        device: Where this one trains.
 
     Raises:
-        UserError: There are more processes than GPUs, or they don't find each other.
+        UserError: They don't find each other.
     """
     if 'RANK' not in os.environ or 'WORLD_SIZE' not in os.environ:
         return ALONE
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
-    if device_type == 'cuda':
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f'{torch.cuda.device_count()} GPUs for {os.environ.get("LOCAL_WORLD_SIZE")} processes on this machine: '
-                f'start no more than that (torchrun --nproc-per-node), or train with --device cpu.'
-            )
-        torch.cuda.set_device(local_rank)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
     try:
         store, rank, size = next(dist.rendezvous('env://'))
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
             # torchrun's store outlives a restart, and would still tell where the killed processes could be reached
             store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-        backend = 'cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo'
+        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as e:
         raise UserError(f'the processes of this job do not find each other: {e}') from e
