@@ -114,7 +114,12 @@ class Onnx:
         import runner
 
         self.runner, self.path = runner, path
-        self.session = onnxruntime.InferenceSession(str(path / 'plain.onnx'), providers=['CPUExecutionProvider'])
+        # as the runner does: threads that go on spinning would slow down whatever is timed next
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry('session.force_spinning_stop', '1')
+        self.session = onnxruntime.InferenceSession(
+            str(path / 'plain.onnx'), options, providers=['CPUExecutionProvider']
+        )
         self.stages = runner.AdaptiveModel(path)
 
     def adaptive(self, policy: ExitPolicy) -> Callable[[torch.Tensor], Any]:

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch._dynamo.testing import CompileCounter
 
-import timm_mlcsd  # noqa: F401
+import timm_mlcsd
 from timm_mlcsd.adaptive import AGGREGATES, SCORES, AdaptiveModel, ExitPolicy, evaluate_policy, fit_weights
 from timm_mlcsd.cost import exit_costs
 
@@ -109,6 +109,29 @@ def test_what_nobody_needs_does_not_run():
     prediction = AdaptiveModel(model, ExitPolicy([INF, 0.0, *[0.5] * 5]), COSTS).predict(images)
     assert calls == [('stage', 0, 4), ('stage', 1, 4), ('head', 1, 4)]
     assert prediction.exit_index.tolist() == [1] * 4
+
+
+class HandsOn(timm_mlcsd.MultiExitModel):
+    """Two exits; the state holds the images themselves, and their halves."""
+
+    num_exits, exit_names, num_classes, feature_dim, probe_size = 2, ['a', 'b'], 3, 3, (3, 4, 4)
+
+    def run_stage(self, k, state):
+        return (state, state / 2) if k == 0 else state
+
+    def run_head(self, k, state):
+        return (state[0] if k == 0 else 2 * state[1]).amax((2, 3)), state[0]
+
+
+def test_images_stay_as_they_were():
+    images = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = images.contiguous(memory_format=layout)
+        found = AdaptiveModel(HandsOn(), ExitPolicy([0.45]), (1, 2)).predict(given)
+        assert 0 < found.exit_index.sum() < 8  # some leave, others move into their places
+        assert torch.equal(given, before)
+        assert torch.equal(found.logits, before.amax((2, 3)))
 
 
 def test_the_batch_shrinks():

@@ -68,7 +68,7 @@ class AdaptiveModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # the threads of a stage that has run must not spin while the next one works
-        options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+        options.add_session_config_entry('session.force_spinning_stop', '1')
         self.sessions = [
             onnxruntime.InferenceSession(str(folder / Path(stage['file']).name), options, providers=list(providers))
             for stage in self.stages
@@ -101,13 +101,15 @@ class AdaptiveModel:
             exit_index[rows[leaves]] = k
             if leaves.all():
                 break
-            stay = ~leaves
-            rows, state = rows[stay], [s[stay] for s in state]
+            # the last rows that stay fill the gaps of those that leave
+            count = len(rows) - int(leaves.sum())
+            moves = list(zip(count + np.flatnonzero(~leaves[count:]), np.flatnonzero(leaves)))
+            rows, *state = (_close_up(a, count, moves) for a in (rows, *state))
             log_probs, prediction, agreeing = memory
             memory = (
-                tuple(p[stay] for p in log_probs),
-                None if prediction is None else prediction[stay],
-                None if agreeing is None else agreeing[stay],
+                tuple(_close_up(p, count, moves) for p in log_probs),
+                None if prediction is None else _close_up(prediction, count, moves),
+                None if agreeing is None else _close_up(agreeing, count, moves),
             )
         return Prediction(logits, exit_index, self.costs[exit_index])
 
@@ -167,6 +169,13 @@ class AdaptiveModel:
         pixels = np.asarray(canvas, dtype=np.float32).reshape(height, width, channels) / 255
         pixels = (pixels - np.float32(config['mean'])) / np.float32(config['std'])
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+
+def _close_up(a: np.ndarray, count: int, moves: Sequence[Tuple[int, int]]) -> np.ndarray:
+    """The first `count` rows after `moves` (from, to), within the array."""
+    for source, gap in moves:
+        a[gap] = a[source]
+    return a[:count]
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
