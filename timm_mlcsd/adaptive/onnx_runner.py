@@ -185,9 +185,9 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def _score(logits: np.ndarray, score: str) -> np.ndarray:
     """How sure logits are, between 0 and 1."""
+    if score == 'confidence':  # the largest of the exponentials is 1
+        return 1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
     probs = np.exp(_log_softmax(logits))
-    if score == 'confidence':
-        return probs.max(-1)
     if score == 'entropy':
         logs = np.log(np.where(probs > 0, probs, 1))
         return np.maximum(1 + (probs * logs).sum(-1) / math.log(max(probs.shape[-1], 2)), 0)
