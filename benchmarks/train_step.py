@@ -17,7 +17,7 @@ import resource
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from typing import Callable, Dict, Tuple
+from typing import Callable, Dict, Sequence, Tuple
 
 import timm
 import torch
@@ -78,15 +78,35 @@ def make_steps(args: argparse.Namespace) -> Tuple[Dict[str, Callable[[], None]],
                 outputs.extend([t.detach().requires_grad_() for t in kind] for kind in multi(images))
             run_loss(outputs, target).backward()
 
+    def loss_in_loops():
+        with autocast():
+            exit_by_exit(criterion, outputs, target).backward()
+
     steps = {
         'plain': stepper(plain.parameters(), lambda: F.cross_entropy(run_plain(images).logits[-1].float(), target)),
         'multi-exit': stepper([*multi.parameters(), *criterion.parameters()], whole),
         'multi-exit, loss off': stepper(multi.parameters(), loss_off),
         'multi-exit, heads off': stepper(multi.backbone.parameters(), heads_off),
         'loss alone': loss_alone,
+        'loss alone, exit by exit': loss_in_loops,
     }
     size = tuple(args.input_size)
     return steps, exit_costs(multi, size)[-1].macs / exit_costs(plain, size)[-1].macs
+
+
+def exit_by_exit(criterion: MLCSDLoss, outputs: Sequence[Sequence[torch.Tensor]], target: torch.Tensor) -> torch.Tensor:
+    """The same loss as its equations are written: a sum over the exits for every exit's teachers."""
+    logits, features = ([t.float() for t in kind] for kind in outputs)
+    weights, temperature, loss = criterion.mixing_weights((logits, features), target), criterion.temperature, 0.0
+    for i in range(len(logits)):
+        teacher = sum(weights[:, i, k, None] * z.detach() for k, z in enumerate(logits))
+        feature = sum(weights[:, i, k, None, None, None].detach() * f.detach() for k, f in enumerate(features))
+        student = F.log_softmax(logits[i] / temperature, dim=-1)
+        lesson = F.log_softmax(teacher.detach() / temperature, dim=-1)
+        kd = temperature**2 * F.kl_div(student, lesson, log_target=True, reduction='batchmean')
+        loss = loss + F.cross_entropy(logits[i], target) + F.cross_entropy(teacher, target)
+        loss = loss + criterion.alpha * kd + criterion.beta * F.mse_loss(features[i], feature)
+    return loss
 
 
 def peak_memory(args: argparse.Namespace, name: str) -> int:
@@ -160,7 +180,8 @@ def main() -> None:
     backbone, heads = median['multi-exit, heads off'], median['multi-exit, loss off'] - median['multi-exit, heads off']
     print(
         f'shares of the multi-exit step: backbone {backbone / whole:.0%}, heads {heads / whole:.0%}, '
-        f'loss {(whole - backbone - heads) / whole:.0%} (timed alone: {median["loss alone"] / whole:.1%})'
+        f'loss {(whole - backbone - heads) / whole:.0%} (timed alone: {median["loss alone"] / whole:.1%}, '
+        f'exit by exit {median["loss alone, exit by exit"] / whole:.1%})'
     )
     print(
         f'peak memory of a step: plain {memory["plain"] / 2**20:.0f} MiB, multi-exit '

@@ -8,7 +8,17 @@ from timm.utils import ParseKwargs
 
 from .errors import UserError
 
-__all__ = ['KeyValues', 'ScriptParser', 'exits', 'non_negative_int', 'positive_float', 'positive_int', 'probability']
+__all__ = [
+    'KeyValues',
+    'ScriptParser',
+    'exits',
+    'non_negative_float',
+    'non_negative_int',
+    'positive_float',
+    'positive_int',
+    'probability',
+    'seed',
+]
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -52,6 +62,22 @@ def non_negative_int(text: str) -> int:
     """An integer of at least 0."""
     value = int(text)
     if value < 0:
+        raise argparse.ArgumentTypeError(f'{value} must be at least 0')
+    return value
+
+
+def seed(text: str) -> int:
+    """An integer that all random number generators take."""
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f'{value} must be from 0 to {2**31 - 1}')
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """A finite number of at least 0."""
+    value = float(text)
+    if not 0.0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f'{value} must be at least 0')
     return value
 

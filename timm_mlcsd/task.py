@@ -105,8 +105,10 @@ class MLCSDTask(TrainingTask):
             world_size: How many processes there are.
             how: ``reduce`` for their mean, ``broadcast`` for the first one's, empty for neither.
         """
-        if how:
-            distribute_bn(self.trainable_module, world_size, reduce=how == 'reduce')
+        for module in self.trainable_module.modules():
+            # frozen ones are alike already, and a mean of equal numbers may be another number
+            if how and module.training and hasattr(module, 'running_mean'):
+                distribute_bn(module, world_size, reduce=how == 'reduce')
         if self.has_ema():
             # the first process's is the one that is saved
             distribute_bn(self.trainable_module_ema, world_size)

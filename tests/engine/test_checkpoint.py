@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from timm_mlcsd.engine.checkpoint import BEST, CheckpointSaver, load_newest
+from timm_mlcsd.engine.checkpoint import BEST, PREVIOUS, CheckpointSaver, load_newest
 from timm_mlcsd.errors import UserError
 from timm_mlcsd.network import LAST, load_checkpoint
 
@@ -33,6 +33,17 @@ def test_keeps_last_best_and_newest(tmp_path):
     assert load_checkpoint(tmp_path)['epoch'] == 3
     assert load_checkpoint(tmp_path / BEST)['epoch'] == 1
     assert saver.best_metric == 3.0
+
+
+def test_an_unfinished_epoch_has_a_stand_in(tmp_path, caplog):
+    saver = CheckpointSaver(tmp_path)
+    for step in (1, 2):
+        saver.save_last(dict(state(-1), step=step))
+    assert load_newest(tmp_path)['step'] == 2
+    (tmp_path / LAST).write_bytes(b'')
+    assert load_newest(tmp_path)['step'] == 1 and PREVIOUS in caplog.text
+    saver.save(state(0), 0, 1.0)
+    assert {p.name for p in tmp_path.iterdir()} == {LAST, BEST, 'checkpoint-0.pth.tar'}
 
 
 def test_a_resumed_saver_remembers_the_best(tmp_path):

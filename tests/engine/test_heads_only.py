@@ -126,3 +126,27 @@ def test_exits_learn_at_a_multiple_of_the_rate(sched, layer_decay):
     for name, (lr, decay) in scaled.items():
         factor = 1 if name.startswith('model.backbone.') else 3
         assert lr == pytest.approx(factor * usual[name][0]) and decay == usual[name][1], name
+
+
+def test_it_is_not_forgotten_by_a_resumed_run(plain, small, tmp_path, capsys):
+    flags = [*small, '--epochs', 1, '--initial-checkpoint', plain[1]]
+    assert run(train.main, [*flags, '--heads-only']) == 0
+    capsys.readouterr()
+    assert run(train.main, [*flags[:-2], '--epochs', 2, '--resume', tmp_path / 'run']) == 2
+    assert 'the run used --heads-only True, not False' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('how', ['reduce', 'broadcast'])
+def test_frozen_statistics_do_not_go_round(monkeypatch, how):
+    model = create_multi_exit('resnet18', exits=4, **ARGS)
+    task = MLCSDTask(model, MLCSDLoss(4, model.feature_dim), verbose=False)
+    model.freeze_backbone()
+    task.train()
+    gone_round = []
+    monkeypatch.setattr(
+        'timm_mlcsd.task.distribute_bn', lambda module, size, reduce: gone_round.append((module, size, reduce))
+    )
+    task.synchronize_statistics(3, how)
+    trained = {m for part in (model.heads, task.criterion) for m in part.modules() if hasattr(m, 'running_mean')}
+    assert trained and {module for module, *_ in gone_round} == trained
+    assert all((size, reduce) == (3, how == 'reduce') for _, size, reduce in gone_round)

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import os
 import shutil
 import signal
 import subprocess
@@ -73,14 +74,16 @@ def test_sigterm_saves_and_leaves(when, small, tmp_path, monkeypatch):
     assert_same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
 
 
-def test_sigterm_from_outside(small, tmp_path):
-    command = [sys.executable, str(ROOT / 'train.py'), *map(str, small), '--epochs', '1000']
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize('workers', [0, 2])
+def test_sigterm_from_outside(workers, small, tmp_path):
+    command = [sys.executable, str(ROOT / 'train.py'), *map(str, small), '--epochs', '1000', '--workers', str(workers)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / 'run' / 'last.pth.tar').exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    # to the loader's processes too, as torchrun and most schedulers do
+    os.killpg(process.pid, signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 0 and 'Stopped by SIGTERM; saved, go on with --resume' in error
     assert 'Traceback' not in error and load_checkpoint(tmp_path / 'run')['epoch'] >= 0
@@ -96,6 +99,19 @@ def test_an_unfinished_epoch_goes_on_with_the_same_batches_only(small, tmp_path,
     assert 'the run used --batch-size 8, not 4' in capsys.readouterr().err
     # with weights only it begins the epoch anew
     assert run(train.main, [*flags, '--resume', tmp_path / 'run', '--batch-size', 4, '--no-resume-opt']) == 0
+
+
+def test_sigterm_while_a_resumed_epoch_is_passed_over(small, tmp_path, monkeypatch):
+    asked = itertools.count()
+    wished = property(lambda self: next(asked) >= 3, lambda self, value: None)
+    monkeypatch.setattr(epoch.Termination, 'wished', wished, raising=False)
+    assert run(train.main, small) == 0
+    before = (tmp_path / 'run' / 'last.pth.tar').read_bytes()
+    assert load_checkpoint(tmp_path / 'run')['progress'][0]['step'] == 4
+    drawn, apart = [], epoch._apart
+    monkeypatch.setattr(epoch, '_apart', lambda batches: (drawn.append(0) or batch for batch in apart(batches)))
+    assert run(train.main, [*small, '--resume', tmp_path / 'run']) == 0
+    assert len(drawn) == 1 and (tmp_path / 'run' / 'last.pth.tar').read_bytes() == before
 
 
 def _stop(termination, batches):

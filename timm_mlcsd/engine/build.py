@@ -40,10 +40,14 @@ def resolve_device(args: argparse.Namespace) -> torch.device:
     backends = torch.compiler.list_backends(exclude_tags=())
     if args.torchcompile and args.torchcompile not in backends:
         raise UserError(f'--torchcompile {args.torchcompile} is unknown; choose one of {", ".join(backends)}.')
+    if args.torchcompile_mode and not args.torchcompile:
+        raise UserError(f'--torchcompile-mode {args.torchcompile_mode} does nothing without --torchcompile.')
     with blame(f'--device {args.device} cannot be used'):
         device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         if device.type == 'cuda' and 'LOCAL_RANK' in os.environ:
             device = _own_gpu(device)
+        if device.index is not None and device.type == 'cuda':
+            torch.cuda.set_device(device)  # whose random numbers a checkpoint keeps
         torch.empty(0, device=device)
     return device
 
@@ -67,7 +71,8 @@ def compiled(forward: Callable, args: argparse.Namespace) -> Callable:
     """The function as ``--torchcompile`` wants it, unchanged without that flag."""
     if not args.torchcompile:
         return forward
-    return torch.compile(forward, backend=args.torchcompile, mode=args.torchcompile_mode)
+    with blame(f'--torchcompile {args.torchcompile} --torchcompile-mode {args.torchcompile_mode}'):
+        return torch.compile(forward, backend=args.torchcompile, mode=args.torchcompile_mode)
 
 
 def autocast_of(args: argparse.Namespace, device: torch.device) -> ContextManager:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, Iterator, List, Union
 
 import torch
 
@@ -19,8 +19,9 @@ __all__ = ['CheckpointSaver', 'load_newest']
 _logger = logging.getLogger(__name__)
 
 BEST = 'model_best.pth.tar'
+PREVIOUS = 'previous.pth.tar'
 _NUMBERED = re.compile(r'checkpoint-\d+\.pth\.tar')
-_LEFT_OVER = re.compile(r'\.(last|model_best|checkpoint-\d+)\.pth\.tar\.tmp')
+_LEFT_OVER = re.compile(r'\.(last|previous|model_best|checkpoint-\d+)\.pth\.tar\.tmp')
 
 
 class CheckpointSaver:
@@ -55,21 +56,26 @@ class CheckpointSaver:
             Whether it is the best so far.
         """
         path = self.folder / f'checkpoint-{epoch}.pth.tar'
-        _write(state, path)
         is_best = metric > self.best_metric
-        if is_best:
-            self.best_metric = metric
-            self._also_as(path, BEST)
-        self._also_as(path, LAST)
-        _sync_folder(self.folder)
-        for old in self._numbered()[: -self.keep]:
-            old.unlink()
+        with _one_line(path):
+            _write(state, path)
+            if is_best:
+                self.best_metric = metric
+                self._also_as(path, BEST)
+            self._also_as(path, LAST)
+            _sync_folder(self.folder)
+            for old in [*self._numbered()[: -self.keep], self.folder / PREVIOUS]:
+                old.unlink(missing_ok=True)
         return is_best
 
     def save_last(self, state: Dict[str, Any]) -> None:
-        """Save the state of an unfinished epoch, as the last checkpoint alone."""
-        _write(state, self.folder / LAST)
-        _sync_folder(self.folder)
+        """Save the state of an unfinished epoch, as the last checkpoint alone; the one before stays as its stand-in."""
+        path = self.folder / LAST
+        with _one_line(path):
+            if path.exists():
+                self._also_as(path, PREVIOUS)
+            _write(state, path)
+            _sync_folder(self.folder)
 
     def _also_as(self, path: Path, name: str) -> None:
         with replacing(self.folder / name) as temporary:
@@ -104,7 +110,7 @@ def load_newest(source: Union[str, Path]) -> Dict[str, Any]:
         return load_checkpoint(folder / LAST)
     except UserError as e:
         error = e
-    others = [p for p in folder.glob('*.pth.tar') if _NUMBERED.fullmatch(p.name) or p.name == BEST]
+    others = [p for p in folder.glob('*.pth.tar') if _NUMBERED.fullmatch(p.name) or p.name in (BEST, PREVIOUS)]
     for path in sorted(others, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         with contextlib.suppress(UserError):
             state = load_checkpoint(path)
@@ -114,16 +120,18 @@ def load_newest(source: Union[str, Path]) -> Dict[str, Any]:
 
 
 def _write(state: Dict[str, Any], path: Path) -> None:
-    """Write a checkpoint in one step.
+    """Write a checkpoint in one step."""
+    with replacing(path) as temporary, open(temporary, 'wb') as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
 
-    Raises:
-        UserError: The disk is full, or gone; what was there before stays.
-    """
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """A full disk, or one that is gone, as a `UserError`; what was there before stays."""
     try:
-        with replacing(path) as temporary, open(temporary, 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
+        yield
     except (OSError, RuntimeError) as e:  # PyTorch makes a RuntimeError of a full disk
         raise UserError(
             f'the checkpoint {str(path)!r} cannot be written: {shortened(e)}. Earlier ones are kept; make room and go '

@@ -202,6 +202,9 @@ def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, 
     indices, so that nobody ever calibrates on images that were trained on.
     """
     train = load_dataset(args, args.train_split, is_training=True, num_samples=args.train_num_samples)
+    for flag, given in (('--train-num-samples', args.train_num_samples), ('--epoch-repeats', args.epoch_repeats)):
+        if given and not isinstance(train, IterableDataset):
+            raise UserError(f'{flag} {given} is for streams alone ({", ".join(f"{p}/" for p in _STREAMS)}).')
     record = dict(train_split=args.train_split, val_split=args.val_split)
     if args.val_split:
         # without a folder for it, timm would take the training images once more

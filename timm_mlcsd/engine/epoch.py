@@ -137,6 +137,8 @@ def train_epoch(
         if start is not None and i < start.step:
             if i + 1 == start.step:
                 _set_generators(start.generators)
+            if world.any(termination is not None and termination.wished):
+                raise Stopped  # all is as it was saved
             continue
         is_last = i + 1 == len(batches)
         # the last group of an epoch may hold fewer batches

@@ -4,7 +4,17 @@ import argparse
 import os
 
 from ..adaptive import AGGREGATES, METHODS, SCORES
-from ..arguments import KeyValues, ScriptParser, exits, non_negative_int, positive_float, positive_int, probability
+from ..arguments import (
+    KeyValues,
+    ScriptParser,
+    exits,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    probability,
+    seed,
+)
 from ..losses import CWEM_SUPERVISIONS, DISTILLS
 from ..losses import METHODS as DISTILL_METHODS
 from ..models import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS
@@ -95,7 +105,9 @@ def train_parser() -> argparse.ArgumentParser:
         metavar='N',
         help='length of streamed data that does not tell',
     )
-    group.add_argument('--epoch-repeats', type=float, default=0.0, metavar='N', help='passes per epoch, streamed data')
+    group.add_argument(
+        '--epoch-repeats', type=non_negative_float, default=0.0, metavar='N', help='passes per epoch, streamed data'
+    )
     group.add_argument(
         '--val-split',
         default=None,
@@ -261,8 +273,8 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'))
     group.add_argument('--recount', type=positive_int, default=1)
     group.add_argument('--train-interpolation', default='random')
-    group.add_argument('--mixup', type=float, default=0.0)
-    group.add_argument('--cutmix', type=float, default=0.0)
+    group.add_argument('--mixup', type=non_negative_float, default=0.0)
+    group.add_argument('--cutmix', type=non_negative_float, default=0.0)
     group.add_argument('--cutmix-minmax', type=float, nargs=2, default=None)
     group.add_argument('--mixup-prob', type=probability, default=1.0)
     group.add_argument('--mixup-switch-prob', type=probability, default=0.5)
@@ -295,7 +307,7 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--sync-bn', action='store_true', help='one BatchNorm over all processes (GPUs only)')
 
     group = parser.add_argument_group('Run')
-    group.add_argument('--seed', type=non_negative_int, default=42)
+    group.add_argument('--seed', type=seed, default=42)
     group.add_argument('--output', default='./output/train', metavar='DIR')
     group.add_argument('--experiment', default='', metavar='NAME', help='sub-folder (default: time and model)')
     group.add_argument(

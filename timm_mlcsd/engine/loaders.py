@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import signal
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
@@ -90,6 +92,7 @@ def train_loader(
         # fresh workers take their seeds from the epoch's, so that a resumed epoch sees the same images
         persistent_workers=False,
     )
+    _shield(loader.loader)
     if isinstance(loader.sampler, DistributedSampler):
         loader.sampler.seed = args.seed
     drawn = _remember(loader.loader)
@@ -154,8 +157,20 @@ def eval_loader(
         device=device,
         persistent_workers=False,
     )
+    _shield(loader.loader)
     loader = _cached(args, loader) if getattr(args, 'cache_dataset', '') else loader
     return CheckedLoader(loader, dataset, part=part)
+
+
+def _shield(loader: DataLoader) -> None:
+    """Let SIGTERM, which often goes to all processes of a job, end the training process alone: it still needs its
+    workers, and ends them when it has saved."""
+    loader.worker_init_fn = partial(_without_sigterm, loader.worker_init_fn)
+
+
+def _without_sigterm(init: Callable[[int], None], worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    init(worker)
 
 
 def _remember(loader: DataLoader) -> Optional[Callable[[int], List[int]]]:

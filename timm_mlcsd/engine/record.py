@@ -33,11 +33,11 @@ class RunRecord:
     def __init__(self, args: argparse.Namespace, folder: Path, start_epoch: int, best_metric: float):
         with blame(f'--output {args.output!r} cannot be written'):
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args), sort_keys=False))
+            self.saver = CheckpointSaver(folder, keep=args.checkpoint_hist, best_metric=best_metric)
+            self.summary = folder / 'summary.csv'
+            trim_summary(str(self.summary), start_epoch)
         self.logs = Logs(args, folder)
-        (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args), sort_keys=False))
-        self.saver = CheckpointSaver(folder, keep=args.checkpoint_hist, best_metric=best_metric)
-        self.summary = folder / 'summary.csv'
-        trim_summary(str(self.summary), start_epoch)
 
     def add(self, epoch: int, result: EpochResult, weights: Optional[torch.Tensor]) -> None:
         """Add a finished epoch.
@@ -46,11 +46,15 @@ class RunRecord:
             epoch: Its number.
             result: What came out.
             weights: The teachers' mean mixing weights [K, K], where there are any.
+
+        Raises:
+            UserError: They cannot be written.
         """
         metrics = OrderedDict(mean_top1=result.evaluation.mean_top1)
         for k, exit_metrics in enumerate(result.evaluation.exits, 1):
             metrics.update({f'Ex{k}_top1': exit_metrics.top1, f'Ex{k}_loss': exit_metrics.loss})
-        is_new = not self.summary.exists()
-        update_summary(epoch, result.losses, metrics, filename=str(self.summary), lr=result.lr, write_header=is_new)
         values = dict(result.losses, lr=result.lr, images_per_s=result.speed)
-        self.logs.add(epoch, {**values, **{f'val_{name}': value for name, value in metrics.items()}}, weights)
+        with blame(f'what epoch {epoch} came to cannot be written into {str(self.summary.parent)!r}'):
+            is_new = not self.summary.exists()
+            update_summary(epoch, result.losses, metrics, filename=str(self.summary), lr=result.lr, write_header=is_new)
+            self.logs.add(epoch, {**values, **{f'val_{name}': value for name, value in metrics.items()}}, weights)

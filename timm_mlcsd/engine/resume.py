@@ -11,7 +11,6 @@ import torch
 from timm.utils import NativeScaler
 
 from ..errors import UserError, blame
-from ..network import LAST
 from ..task import MLCSDTask
 from .checkpoint import load_newest
 from .epoch import Progress
@@ -43,8 +42,10 @@ def find_run(args: argparse.Namespace) -> Tuple[Path, Optional[Dict[str, Any]], 
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace("/", "_")}'
     folder = Path(args.output) / name
     # a rehearsal leaves it alone
-    has_begun = (folder / LAST).exists() and not args.dry_run
+    has_begun = any(folder.glob('*.pth.tar')) and not args.dry_run
     if has_begun and (args.resume == AUTO or may_restart):
+        if args.resume not in ('', AUTO):
+            _logger.warning(f'Going on with {folder}, which has begun, not with --resume {args.resume}')
         return folder, load_newest(folder), False
     if args.resume and args.resume != AUTO:
         checkpoint, given = load_newest(args.resume), Path(args.resume)
@@ -94,15 +95,17 @@ def resume(
 ) -> Tuple[int, float, Optional[Progress]]:
     """Put the state of a checkpoint back; returns the epoch to start with, the best metric so far, and where to go on
     in an epoch that was not finished."""
-    fixed = ('opt', 'lr', 'weight_decay', 'momentum', 'layer_decay', 'exit_lr_mult', 'fsdp')
+    fixed = ('opt', 'lr', 'weight_decay', 'momentum', 'opt_betas', 'opt_eps', 'opt_args', 'layer_decay', 'exit_lr_mult')
+    fixed += ('fsdp', 'heads_only', 'distill', 'distill_method')
     if 'progress' in checkpoint:
         fixed += ('batch_size', 'workers', 'grad_accum_steps', 'cache_dataset', 'seed')
     for name in fixed:
         # a flag that is younger than the checkpoint had its default then
         before, now = checkpoint['args'].get(name, getattr(args, name)), getattr(args, name)
         if before != now and not weights_only:
+            flag = '--opt-kwargs' if name == 'opt_args' else f'--{name.replace("_", "-")}'
             raise UserError(
-                f'--resume: the run used --{name.replace("_", "-")} {before}, not {now}, and goes on with '
+                f'--resume: the run used {flag} {before}, not {now}, and goes on with '
                 f'it: say so, or take its weights only with --no-resume-opt.'
             )
     with blame('the checkpoint to go on from does not fit these flags'):

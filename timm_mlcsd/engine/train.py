@@ -1,6 +1,7 @@
 """The training loop behind train.py."""
 
 import argparse
+import contextlib
 import logging
 import sys
 import time
@@ -116,8 +117,9 @@ def _way_out(error: NotFinite, folder: Path, writes: bool) -> str:
     images = ''
     if error.images and writes:
         path = folder / 'not_finite.txt'
-        path.write_text('\n'.join(error.images) + '\n')
-        images = f' The images are listed in {path}.'
+        with contextlib.suppress(OSError):  # a full disk must not hide what was found
+            path.write_text('\n'.join(error.images) + '\n')
+            images = f' The images are listed in {path}.'
     kept = f'the last good checkpoint is {folder / LAST}' if (folder / LAST).exists() else 'no checkpoint is there yet'
     return f'try a smaller --lr, --clip-grad or --distill-warmup-epochs; {kept}.{images}'
 

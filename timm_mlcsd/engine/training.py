@@ -182,7 +182,7 @@ class Training:
         """
         args = self.args
         # each epoch has a seed of its own, so that a resumed run sees what an uninterrupted one would have seen
-        random_seed((args.seed + 1_000_003 * epoch) % 2**32, self.world.rank)
+        random_seed((args.seed + 1_000_003 * epoch) % 2**31, self.world.rank)
         set_epoch(self.batches, self.train_data, epoch)
         if args.mixup_off_epoch and epoch >= args.mixup_off_epoch and self.batches.mixup_enabled:
             self.batches.mixup_enabled = False

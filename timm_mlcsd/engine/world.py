@@ -77,8 +77,6 @@ def join_world(device: torch.device) -> World:
     if 'RANK' not in os.environ or 'WORLD_SIZE' not in os.environ:
         return ALONE
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
     try:
         store, rank, size = next(dist.rendezvous('env://'))
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
