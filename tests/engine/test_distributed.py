@@ -17,6 +17,7 @@ from scripts import ROOT, assert_same, run, weights
 from timm_mlcsd import MLCSDLoss, create_multi_exit
 from timm_mlcsd.engine import train, training
 from timm_mlcsd.engine.world import World
+from timm_mlcsd.network import load_checkpoint
 from timm_mlcsd.task import MLCSDTask
 
 CONVNEXT = (
@@ -96,6 +97,23 @@ def test_a_killed_worker_brings_the_job_back_where_it_was(folder, small_flags, t
     assert 'Resuming' in done(job)
     assert [row['epoch'] for row in curve(tmp_path / 'killed')] == list(range(30))
     assert_same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
+
+
+def test_sigterm_stops_all_processes_where_they_can_go_on(folder, small_flags, tmp_path):
+    flags = [folder, *small_flags, '--output', tmp_path, '--epochs', 12, '--drop', 0.2, '--workers', 1]
+    job = torchrun(*flags, '--experiment', 'cut')
+    deadline = time.monotonic() + 120
+    while not (tmp_path / 'cut' / 'checkpoint-1.pth.tar').exists():
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)  # torchrun passes it on to the workers and to their loaders
+    output = job.communicate(timeout=120)[0]
+    assert 'Stopped by SIGTERM; saved' in output and 'RuntimeError' not in output
+    assert load_checkpoint(tmp_path / 'cut')['epoch'] < 11
+    jobs = [torchrun(*flags, '--experiment', 'whole'), torchrun(*flags, '--resume', tmp_path / 'cut')]
+    for job in jobs:
+        done(job)
+    assert_same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
 
 
 def _worker(agent):

@@ -1,6 +1,8 @@
 """Images that may be broken: counted, named once, left out."""
 
 import logging
+import signal
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Callable, Iterator, List, Optional, Set, Tuple
 
@@ -149,6 +151,20 @@ def checked_images(dataset: Any) -> Optional[CheckedImages]:
     return dataset
 
 
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """SIGTERM waits, and never ends processes that are started meanwhile: where it goes to all of a job, the loader's
+    must live until the one that trains has saved."""
+    if not hasattr(signal, 'pthread_sigmask'):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class CheckedLoader:
     """A loader that looks for broken images behind every batch, and says in one line why there is none.
 
@@ -182,9 +198,12 @@ class CheckedLoader:
     def __iter__(self) -> Iterator[Any]:
         first, step = self.part
         iterator = islice(iter(self.loader), first, None, step)
+        is_first = True
         while True:
             try:
-                batch = next(iterator)
+                with _sigterm_blocked() if is_first else nullcontext():
+                    batch = next(iterator)
+                is_first = False
             except StopIteration:
                 return
             except Exception as e:  # of a transform, a decoder, a process that died

@@ -2,8 +2,9 @@
 
 import argparse
 import logging
-import signal
-from functools import partial
+import multiprocessing
+import sys
+from multiprocessing import resource_tracker
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
@@ -92,7 +93,7 @@ def train_loader(
         # fresh workers take their seeds from the epoch's, so that a resumed epoch sees the same images
         persistent_workers=False,
     )
-    _shield(loader.loader)
+    _prepare_workers(loader.loader)
     if isinstance(loader.sampler, DistributedSampler):
         loader.sampler.seed = args.seed
     drawn = _remember(loader.loader)
@@ -157,20 +158,22 @@ def eval_loader(
         device=device,
         persistent_workers=False,
     )
-    _shield(loader.loader)
+    _prepare_workers(loader.loader)
     loader = _cached(args, loader) if getattr(args, 'cache_dataset', '') else loader
     return CheckedLoader(loader, dataset, part=part)
 
 
-def _shield(loader: DataLoader) -> None:
-    """Let SIGTERM, which often goes to all processes of a job, end the training process alone: it still needs its
-    workers, and ends them when it has saved."""
-    loader.worker_init_fn = partial(_without_sigterm, loader.worker_init_fn)
-
-
-def _without_sigterm(init: Callable[[int], None], worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    init(worker)
+def _prepare_workers(loader: DataLoader) -> None:
+    """Make a loader's processes start without accidents."""
+    if not loader.num_workers:
+        return
+    # while it starts it would lift what `CheckedLoader` does about SIGTERM
+    resource_tracker.ensure_running()
+    # before Python 3.12 a fork hangs for ever if a thread of torch.distributed enters Python at that moment
+    forks = sys.version_info < (3, 12) and multiprocessing.get_start_method() == 'fork'
+    if forks and dist.is_initialized() and not isinstance(loader.dataset, IterableDataset):
+        multiprocessing.set_forkserver_preload([__name__])
+        loader.multiprocessing_context = 'forkserver'
 
 
 def _remember(loader: DataLoader) -> Optional[Callable[[int], List[int]]]:
