@@ -69,7 +69,7 @@ def test_mistakes_in_a_config(tmp_path, config, message):
     'argv, message',
     [
         ('--epochs x', 'invalid positive_int'),
-        ('--seed -1', 'argument --seed: -1 must be at least 0'),
+        ('--seed -1', 'argument --seed: -1 must be from 0 to 2147483647'),
         ('--workers -1', 'must be at least 0'),
         ('--model-kwargs foo', "expected KEY=VALUE, got 'foo'"),
         ('--nonsense', 'unrecognized arguments: --nonsense'),
