@@ -263,8 +263,8 @@ def _each(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def _close_up(t: torch.Tensor, count: int, moves: Sequence[Tuple[int, int]], images: torch.Tensor) -> torch.Tensor:
-    """The first `count` rows after `moves`: on a CPU within the tensor, where copying all rows costs more than their
-    next stage gains; elsewhere in one kernel."""
+    """The first `count` rows after `moves`: on a CPU within the tensor, which is much faster than a copy of all rows;
+    elsewhere in one kernel. The caller's images stay as they are."""
     dense = t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
     if t.device.type == 'cpu' and dense and t.untyped_storage().data_ptr() != images.untyped_storage().data_ptr():
         for source, gap in moves:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import multiprocessing
+import os
 import sys
 from multiprocessing import resource_tracker
 from typing import Any, Callable, Dict, List, Optional
@@ -167,8 +168,9 @@ def _prepare_workers(loader: DataLoader) -> None:
     """Make a loader's processes start without accidents."""
     if not loader.num_workers:
         return
-    # while it starts it would lift what `CheckedLoader` does about SIGTERM
-    resource_tracker.ensure_running()
+    if os.name == 'posix':
+        # while it starts it would lift what `CheckedLoader` does about SIGTERM
+        resource_tracker.ensure_running()
     # before Python 3.12 a fork hangs for ever if a thread of torch.distributed enters Python at that moment
     forks = sys.version_info < (3, 12) and multiprocessing.get_start_method() == 'fork'
     if forks and dist.is_initialized() and not isinstance(loader.dataset, IterableDataset):
