@@ -4,12 +4,14 @@ import io
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 import torch
 from PIL import Image
-from scripts import run
+from scripts import ROOT, run
 
 from timm_mlcsd.data import CheckedImages
 from timm_mlcsd.engine import train, validate
@@ -78,6 +80,13 @@ def test_the_first_stops_a_run_that_allows_none(spoilt, small, tmp_path, capsys)
     assert run(train.main, [spoilt, *small[1:]]) == 2
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and '--max-bad-samples N' in error and re.search(r'/train/\w+/\d+\.png \(', error)
+
+
+def test_a_script_ends_where_a_process_of_its_loader_fails(spoilt, small):
+    command = [sys.executable, ROOT / 'train.py', spoilt, *small[1:], '--workers', 2]
+    # it waited for ever for that process, after its error message
+    script = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=100)
+    assert script.returncode == 2 and 'cannot be read' in script.stderr and 'Traceback' not in script.stderr
 
 
 def test_evaluation_counts_what_can_be_read(spoilt, trained, tmp_path, capsys):

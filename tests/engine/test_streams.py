@@ -1,17 +1,13 @@
 """Data of the Hub's packages and in shards: with a length or as a stream, in one process or in two."""
 
-import io
-import json
 import shutil
-import tarfile
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from processes import in_two_processes
 from scripts import assert_same, run, weights
+from stream_data import KEYS, noise, write_parquet, write_stream
 
 from timm_mlcsd.engine import checkpoint, train, validate
 from timm_mlcsd.engine.config import parse_args
@@ -21,66 +17,18 @@ from timm_mlcsd.engine.loaders import eval_loader
 from timm_mlcsd.engine.world import World
 from timm_mlcsd.network import load_checkpoint
 
-datasets = pytest.importorskip('datasets')
-
-SIZES = dict(train=(13, 8, 11, 9), test=(7, 3, 3))  # images in each shard
-KEYS = ['--input-key', 'img', '--target-key', 'fine_label']
-
-
-def samples(split):
-    """Shard by shard, images whose top left pixel is their number, and labels."""
-    random = np.random.default_rng(0)
-    numbers = iter(range(sum(SIZES[split])))
-    for size in SIZES[split]:
-        pixels = random.integers(0, 255, (size, 16, 16, 3), dtype=np.uint8)
-        pixels[:, 0, 0, 0] = [next(numbers) for _ in range(size)]
-        yield [(Image.fromarray(p), i % 3) for i, p in enumerate(pixels)]
+pytest.importorskip('datasets')
 
 
 @pytest.fixture
 def parquet(tmp_path):
-    features = datasets.Features(img=datasets.Image(), fine_label=datasets.ClassLabel(names=['a', 'b', 'c']))
-    for split in SIZES:
-        for i, shard in enumerate(samples(split)):
-            rows = [dict(img=image, fine_label=label) for image, label in shard]
-            path = tmp_path / 'parquet' / f'{split}-{i:05d}-of-{len(SIZES[split]):05d}.parquet'
-            datasets.Dataset.from_list(rows, features=features).to_parquet(path)
-    return tmp_path / 'parquet'
+    return write_parquet(tmp_path / 'parquet', noise())
 
 
-@pytest.fixture
-def shards(tmp_path):
-    pytest.importorskip('webdataset')
-    (tmp_path / 'shards').mkdir()
-    for split in SIZES:
-        for i, shard in enumerate(samples(split)):
-            with tarfile.open(tmp_path / 'shards' / f'tiny-{split}-{i}.tar', 'w') as tar:
-                for j, (image, label) in enumerate(shard):
-                    png = io.BytesIO()
-                    image.save(png, 'PNG')
-                    for name, data in ((f'{i}_{j}.png', png.getvalue()), (f'{i}_{j}.cls', str(label).encode())):
-                        info = tarfile.TarInfo(name)
-                        info.size = len(data)
-                        tar.addfile(info, io.BytesIO(data))
-    splits = {
-        split: dict(
-            name=split,
-            filenames=[f'tiny-{split}-{i}.tar' for i in range(len(sizes))],
-            shard_lengths=list(sizes),
-            num_samples=sum(sizes),
-        )
-        for split, sizes in SIZES.items()
-    }
-    (tmp_path / 'shards' / '_info.json').write_text(json.dumps(dict(splits=splits)))
-    return tmp_path / 'shards'
-
-
-@pytest.fixture(params=['hfids', 'wds'])
-def stream(request):
+@pytest.fixture(params=['hfids', 'wds', 'tfds'])
+def stream(request, tmp_path):
     """Flags of a stream, but for the path of train.py."""
-    if request.param == 'hfids':
-        return [f'--dataset=hfids/{request.getfixturevalue("parquet")}', *KEYS, '--train-num-samples', 41]
-    return [request.getfixturevalue('shards'), '--dataset', 'wds/', '--num-classes', 3]
+    return write_stream(request.param, tmp_path, noise())
 
 
 def test_parquet_with_a_length(parquet, small, tmp_path):
@@ -138,8 +86,6 @@ def test_columns_that_are_not_there(parquet, small, tmp_path, capsys, kind, flag
 
 def test_what_streams_cannot_do(stream, parquet, small, capsys):
     flags = [*stream, *small[1:], '--val-split', 'test']
-    assert run(train.main, [*flags, '--max-bad-samples', 3]) == 2
-    assert '--max-bad-samples' in capsys.readouterr().err
     assert run(train.main, flags[: flags.index('--val-split')]) == 2
     assert 'nothing can be held out' in capsys.readouterr().err
     if 'hfids' in str(stream[0]):

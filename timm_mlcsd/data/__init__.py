@@ -5,12 +5,14 @@ from .device_cache import CachedLoader, cache_images
 from .digits import DigitsDataset
 from .drawn import RememberingSampler
 from .pad_crop import PadCrop
+from .stream import CheckedStream
 from .subset import ConvertedImages, IndexedTargets, TransformSubset, hold_out
 
 __all__ = [
     'CachedLoader',
     'CheckedImages',
     'CheckedLoader',
+    'CheckedStream',
     'ConvertedImages',
     'DigitsDataset',
     'IndexedTargets',

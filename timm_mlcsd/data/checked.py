@@ -2,9 +2,9 @@
 
 import logging
 import signal
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
-from typing import Any, Callable, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
 from PIL import Image
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError, shortened
 
-__all__ = ['CheckedImages', 'CheckedLoader', 'NextIfBroken', 'WithoutBroken', 'checked_images', 'image_name']
+__all__ = ['CheckedImages', 'CheckedLoader', 'NextIfBroken', 'WithoutBroken', 'checked_images', 'image_name', 'refusal']
 
 _logger = logging.getLogger(__name__)
 
@@ -53,21 +53,27 @@ class CheckedImages(Dataset):
     def __len__(self) -> int:
         return len(self.reader)
 
+    @property
+    def found(self) -> List[int]:
+        """The broken ones that are known."""
+        return self.broken.nonzero().flatten().tolist()
+
+    def merge(self, others: Iterable[List[int]]) -> None:
+        """Count what other processes have found as well."""
+        for found in others:
+            self.broken[found] = True
+
     def check(self) -> None:
         """Name the images that have turned out broken since last asked.
 
         Raises:
             UserError: They have become more than may be.
         """
-        broken = self.broken.nonzero().flatten().tolist()
+        broken = self.found
         new = [index for index in broken if index not in self.named]
         self.named.update(new)
         if new and len(broken) > self.limit:
-            allowed = f', more than --max-bad-samples {self.limit} allows' if self.limit else ''
-            raise UserError(
-                f'{len(broken)} of {len(self)} images cannot be read{allowed}, among them {self._complaint(new[0])}. '
-                f'Mend or remove them, or go on without with --max-bad-samples N.'
-            )
+            raise refusal(f'{len(broken)} of {len(self)} images', self.limit, self._complaint(new[0]))
         for index in new:
             _logger.warning(f'Left out, because it cannot be read: {self._complaint(index)}')
 
@@ -85,6 +91,15 @@ class CheckedImages(Dataset):
         except Exception as e:
             return f'{name} ({shortened(e, 120)})'
         return f'{name}, which now can be read'
+
+
+def refusal(what: str, limit: int, example: str) -> UserError:
+    """The error where more images are broken than may be."""
+    allowed = f', more than --max-bad-samples {limit} allows' if limit else ''
+    return UserError(
+        f'{what} cannot be read{allowed}, among them {example}. '
+        f'Mend or remove them, or go on without with --max-bad-samples N.'
+    )
 
 
 class NextIfBroken(Dataset):
@@ -144,9 +159,9 @@ def image_name(dataset: Any, index: int) -> str:
     return dataset.name(index) if isinstance(dataset, CheckedImages) else f'number {index}'
 
 
-def checked_images(dataset: Any) -> Optional[CheckedImages]:
-    """What a data set's images come from, if that looks for broken ones."""
-    while dataset is not None and not isinstance(dataset, CheckedImages):
+def checked_images(dataset: Any) -> Optional[Any]:
+    """What a data set's images come from, if that looks for broken ones: it has `found`, `merge` and `check`."""
+    while dataset is not None and not hasattr(dataset, 'found'):
         dataset = getattr(dataset, 'dataset', None)
     return dataset
 
@@ -197,16 +212,22 @@ class CheckedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         first, step = self.part
-        iterator = islice(iter(self.loader), first, None, step)
+        with closing(iter(self.loader)) as batches:
+            yield from self._looked_at(islice(batches, first, None, step))
+
+    def _looked_at(self, batches: Iterator[Any]) -> Iterator[Any]:
         is_first = True
         while True:
             try:
                 with _sigterm_blocked() if is_first else nullcontext():
-                    batch = next(iterator)
+                    batch = next(batches)
                 is_first = False
             except StopIteration:
+                self._check()
                 return
             except Exception as e:  # of a transform, a decoder, a process that died
+                # it holds itself, and so the loader with its processes
+                e.__traceback__ = None
                 self._check()
                 # a loader's process reports its whole traceback
                 reason = str(e).strip().rpartition('\n')[2] or type(e).__name__

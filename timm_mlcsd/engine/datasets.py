@@ -10,7 +10,7 @@ import torch
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
-from ..data import CheckedImages, ConvertedImages, DigitsDataset, TransformSubset, hold_out
+from ..data import CheckedImages, CheckedStream, ConvertedImages, DigitsDataset, TransformSubset, hold_out
 from ..errors import UserError, blame
 
 __all__ = [
@@ -81,14 +81,16 @@ def load_dataset(
         _check_columns(dataset.reader, args)
     if isinstance(dataset, ImageDataset):
         return CheckedImages(dataset.reader, image_mode, args.max_bad_samples)
+    if prefix in _STREAMS:
+        if not is_training:
+            # timm would part it among processes, and repeat or lose images
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
+        return CheckedStream(dataset.reader, prefix, args.max_bad_samples)
     if args.max_bad_samples:
         raise UserError(
-            f'--max-bad-samples counts images of folders, tar files and hfds/, not of --dataset {args.dataset!r}: timm '
-            f'leaves broken images of wds/ out, with a warning, and the others stop at one.'
+            f'--max-bad-samples {args.max_bad_samples}: --dataset {args.dataset!r} is read by torchvision, which stops '
+            f'at an image that cannot be read.'
         )
-    if prefix in _STREAMS and not is_training:
-        # timm would part it among processes, and repeat or lose images
-        dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
     # timm leaves torchvision's images as they are
     return ConvertedImages(dataset, image_mode) if prefix == 'torch' else dataset
 

@@ -64,7 +64,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         type=non_negative_int,
         default=0,
         metavar='N',
-        help='leave out up to N images that cannot be read (WebDataset shards: timm leaves out all)',
+        help='leave out up to N images that cannot be read, each named once',
     )
     group.add_argument('--pin-mem', action='store_true', help='pin CPU memory for the transfer to a GPU')
     return group

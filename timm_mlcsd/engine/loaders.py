@@ -47,7 +47,7 @@ def train_loader(
     """Batches to train on: augmented, normalised, on the device."""
     if args.cache_dataset:
         _check_cacheable(args, dataset)
-    if checked_images(dataset) is not None:
+    if checked_images(dataset) is not None and not isinstance(dataset, IterableDataset):
         dataset = NextIfBroken(dataset)
     mixup = None
     if mixup_active(args):

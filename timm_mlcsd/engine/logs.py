@@ -90,9 +90,10 @@ class _WandB(_Service):
     def more(self, folder: Path) -> Dict[str, Any]:
         # a name may be taken again, an id never
         path = folder / 'wandb-id.txt'
-        if not path.exists():
-            path.write_text(uuid.uuid4().hex[:8])
-        return dict(dir=str(folder), id=path.read_text(), resume='allow')
+        with blame(f'--log-wandb: {str(path)!r}'):
+            if not path.exists():
+                path.write_text(uuid.uuid4().hex[:8])
+            return dict(dir=str(folder), id=path.read_text(), resume='allow')
 
 
 class _Trackio(_Service):

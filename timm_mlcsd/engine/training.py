@@ -264,7 +264,7 @@ class Training:
         for data in (self.train_data, self.val_data):
             images = checked_images(data)
             if images is not None and self.world.size > 1:
-                images.broken |= self.world.sum(images.broken.int()) > 0
+                images.merge(self.world.gather(images.found))
                 images.check()
 
     def mixing_weights(self) -> Optional[torch.Tensor]:

@@ -1,0 +1,131 @@
+"""Images of streams that cannot be read: counted, named once, left out, up to a limit."""
+
+import io
+import re
+from collections import Counter
+
+import pytest
+from PIL import Image
+from scripts import run
+from stream_data import noise, write_stream
+
+from timm_mlcsd.data import CheckedStream
+from timm_mlcsd.engine import train, validate
+from timm_mlcsd.engine.config import parse_args
+from timm_mlcsd.engine.datasets import load_dataset
+from timm_mlcsd.engine.flags import train_parser
+from timm_mlcsd.errors import UserError
+from timm_mlcsd.network import load_checkpoint
+
+pytest.importorskip('datasets')
+
+
+def jpeg(png, share):
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png)).resize((64, 64)).save(buffer, 'JPEG')
+    return buffer.getvalue()[: int(len(buffer.getvalue()) * share)]
+
+
+SPOIL = {
+    (0, 2): lambda data: b'',
+    (0, 12): lambda data: b'<html>404</html>' * 20,
+    (1, 7): lambda data: bytes(16) + data[16:],
+    (2, 0): lambda data: data[: len(data) // 3],
+    (3, 4): lambda data: data[:41] + bytes([data[41] ^ 0xFF]) + data[42:],
+    (3, 8): lambda data: jpeg(data, 1 / 3),
+}
+
+
+def spoilt():
+    """Six of 41 images to train on, each in its own way, and the last of 13 to test."""
+    splits = noise()
+    for (shard, i), spoil in SPOIL.items():
+        name, data, label = splits['train'][shard][i]
+        splits['train'][shard][i] = (name, spoil(data), label)
+    name, data, label = splits['test'][-1][-1]
+    splits['test'][-1][-1] = (name, data[:100], label)
+    return splits
+
+
+@pytest.fixture(scope='module', params=['hfids', 'wds', 'tfds'])
+def stream(request, tmp_path_factory):
+    return write_stream(request.param, tmp_path_factory.mktemp(request.param), spoilt())
+
+
+def read(stream, split, limit, **kwargs):
+    args = parse_args(train_parser(), [*map(str, stream), '--max-bad-samples', str(limit), '--batch-size', '8'])
+    return load_dataset(args, split, num_samples=args.train_num_samples, **kwargs)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_they_are_left_out_up_to_a_limit(stream, small, tmp_path, capsys, caplog, workers):
+    flags = [*stream, *small[1:], '--val-split', 'test', '--workers', workers]
+    assert run(train.main, [*flags, '--max-bad-samples', 5, '--experiment', 'stopped']) == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and '6 images of the stream cannot be read, more than --max-bad-samples 5' in error
+    caplog.clear()
+    with caplog.at_level('WARNING'):
+        assert run(train.main, [*flags, '--max-bad-samples', 6]) == 0
+    named = Counter(re.findall(r'cannot be read: (.+) \(', caplog.text))
+    # and the one of the test split
+    assert len(named) == 7 and max(named.values()) == 1
+    if 'tfds' not in str(stream):  # which gives its samples names of their own
+        assert all(any(re.search(rf'\b{i}_{j}\b', name) for name in named) for i, j in SPOIL)
+    assert load_checkpoint(tmp_path / 'run')['epoch'] == 1
+    results = tmp_path / 'results.json'
+    argv = ['--checkpoint', tmp_path / 'run', '--split', 'test', '--results-file', results, '--workers', workers]
+    assert run(validate.main, argv) == 2
+    assert '1 images of the stream cannot be read' in capsys.readouterr().err
+    assert run(validate.main, [*argv, '--max-bad-samples', 1]) == 0
+    assert '"num_samples": 12' in results.read_text()
+
+
+def test_others_take_their_place_in_training(stream):
+    whole = read(stream, 'train', 6, is_training=True)
+    images = [image for image, _ in whole]
+    assert len(images) == len(whole) == 48  # six batches
+    whole.check()
+    assert len(whole.found) == 6
+
+
+def test_what_is_read_is_what_was_written(stream):
+    data = read(stream, 'test', 1)
+    numbers = [(image.getpixel((0, 0))[0], target) for image, target in data]
+    labels = [label for shard in spoilt()['test'] for _, _, label in shard]
+    assert sorted(numbers) == [(i, labels[i]) for i in range(12)]
+
+
+def test_what_processes_find_is_counted_together(stream):
+    first, second = (read(stream, 'test', limit) for limit in (1, 2))
+    list(first), first.check()
+    second.merge([first.found, {'another': 'broken too'}])
+    second.check()
+    second.merge([{'a third': 'broken as well'}])
+    with pytest.raises(UserError, match=r'^3 images of the stream .* among them a third'):
+        second.check()
+
+
+@pytest.mark.parametrize('kind', ['hfids', 'wds', 'tfds'])
+def test_a_stream_of_nothing_else_ends(kind, tmp_path):
+    nothing = {
+        split: [[(name, b'', label) for name, _, label in shard] for shard in shards]
+        for split, shards in noise().items()
+    }
+    data = read(write_stream(kind, tmp_path, nothing), 'train', 100, is_training=True)
+    with pytest.raises((ValueError, RuntimeError), match=r'no image|no samples'):
+        if not list(data):
+            raise ValueError('no image')
+    data.check()
+    # TFDS shuffles what it repeats: so many in a row are not quite all
+    assert len(data.found) > (30 if kind == 'tfds' else 40)
+
+
+def test_a_shard_cut_short(tmp_path):
+    stream = write_stream('wds', tmp_path, noise())
+    shard = tmp_path / 'shards' / 'tiny-test-0.tar'
+    shard.write_bytes(shard.read_bytes()[:5000])
+    data = read(stream, 'test', 1)
+    assert isinstance(data, CheckedStream)
+    assert 6 < len(list(data)) < 13
+    data.check()
+    assert [str(shard) in name for name in data.found] == [True]

@@ -1,0 +1,219 @@
+"""Streams whose images may be broken: counted over all of a loader's processes, named once, left out."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import weakref
+from functools import partial
+from io import BytesIO
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Set
+
+import numpy as np
+from PIL import Image
+from timm.data.dataset import IterableImageDataset
+from timm.data.readers.targets import get_field
+
+from ..errors import shortened
+from .checked import refusal
+
+__all__ = ['CheckedStream']
+
+_logger = logging.getLogger(__name__)
+
+
+class CheckedStream(IterableImageDataset):
+    """A timm reader's stream without the images that cannot be read.
+
+    In training the stream goes on until it has given as many images as without them.
+
+    Args:
+        reader: timm's, of ``hfids``, ``tfds`` or ``wds``, not read from yet.
+        source: Which of these.
+        limit: How many images may be broken.
+    """
+
+    def __init__(self, reader: Any, source: str, limit: int = 0):
+        super().__init__(root=None, reader=reader)
+        self.source = source
+        self.limit = limit
+        # what each broken image is called, and why it is one; to tell them apart over the epochs
+        self.found: Dict[str, str] = {}
+        self.named: Set[str] = set()
+        self._seen: Set[str] = set()
+        self._log = _SharedLog()
+        # with this it opens its data, in the process that reads
+        reader._lazy_init = self._open
+
+    def _open(self) -> None:
+        _PREPARE[self.source](self.reader, partial(type(self.reader)._lazy_init, self.reader), self._leave_out)
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        if name not in self._seen:
+            self._seen.add(name)
+            self._log.add([name, shortened(error, 120)])
+        if len(self._seen) > self.limit:
+            raise ValueError('too many images are broken')
+
+    def merge(self, others: Iterable[Dict[str, str]]) -> None:
+        """Count what other processes have found as well."""
+        for found in others:
+            self.found.update(found)
+
+    def check(self) -> None:
+        """Name the images that have turned out broken since last asked.
+
+        Raises:
+            UserError: They have become more than may be.
+        """
+        self.merge(dict([line]) for line in self._log.new())
+        new = [name for name in self.found if name not in self.named]
+        self.named.update(new)
+        if new and len(self.found) > self.limit:
+            raise refusal(f'{len(self.found)} images of the stream', self.limit, f'{new[0]} ({self.found[new[0]]})')
+        for name in new:
+            _logger.warning(f'Left out, because it cannot be read: {name} ({self.found[name]})')
+
+
+class _SharedLog:
+    """A temporary file to which several processes append what one of them reads."""
+
+    def __init__(self) -> None:
+        handle, self.path = tempfile.mkstemp(prefix='mlcsd-broken-')
+        os.close(handle)
+        self.read = 0
+        weakref.finalize(self, _remove, self.path, os.getpid())
+
+    def add(self, entry: Any) -> None:
+        # one write to the end of a file is never mixed with another's
+        with open(self.path, 'ab', buffering=0) as f:
+            f.write(json.dumps(entry).encode() + b'\n')
+
+    def new(self) -> List[Any]:
+        """What has been added since last asked."""
+        with open(self.path, 'rb') as f:
+            f.seek(self.read)
+            lines = f.read().rpartition(b'\n')[0]
+        self.read += len(lines) + 1 if lines else 0
+        return [json.loads(line) for line in lines.splitlines()]
+
+
+def _remove(path: str, owner: int) -> None:
+    if os.getpid() == owner and os.path.exists(path):
+        os.remove(path)
+
+
+class _Readable:
+    """The samples of a reader whose images can be decoded.
+
+    Args:
+        samples: Dictionaries.
+        key: Where they have the image, encoded.
+        decode: Makes an image of that.
+        name: Tells what the image of a sample is called.
+        leave_out: Told the names of the broken ones, and what is wrong with them.
+        most: So many broken ones in a row are all that there are.
+    """
+
+    def __init__(self, samples: Any, key: str, decode: Callable, name: Callable, leave_out: Callable, most: int):
+        self.samples = samples
+        self.key = key
+        self.decode = decode
+        self.name = name
+        self.leave_out = leave_out
+        self.most = most
+
+    def __iter__(self) -> Iterator[Dict[str, Any]]:
+        in_a_row = 0
+        for sample in self.samples:
+            encoded = get_field(sample, self.key)
+            try:
+                image = self.decode(encoded)
+            except Exception as e:  # decoders fail in as many ways as there are files
+                self.leave_out(self.name(sample, encoded), e)
+                in_a_row += 1
+                if in_a_row > self.most:
+                    raise ValueError('no image of the stream can be read') from e
+                continue
+            in_a_row = 0
+            # timm looks for a key with a slash at the top first
+            yield {**sample, self.key: image}
+
+    def set_epoch(self, epoch: int) -> None:
+        self.samples.set_epoch(epoch)
+
+
+def _prepare_hfids(reader: Any, open_reader: Callable, leave_out: Callable) -> None:
+    import datasets
+
+    features = reader.builder.info.features
+    if features and isinstance(features.get(reader.input_key), datasets.Image):
+        features[reader.input_key] = datasets.Image(decode=False)
+    open_reader()
+
+    def name(sample: Dict[str, Any], encoded: Any) -> str:
+        # two may have one file name, or none
+        path, data = (
+            (encoded['path'], encoded['bytes']) if isinstance(encoded, dict) else (None, repr(encoded).encode())
+        )
+        return f'{path or "an image without a name"}, SHA-1 {hashlib.sha1(data or b"").hexdigest()}'
+
+    decode = datasets.Image().decode_example
+    reader.ds = _Readable(reader.ds, reader.input_key, decode, name, leave_out, reader.num_samples)
+
+
+def _prepare_tfds(reader: Any, open_reader: Callable, leave_out: Callable) -> None:
+    import tensorflow_datasets as tfds
+
+    def undecoded(decoders: Any) -> Any:
+        if isinstance(decoders, dict):
+            return {key: undecoded(value) for key, value in decoders.items()}
+        return tfds.decode.SkipDecoding()
+
+    def with_ids(*args: Any, read_config: Any, **kwargs: Any) -> Any:
+        read_config.add_tfds_id = True
+        return type(reader.builder).as_dataset(reader.builder, *args, read_config=read_config, **kwargs)
+
+    def decode(encoded: bytes) -> np.ndarray:
+        # timm makes a PIL image of it again
+        with Image.open(BytesIO(encoded)) as image:
+            return np.asarray(image.convert(reader.input_img_mode))
+
+    decoders = undecoded(type(reader)._input_decoders(reader))
+    reader._input_decoders = lambda: decoders
+    reader.builder.as_dataset = with_ids
+    open_reader()
+    reader.ds = _Readable(
+        reader.ds, reader.input_key, decode, lambda sample, _: sample['tfds_id'].decode(), leave_out, reader.num_samples
+    )
+
+
+def _prepare_wds(reader: Any, open_reader: Callable, leave_out: Callable) -> None:
+    open_reader()
+
+    def broken_shard(error: Exception) -> bool:
+        # webdataset adds the shard's name, where it knows it
+        known = [str(error), *(arg for arg in error.args if isinstance(arg, str))]
+        leave_out(f'a part of a shard: {known[-1]}', error)
+        return True
+
+    def images(decode: Callable, samples: Iterable[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
+        for sample in samples:
+            try:
+                decoded = decode(sample)
+            except Exception as e:
+                leave_out(f'{sample["__url__"]}/{sample["__key__"]}', e)
+                continue
+            if decoded is not None:
+                yield dict(image=decoded['jpg'], target=decoded['target'])
+
+    stages = reader.ds.pipeline
+    for stage in stages:
+        if 'handler' in getattr(stage, 'kw', {}):
+            stage.kw['handler'] = broken_shard
+    # timm's last two decode a sample, and give the image its name
+    stages[-2:] = [partial(images, stages[-2].args[0])]
+
+
+_PREPARE = dict(hfids=_prepare_hfids, tfds=_prepare_tfds, wds=_prepare_wds)
