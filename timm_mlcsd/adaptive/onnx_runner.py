@@ -7,6 +7,7 @@
 or, in a terminal: python runner.py photo.jpg
 """
 
+import functools
 import json
 import math
 import sys
@@ -69,6 +70,9 @@ class AdaptiveModel:
         options.intra_op_num_threads = threads
         # the threads of a stage that has run must not spin while the next one works
         options.add_session_config_entry('session.force_spinning_stop', '1')
+        # the stages take turns, so they share what each would keep for itself
+        _register_shared_memory()
+        options.add_session_config_entry('session.use_env_allocators', '1')
         self.sessions = [
             onnxruntime.InferenceSession(str(folder / Path(stage['file']).name), options, providers=list(providers))
             for stage in self.stages
@@ -169,6 +173,20 @@ class AdaptiveModel:
         pixels = np.asarray(canvas, dtype=np.float32).reshape(height, width, channels) / 255
         pixels = (pixels - np.float32(config['mean'])) / np.float32(config['std'])
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+
+@functools.cache
+def _register_shared_memory() -> None:
+    """Make one pool of CPU memory for all graphs of this process that ask for it, once."""
+    cpu = onnxruntime.OrtMemoryInfo(
+        'Cpu', onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    try:
+        # without a limit, the rest as usual
+        onnxruntime.create_and_register_allocator(cpu, onnxruntime.OrtArenaCfg(0, -1, -1, -1))
+    except Exception as e:  # another folder's runner was first
+        if 'already' not in str(e):
+            raise
 
 
 def _close_up(a: np.ndarray, count: int, moves: Sequence[Tuple[int, int]]) -> np.ndarray:
