@@ -56,7 +56,8 @@ class CheckedImages(Dataset):
     @property
     def found(self) -> List[int]:
         """The broken ones that are known."""
-        return self.broken.nonzero().flatten().tolist()
+        # of a copy: nonzero counts first, and other processes write meanwhile
+        return self.broken.clone().nonzero().flatten().tolist()
 
     def merge(self, others: Iterable[List[int]]) -> None:
         """Count what other processes have found as well."""
@@ -160,8 +161,8 @@ def image_name(dataset: Any, index: int) -> str:
 
 
 def checked_images(dataset: Any) -> Optional[Any]:
-    """What a data set's images come from, if that looks for broken ones: it has `found`, `merge` and `check`."""
-    while dataset is not None and not hasattr(dataset, 'found'):
+    """What a data set's images come from, if that looks for broken ones: it has `check`, `found` and `merge`."""
+    while dataset is not None and not hasattr(dataset, 'merge'):
         dataset = getattr(dataset, 'dataset', None)
     return dataset
 
