@@ -3,14 +3,15 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import weakref
+from collections import Counter
 from functools import partial
 from io import BytesIO
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Set
 
-import numpy as np
 from PIL import Image
 from timm.data.dataset import IterableImageDataset
 from timm.data.readers.targets import get_field
@@ -31,12 +32,14 @@ class CheckedStream(IterableImageDataset):
     Args:
         reader: timm's, of ``hfids``, ``tfds`` or ``wds``, not read from yet.
         source: Which of these.
+        mode: PIL mode.
         limit: How many images may be broken.
     """
 
-    def __init__(self, reader: Any, source: str, limit: int = 0):
+    def __init__(self, reader: Any, source: str, mode: str, limit: int = 0):
         super().__init__(root=None, reader=reader)
         self.source = source
+        self.mode = mode
         self.limit = limit
         # what each broken image is called, and why it is one; to tell them apart over the epochs
         self.found: Dict[str, str] = {}
@@ -47,7 +50,8 @@ class CheckedStream(IterableImageDataset):
         reader._lazy_init = self._open
 
     def _open(self) -> None:
-        _PREPARE[self.source](self.reader, partial(type(self.reader)._lazy_init, self.reader), self._leave_out)
+        open_reader = partial(type(self.reader)._lazy_init, self.reader)
+        _PREPARE[self.source](self.reader, open_reader, self.mode, self._leave_out)
 
     def _leave_out(self, name: str, error: Exception) -> None:
         if name not in self._seen:
@@ -92,6 +96,9 @@ class _SharedLog:
 
     def new(self) -> List[Any]:
         """What has been added since last asked."""
+        if not os.path.exists(self.path):  # somebody tidied up
+            self.read = 0
+            return []
         with open(self.path, 'rb') as f:
             f.seek(self.read)
             lines = f.read().rpartition(b'\n')[0]
@@ -116,7 +123,9 @@ class _Readable:
         most: So many broken ones in a row are all that there are.
     """
 
-    def __init__(self, samples: Any, key: str, decode: Callable, name: Callable, leave_out: Callable, most: int):
+    def __init__(
+        self, samples: Any, key: str, decode: Callable, name: Callable, leave_out: Callable, most: float = math.inf
+    ):
         self.samples = samples
         self.key = key
         self.decode = decode
@@ -126,12 +135,13 @@ class _Readable:
 
     def __iter__(self) -> Iterator[Dict[str, Any]]:
         in_a_row = 0
+        names: Counter = Counter()
         for sample in self.samples:
             encoded = get_field(sample, self.key)
             try:
                 image = self.decode(encoded)
             except Exception as e:  # decoders fail in as many ways as there are files
-                self.leave_out(self.name(sample, encoded), e)
+                self.leave_out(self.name(sample, encoded, names), e)
                 in_a_row += 1
                 if in_a_row > self.most:
                     raise ValueError('no image of the stream can be read') from e
@@ -144,26 +154,33 @@ class _Readable:
         self.samples.set_epoch(epoch)
 
 
-def _prepare_hfids(reader: Any, open_reader: Callable, leave_out: Callable) -> None:
+def _prepare_hfids(reader: Any, open_reader: Callable, mode: str, leave_out: Callable) -> None:
     import datasets
 
     features = reader.builder.info.features
     if features and isinstance(features.get(reader.input_key), datasets.Image):
         features[reader.input_key] = datasets.Image(decode=False)
     open_reader()
+    decode_example = datasets.Image().decode_example
 
-    def name(sample: Dict[str, Any], encoded: Any) -> str:
-        # two may have one file name, or none
+    def decode(encoded: Any) -> Image.Image:
+        if encoded is None:
+            raise ValueError('there is none')
+        return decode_example(encoded).convert(mode)
+
+    def name(sample: Dict[str, Any], encoded: Any, names: Counter) -> str:
         path, data = (
             (encoded['path'], encoded['bytes']) if isinstance(encoded, dict) else (None, repr(encoded).encode())
         )
-        return f'{path or "an image without a name"}, SHA-1 {hashlib.sha1(data or b"").hexdigest()}'
+        called = f'{path or "an image without a name"}, SHA-1 {hashlib.sha1(data or b"").hexdigest()}'
+        # a pass has every row once: what looks the same is another
+        names[called] += 1
+        return called if names[called] == 1 else f'{called}, number {names[called]}'
 
-    decode = datasets.Image().decode_example
-    reader.ds = _Readable(reader.ds, reader.input_key, decode, name, leave_out, reader.num_samples)
+    reader.ds = _Readable(reader.ds, reader.input_key, decode, name, leave_out)
 
 
-def _prepare_tfds(reader: Any, open_reader: Callable, leave_out: Callable) -> None:
+def _prepare_tfds(reader: Any, open_reader: Callable, mode: str, leave_out: Callable) -> None:
     import tensorflow_datasets as tfds
 
     def undecoded(decoders: Any) -> Any:
@@ -175,38 +192,52 @@ def _prepare_tfds(reader: Any, open_reader: Callable, leave_out: Callable) -> No
         read_config.add_tfds_id = True
         return type(reader.builder).as_dataset(reader.builder, *args, read_config=read_config, **kwargs)
 
-    def decode(encoded: bytes) -> np.ndarray:
-        # timm makes a PIL image of it again
+    def decode(encoded: bytes) -> Image.Image:
         with Image.open(BytesIO(encoded)) as image:
-            return np.asarray(image.convert(reader.input_img_mode))
+            return image.convert(mode)
 
     decoders = undecoded(type(reader)._input_decoders(reader))
     reader._input_decoders = lambda: decoders
     reader.builder.as_dataset = with_ids
+    reader.input_img_mode = ''  # or timm would make an image of it
     open_reader()
+    # to train on, TFDS repeats its samples without end
+    most = reader.num_samples if reader.is_training else math.inf
     reader.ds = _Readable(
-        reader.ds, reader.input_key, decode, lambda sample, _: sample['tfds_id'].decode(), leave_out, reader.num_samples
+        reader.ds, reader.input_key, decode, lambda sample, *_: sample['tfds_id'].decode(), leave_out, most
     )
 
 
-def _prepare_wds(reader: Any, open_reader: Callable, leave_out: Callable) -> None:
+def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Callable) -> None:
+    from timm.data.readers.reader_wds import WdsTargetKeyError
+
     open_reader()
+    shards = {os.path.join(reader.root, name) for name in reader.split_info.filenames}
 
     def broken_shard(error: Exception) -> bool:
-        # webdataset adds the shard's name, where it knows it
-        known = [str(error), *(arg for arg in error.args if isinstance(arg, str))]
-        leave_out(f'a part of a shard: {known[-1]}', error)
+        # webdataset asks inside of a shard, and then again with the shard's name; it has none for files of one name
+        where = error.args[-1] if error.args else ''
+        if where is not None and where not in shards:
+            raise error
+        leave_out(f'the rest of {where}' if where else str(error.args[0]), ValueError(error.args[0]))
         return True
 
     def images(decode: Callable, samples: Iterable[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
+        given = 0
         for sample in samples:
             try:
                 decoded = decode(sample)
+            except (TypeError, WdsTargetKeyError):  # the flags' fault, not the sample's
+                raise
             except Exception as e:
                 leave_out(f'{sample["__url__"]}/{sample["__key__"]}', e)
                 continue
             if decoded is not None:
+                given += 1
                 yield dict(image=decoded['jpg'], target=decoded['target'])
+        if reader.is_training and not given:
+            # webdataset would end this process's epoch, and leave the others waiting
+            raise ValueError('a process of the loader has no image to read; with fewer --workers each has more shards')
 
     stages = reader.ds.pipeline
     for stage in stages:

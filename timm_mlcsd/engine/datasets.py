@@ -85,7 +85,7 @@ def load_dataset(
         if not is_training:
             # timm would part it among processes, and repeat or lose images
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
-        return CheckedStream(dataset.reader, prefix, args.max_bad_samples)
+        return CheckedStream(dataset.reader, prefix, image_mode, args.max_bad_samples)
     if args.max_bad_samples:
         raise UserError(
             f'--max-bad-samples {args.max_bad_samples}: --dataset {args.dataset!r} is read by torchvision, which stops '
