@@ -131,6 +131,7 @@ def test_a_shard_cut_short(size, entries, tmp_path):
     assert len(data.found) == entries and f'the rest of {shard}' in data.found
 
 
+@pytest.mark.filterwarnings('ignore:This DataLoader will create 4')
 def test_a_process_that_can_read_nothing(tmp_path):
     stream = write_stream('wds', tmp_path, noise())
     shard = tmp_path / 'shards' / 'tiny-train-0.tar'
