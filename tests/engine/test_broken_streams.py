@@ -136,7 +136,7 @@ def test_a_process_that_can_read_nothing(tmp_path):
     stream = write_stream('wds', tmp_path, noise())
     shard = tmp_path / 'shards' / 'tiny-train-0.tar'
     shard.write_bytes(bytes(1000))
-    data = read([*stream, '--workers', '4'], 'train', 5, is_training=True)
+    data = read(stream, 'train', 5, is_training=True)
     loader = DataLoader(data, batch_size=8, num_workers=4, collate_fn=list)
     with pytest.raises(ValueError, match='with fewer --workers each has more'):
         list(loader)

@@ -4,7 +4,7 @@ import logging
 import signal
 from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Collection, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
 from PIL import Image
@@ -12,12 +12,63 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError, shortened
 
-__all__ = ['CheckedImages', 'CheckedLoader', 'NextIfBroken', 'WithoutBroken', 'checked_images', 'image_name', 'refusal']
+__all__ = [
+    'CheckedImages',
+    'CheckedLoader',
+    'NamesBroken',
+    'NextIfBroken',
+    'WithoutBroken',
+    'checked_images',
+    'image_name',
+]
 
 _logger = logging.getLogger(__name__)
 
 
-class CheckedImages(Dataset):
+class NamesBroken:
+    """What looks for broken images, and says which there are.
+
+    Attributes:
+        limit: How many images may be broken.
+        named: Those that have been named.
+        found: All that are known, in this process and what it was told of; has to be provided, as has `merge`.
+    """
+
+    limit: int
+    named: Set[Any]
+    found: Collection[Any]
+
+    def merge(self, others: Iterable[Collection[Any]]) -> None:
+        """Count what other processes have `found` as well."""
+        raise NotImplementedError
+
+    def _complaint(self, broken: Any) -> str:
+        """What a broken image is called, and why it is one."""
+        raise NotImplementedError
+
+    def _of(self) -> str:
+        return f'of {len(self)} images'
+
+    def check(self) -> None:
+        """Name the images that have turned out broken since last asked.
+
+        Raises:
+            UserError: They have become more than may be.
+        """
+        found = self.found
+        new = [broken for broken in found if broken not in self.named]
+        self.named.update(new)
+        if new and len(found) > self.limit:
+            allowed = f', more than --max-bad-samples {self.limit} allows' if self.limit else ''
+            raise UserError(
+                f'{len(found)} {self._of()} cannot be read{allowed}, among them {self._complaint(new[0])}. '
+                f'Mend or remove them, or go on without with --max-bad-samples N.'
+            )
+        for broken in new:
+            _logger.warning(f'Left out, because it cannot be read: {self._complaint(broken)}')
+
+
+class CheckedImages(NamesBroken, Dataset):
     """A timm reader's images; None in the place of one that cannot be read.
 
     timm's own data set takes the next image instead, says so every time, and counts nothing.
@@ -55,28 +106,12 @@ class CheckedImages(Dataset):
 
     @property
     def found(self) -> List[int]:
-        """The broken ones that are known."""
         # of a copy: nonzero counts first, and other processes write meanwhile
         return self.broken.clone().nonzero().flatten().tolist()
 
     def merge(self, others: Iterable[List[int]]) -> None:
-        """Count what other processes have found as well."""
         for found in others:
             self.broken[found] = True
-
-    def check(self) -> None:
-        """Name the images that have turned out broken since last asked.
-
-        Raises:
-            UserError: They have become more than may be.
-        """
-        broken = self.found
-        new = [index for index in broken if index not in self.named]
-        self.named.update(new)
-        if new and len(broken) > self.limit:
-            raise refusal(f'{len(broken)} of {len(self)} images', self.limit, self._complaint(new[0]))
-        for index in new:
-            _logger.warning(f'Left out, because it cannot be read: {self._complaint(index)}')
 
     def name(self, index: int) -> str:
         """The file of an image, or its number where the reader doesn't tell."""
@@ -92,15 +127,6 @@ class CheckedImages(Dataset):
         except Exception as e:
             return f'{name} ({shortened(e, 120)})'
         return f'{name}, which now can be read'
-
-
-def refusal(what: str, limit: int, example: str) -> UserError:
-    """The error where more images are broken than may be."""
-    allowed = f', more than --max-bad-samples {limit} allows' if limit else ''
-    return UserError(
-        f'{what} cannot be read{allowed}, among them {example}. '
-        f'Mend or remove them, or go on without with --max-bad-samples N.'
-    )
 
 
 class NextIfBroken(Dataset):
@@ -160,9 +186,9 @@ def image_name(dataset: Any, index: int) -> str:
     return dataset.name(index) if isinstance(dataset, CheckedImages) else f'number {index}'
 
 
-def checked_images(dataset: Any) -> Optional[Any]:
-    """What a data set's images come from, if that looks for broken ones: it has `check`, `found` and `merge`."""
-    while dataset is not None and not hasattr(dataset, 'merge'):
+def checked_images(dataset: Any) -> Optional[NamesBroken]:
+    """What a data set's images come from, if that looks for broken ones."""
+    while dataset is not None and not isinstance(dataset, NamesBroken):
         dataset = getattr(dataset, 'dataset', None)
     return dataset
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import math
 import os
 import tempfile
@@ -17,14 +16,12 @@ from timm.data.dataset import IterableImageDataset
 from timm.data.readers.targets import get_field
 
 from ..errors import shortened
-from .checked import refusal
+from .checked import NamesBroken
 
 __all__ = ['CheckedStream']
 
-_logger = logging.getLogger(__name__)
 
-
-class CheckedStream(IterableImageDataset):
+class CheckedStream(NamesBroken, IterableImageDataset):
     """A timm reader's stream without the images that cannot be read.
 
     In training the stream goes on until it has given as many images as without them.
@@ -42,7 +39,7 @@ class CheckedStream(IterableImageDataset):
         self.mode = mode
         self.limit = limit
         # what each broken image is called, and why it is one; to tell them apart over the epochs
-        self.found: Dict[str, str] = {}
+        self._found: Dict[str, str] = {}
         self.named: Set[str] = set()
         self._seen: Set[str] = set()
         self._log = _SharedLog()
@@ -60,24 +57,20 @@ class CheckedStream(IterableImageDataset):
         if len(self._seen) > self.limit:
             raise ValueError('too many images are broken')
 
-    def merge(self, others: Iterable[Dict[str, str]]) -> None:
-        """Count what other processes have found as well."""
-        for found in others:
-            self.found.update(found)
-
-    def check(self) -> None:
-        """Name the images that have turned out broken since last asked.
-
-        Raises:
-            UserError: They have become more than may be.
-        """
+    @property
+    def found(self) -> Dict[str, str]:
         self.merge(dict([line]) for line in self._log.new())
-        new = [name for name in self.found if name not in self.named]
-        self.named.update(new)
-        if new and len(self.found) > self.limit:
-            raise refusal(f'{len(self.found)} images of the stream', self.limit, f'{new[0]} ({self.found[new[0]]})')
-        for name in new:
-            _logger.warning(f'Left out, because it cannot be read: {name} ({self.found[name]})')
+        return self._found
+
+    def merge(self, others: Iterable[Dict[str, str]]) -> None:
+        for found in others:
+            self._found.update(found)
+
+    def _complaint(self, broken: str) -> str:
+        return f'{broken} ({self._found[broken]})'
+
+    def _of(self) -> str:  # its length counts repeats
+        return 'images of the stream'
 
 
 class _SharedLog:
