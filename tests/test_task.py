@@ -96,6 +96,29 @@ def test_ema_averages_model_and_criterion():
     assert task.get_eval_model(ema=True) is not task.get_eval_model()
 
 
+@pytest.mark.parametrize('kind', [dict(method='crd'), dict(pool_momentum=0.5)])
+def test_ema_does_not_average_what_is_remembered_of_images(kind):
+    torch.manual_seed(0)
+    model = timm.create_model('mlcsd_resnet18', num_classes=5, exits=3, small_input=True, channels=(8, 8, 8, 8))
+    criterion = MLCSDLoss(3, model.feature_dim, num_samples=20, num_classes=5, **kind)
+    task = MLCSDTask(model, criterion, verbose=False)
+    task.setup_ema(decay=0.5)
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
+    indices = torch.arange(4)
+    task.train()(torch.randn(4, 3, 16, 16), indices, indices)['loss'].backward()
+    optimizer.step()
+    before = {name: criterion.get_buffer(name).clone() for name in criterion.memory_names()}
+    task.update_ema(step=5)
+    averaged = task.get_trainable_module(ema=True).module.criterion
+    assert before
+    for name, memory in before.items():
+        assert averaged.get_buffer(name) is criterion.get_buffer(name)
+        assert torch.equal(criterion.get_buffer(name), memory)
+    # and what learns is averaged
+    pairs = list(zip(averaged.parameters(), criterion.parameters()))
+    assert not pairs or any(not torch.equal(a, b) for a, b in pairs)
+
+
 def test_eval_model_works_with_timms_evaluator():
     task = make()
     images, target = batch()

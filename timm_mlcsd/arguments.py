@@ -11,7 +11,9 @@ from .errors import UserError
 __all__ = [
     'KeyValues',
     'ScriptParser',
+    'epochs',
     'exits',
+    'interpolation',
     'non_negative_float',
     'non_negative_int',
     'positive_float',
@@ -96,6 +98,21 @@ def probability(text: str) -> float:
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f'{value} must be from 0 to 1')
     return value
+
+
+def epochs(text: str) -> int:
+    """A number of epochs behind a flag that can do without one."""
+    if not text.lstrip('-').isdigit():
+        raise argparse.ArgumentTypeError(f'{text!r} is no number of epochs; DIR goes in front of the flags')
+    return positive_int(text)
+
+
+def interpolation(text: str) -> str:
+    """How images are resized, in timm's words; empty for the model's way."""
+    known = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random')
+    if text and text not in known:
+        raise argparse.ArgumentTypeError(f'{text!r} is none of {", ".join(known)}')
+    return text
 
 
 def exits(text: str) -> Union[int, List[str]]:

@@ -1,6 +1,7 @@
 """A trained network from wherever it lies: a checkpoint of train.py, a folder, the Hub."""
 
 import logging
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
@@ -103,15 +104,23 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
         path = path / LAST
     if not path.is_file():
         raise UserError(f'no checkpoint at {str(path)!r}; give a .pth.tar file, or the folder of a run that saved one.')
+    plain = 'the weights of a plain network get exits with train.py --heads-only --initial-checkpoint FILE'
+    if path.stat().st_size and not zipfile.is_zipfile(path):
+        raise UserError(f'{str(path)!r} cannot be read as a checkpoint, it is damaged or something else; {plain}.')
     with blame(f'{str(path)!r} cannot be read as a checkpoint'):
         # torch.load does not look at the checksums
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
             raise ValueError(f'it is damaged, {damaged} has not the checksum it was written with')
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        try:
+            state = torch.load(path, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError:
+            raise UserError(
+                f'{str(path)!r} cannot be read as a checkpoint, it holds more than tensors and plain values; {plain}.'
+            ) from None
     kinds = dict(arch=str, model_args=dict, state_dict=dict, data_config=dict, args=dict, epoch=int)
     wrong = [key for key, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
     if wrong:
-        raise UserError(f'{str(path)!r} is no checkpoint that train.py wrote: it has no {", ".join(wrong)}.')
+        raise UserError(f'{str(path)!r} is no checkpoint that train.py wrote: it has no {", ".join(wrong)}; {plain}.')
     return state

@@ -120,6 +120,17 @@ class MLCSDTask(TrainingTask):
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.eval_model
 
+    def setup_ema(self, *args: Any, device: Optional[torch.device] = None, **kwargs: Any) -> nn.Module:
+        """As timm's; what the loss remembers of training images is not averaged, both modules have the one memory."""
+        criterion = self.criterion
+        shared = {} if device else {name: criterion.get_buffer(name) for name in criterion.memory_names()}
+        # out of the way, lest it be copied
+        _set_buffers(criterion, {name: memory.new_empty(0) for name, memory in shared.items()})
+        ema = super().setup_ema(*args, device=device, **kwargs)
+        for module in (criterion, unwrap_model(self.get_trainable_module(ema=True)).criterion):
+            _set_buffers(module, shared)
+        return ema
+
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
         resolved = super().get_eval_model(module=module, ema=ema)
         trainable = unwrap_model(resolved) if resolved is not None else None
@@ -156,3 +167,9 @@ class MLCSDTask(TrainingTask):
             ``loss``, its parts (see `MLCSDLoss`), ``output`` (the last exit's logits) and ``exit_logits`` (K of them).
         """
         return self.trainable_module(input, target, indices)
+
+
+def _set_buffers(module: nn.Module, buffers: Dict[str, torch.Tensor]) -> None:
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition('.')
+        setattr(module.get_submodule(owner), leaf, buffer)

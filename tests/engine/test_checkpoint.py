@@ -46,6 +46,17 @@ def test_an_unfinished_epoch_has_a_stand_in(tmp_path, caplog):
     assert {p.name for p in tmp_path.iterdir()} == {LAST, BEST, 'checkpoint-0.pth.tar'}
 
 
+def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path):
+    saver = CheckpointSaver(tmp_path)
+    for step in (1, 2):
+        saver.save_last(dict(state(-1), step=step))
+    (tmp_path / LAST).write_bytes(b'')
+    # another process goes on from the stand-in
+    CheckpointSaver(tmp_path).save_last(dict(state(-1), step=3))
+    assert load_checkpoint(tmp_path)['step'] == 3
+    assert load_checkpoint(tmp_path / PREVIOUS)['step'] == 1
+
+
 def test_a_resumed_saver_remembers_the_best(tmp_path):
     assert not CheckpointSaver(tmp_path, best_metric=5.0).save(state(7), 7, 4.0)
     assert not (tmp_path / BEST).exists()

@@ -90,3 +90,90 @@ def test_images_in_a_tar_file(small, folder, tmp_path):
             tar.add(path, path.relative_to(folder / 'train'))
     assert run(train.main, [tmp_path / 'train.tar', *small[1:]]) == 0
     assert load_checkpoint(tmp_path / 'run')['class_names'] == ['blue', 'green', 'red']
+
+
+def _classes(root, split, folder, names=('red', 'green', 'blue')):
+    (root / split).mkdir(parents=True)
+    for name in names:
+        (root / split / name).symlink_to(folder / ('train' if split.lower().startswith('train') else 'test') / name)
+
+
+def test_splits_are_never_mixed(small, folder, tmp_path, capsys):
+    """timm takes the innermost folder for the class, whatever lies above it."""
+    for split in ('Train', 'Val2017', 'Test'):
+        _classes(tmp_path / 'Cap', split, folder)
+    with tarfile.open(tmp_path / 'all.tar', 'w', dereference=True) as tar:
+        tar.add(folder, '.')
+    for data, places in ((tmp_path / 'Cap', 'Test, Train, Val2017'), (tmp_path / 'all.tar', 'test, train')):
+        assert run(train.main, [data, *small[1:]]) == 2
+        assert f'has the same classes in {places}, which would be mixed' in capsys.readouterr().err
+    # years are no splits
+    (tmp_path / 'years').mkdir()
+    for year, split in ((2019, 'Train'), (2020, 'Test')):
+        (tmp_path / 'years' / str(year)).symlink_to(tmp_path / 'Cap' / split)
+    assert run(train.main, [tmp_path / 'years', *small[1:], '--dry-run']) == 0
+
+
+def test_a_class_map_that_leaves_classes_out_says_so(small, tmp_path, caplog, capsys):
+    (tmp_path / 'two.txt').write_text('red\ngreen\n')
+    assert run(train.main, [*small, '--class-map', tmp_path / 'two.txt', '--epochs', 1]) == 0
+    assert 'two.txt leaves out 1 classes: blue' in caplog.text
+    (tmp_path / 'none.txt').write_text('cat\ndog\n')
+    assert run(train.main, [*small, '--class-map', tmp_path / 'none.txt', '--experiment', 'none']) == 2
+    assert 'with the classes of --class-map' in capsys.readouterr().err
+
+
+def test_another_folder_is_no_split_of_the_one_trained_on(small, folder, tmp_path, capsys):
+    assert run(train.main, [folder / 'train', *small[1:], '--epochs', 1]) == 0
+    assert run(validate.main, [folder / 'test', '--checkpoint', tmp_path / 'run', '--workers', 0]) == 0
+    assert '12 images' in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_its_classes_only(small, folder, tmp_path, capsys, caplog):
+    assert run(train.main, [*small, '--epochs', 1]) == 0
+    for name in ('red', 'green', 'blue'):
+        (tmp_path / 'others' / 'train').mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'others' / 'train' / f'light{name}').symlink_to(folder / 'train' / name)
+    assert run(train.main, [tmp_path / 'others', *small[1:], '--resume', tmp_path / 'run']) == 2
+    assert 'its class_names is 3 others, not 3 with lightblue' in capsys.readouterr().err
+    (tmp_path / 'same').symlink_to(folder)
+    assert run(train.main, [tmp_path / 'same', *small[1:], '--resume', tmp_path / 'run']) == 0
+    assert f'The run was trained on --data-dir {folder}, and goes on with {tmp_path / "same"}' in caplog.text
+
+
+@pytest.mark.parametrize('more', [[], ['--cache-dataset', 'device'], ['--mixup', 1], ['--workers', 1]])
+@pytest.mark.parametrize('labels, complaint', [([0, 1, 3], 'a label is 3'), ([0, -1, 2], 'a label is -1')])
+def test_labels_that_no_class_has(small, folder, tmp_path, capsys, more, labels, complaint):
+    _parquet(tmp_path / 'data', folder, labels * 16)
+    flags = ['--dataset', f'hfds/{tmp_path / "data"}', '--num-classes', 3, *small[1:], *more]
+    assert run(train.main, flags) == 2
+    error = capsys.readouterr().err
+    assert f'{complaint}, and 3 classes have 0 to 2' in error and 'Traceback' not in error
+
+
+def test_labels_that_are_text_or_wrong_for_a_trained_network(small, folder, trained, tmp_path, capsys):
+    _parquet(tmp_path / 'text', folder, ['red', 'green', 'blue'] * 16)
+    assert run(train.main, ['--dataset', f'hfds/{tmp_path / "text"}', '--num-classes', 3, *small[1:]]) == 2
+    assert 'is text' in capsys.readouterr().err
+    _parquet(tmp_path / 'more', folder, [0, 1, 7] * 16)
+    argv = ['--dataset', f'hfds/{tmp_path / "more"}', '--checkpoint', trained, '--split', 'train', '--workers', 0]
+    assert run(validate.main, argv) == 2
+    assert 'a label is 7' in capsys.readouterr().err
+
+
+def test_a_first_image_that_is_missing_is_one_that_is_broken(small, folder, tmp_path, capsys, caplog):
+    _parquet(tmp_path / 'data', folder, [0, 1, 2] * 16, missing={0, 9})
+    flags = ['--dataset', f'hfds/{tmp_path / "data"}', '--num-classes', 3, *small[1:], '--epochs', 1]
+    assert run(train.main, [*flags, '--max-bad-samples', 1]) == 2
+    assert 'cannot be read, more than --max-bad-samples 1 allows' in capsys.readouterr().err
+    assert run(train.main, [*flags, '--max-bad-samples', 2]) == 0
+    assert caplog.text.count('Left out') == 2
+
+
+def _parquet(where, folder, labels, missing=()):
+    datasets = pytest.importorskip('datasets')
+    files = sorted((folder / 'train').rglob('*.png'))
+    images = [None if i in missing else dict(bytes=file.read_bytes(), path=None) for i, file in enumerate(files)]
+    rows = datasets.Dataset.from_dict(dict(image=images, label=labels)).cast_column('image', datasets.Image())
+    where.mkdir()
+    rows.to_parquet(where / 'train-00000-of-00001.parquet')

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import in_two_processes
 from scripts import ROOT, assert_same, run, weights
 
 from timm_mlcsd import MLCSDLoss, create_multi_exit
-from timm_mlcsd.engine import train, training
+from timm_mlcsd.engine import epoch, train, training
 from timm_mlcsd.engine.world import World
 from timm_mlcsd.network import load_checkpoint
 from timm_mlcsd.task import MLCSDTask
@@ -27,9 +28,9 @@ CONVNEXT = (
 ).split()
 
 
-def torchrun(*flags, launcher=('--standalone', '--nproc-per-node', 2)):
+def torchrun(*flags, launcher=('--standalone', '--nproc-per-node', 2), script=ROOT / 'train.py'):
     """A job of train.py, started."""
-    command = [sys.executable, '-m', 'torch.distributed.run', *launcher, ROOT / 'train.py', *flags]
+    command = [sys.executable, '-m', 'torch.distributed.run', *launcher, script, *flags]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     return subprocess.Popen(
         [str(c) for c in command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -116,6 +117,75 @@ def test_sigterm_stops_all_processes_where_they_can_go_on(folder, small_flags, t
     assert_same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
 
 
+class _Wish:
+    """A process's `Termination`, which comes before the batch of a number."""
+
+    def __init__(self, when):
+        self.when = when
+        self.asked = -1
+
+    @property
+    def wished(self):
+        self.asked += 1
+        return self.asked >= self.when
+
+
+def _stop_together(rank):
+    """How many batches this process has had when the second is asked to end, and when nobody is."""
+    counts = []
+    for when in (2, 99):
+        world, had = World(rank, 2, rank), []
+        try:
+            # the second has a batch less
+            had.extend(epoch.until(_Wish(when if rank else 99), iter(range(5 - rank)), world))
+        except epoch.Stopped:
+            counts.append(-1)
+        else:
+            counts.append(len(had))
+        dist.barrier()
+    return torch.tensor(counts)
+
+
+def test_processes_that_evaluate_stop_together(tmp_path):
+    assert [counts.tolist() for counts in in_two_processes(_stop_together, tmp_path)] == [[-1, 5], [-1, 4]]
+
+
+CUT = """
+import os, signal
+from timm_mlcsd.engine import finite, train
+
+see = finite.Watch.see
+
+
+def cut(self, batch, loss):
+    if str(batch) == os.environ.get('CUT'):
+        os.kill(os.getpid(), signal.SIGTERM)
+    see(self, batch, loss)
+
+
+finite.Watch.see = cut
+train.main()
+"""
+
+
+@pytest.mark.parametrize('more, batch', [([], 1), (['--fsdp'], 0)])
+def test_running_statistics_of_each_process_come_back(folder, small_flags, tmp_path, monkeypatch, more, batch):
+    """Without that they would all go on with those of the first, and --dist-bn would find another mean."""
+    script = tmp_path / 'cut.py'
+    script.write_text(CUT)
+    flags = [folder, *small_flags, '--output', tmp_path, '--epochs', 1, '--batch-size', 10, *more]
+    jobs = [torchrun(*flags, '--experiment', 'whole')]
+    monkeypatch.setenv('CUT', str(batch))
+    jobs.append(torchrun(*flags, '--experiment', 'cut', script=script))
+    monkeypatch.delenv('CUT')
+    done(jobs[0])
+    output = done(jobs[1])
+    assert 'Stopped by SIGTERM; saved' in output
+    assert load_checkpoint(tmp_path / 'cut')['progress'][1]['step'] == batch + 1
+    done(torchrun(*flags, '--resume', tmp_path / 'cut'))
+    assert_same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
+
+
 def _worker(agent):
     """The process that a torchrun has started, on Linux."""
     for entry in Path('/proc').iterdir():
@@ -173,7 +243,7 @@ def test_what_one_process_saw_all_remember(tmp_path):
         assert changed.tolist() == [True] * 16 + [False] * 24, name
 
 
-@pytest.mark.parametrize('others', [[], ['--model-ema'], ['--heads-only']])
+@pytest.mark.parametrize('others', [[], ['--model-ema'], ['--heads-only'], ['--clip-mode', 'agc', '--clip-grad', 1]])
 def test_fsdp_says_what_it_does_not_do(small, capsys, monkeypatch, others):
     monkeypatch.setattr(train, 'join_world', lambda device_type: World(size=1 + bool(others)))
     monkeypatch.setattr(training, 'check_heads_only', lambda *args: None)

@@ -38,6 +38,7 @@ def test_config_values_of_every_shape(tmp_path):
     assert parse(tmp_path, 'pretrained_backbone: false').pretrained_backbone is False
     assert parse(tmp_path, 'exits: 4').exits == 4
     assert parse(tmp_path, '').epochs == 300
+    assert [parse(tmp_path, f'pin_mem: {value}').pin_mem for value in ('true', 'false', 'null')] == [True, False, None]
 
 
 def test_resolved_arguments_are_a_config(tmp_path):
@@ -56,6 +57,9 @@ def test_resolved_arguments_are_a_config(tmp_path):
         ('distill: some', 'invalid choice'),
         ('mean: [0.5, 0.5]', '--mean has 2 values for 3 channels'),
         ('amp: 3', 'amp is a switch; give true or false'),
+        ('pin_mem: 3', 'pin_mem is a switch; give true or false'),
+        ('no_pin_mem: true', "no flag has the name 'no_pin_mem'"),
+        ('lr: 0.1\nepochs: 3\nlr: 0.2', "it has 'lr' twice"),
         ('- epochs', 'must hold "flag: value" lines'),
         ('a: [', 'is not valid YAML'),
     ],

@@ -64,8 +64,9 @@ def test_without_a_teacher_there_is_no_picture(small, monkeypatch):
 
 def test_a_missing_package_is_named(small, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, 'wandb', None)
-    assert run(train.main, [*small, '--log-wandb']) == 2
-    assert 'pip install "timm_mlcsd[wandb]"' in capsys.readouterr().err
+    for more in ([], ['--dry-run']):
+        assert run(train.main, [*small, '--log-wandb', *more]) == 2
+        assert 'pip install "timm_mlcsd[wandb]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('more, images', [([], 8), (['--grad-accum-steps', 3], 24), (['--batch-size', 43], 43)])

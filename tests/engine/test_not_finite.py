@@ -149,3 +149,29 @@ def test_a_finite_run_is_the_same_with_it(small, tmp_path):
     assert run(train.main, [*small, '--experiment', 'a', '--epochs', '1']) == 0
     assert run(train.main, [*small, '--experiment', 'b', '--epochs', '1', '--skip-nonfinite', '3']) == 0
     assert_same(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
+
+
+class _Infinite(torch.autograd.Function):
+    """The loss as it is, its gradient infinite."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float('inf')
+
+
+def test_float16_does_not_skip_updates_for_ever(small, monkeypatch, capsys):
+    """Its scaler leaves out every update whose gradients are not finite, and halves the scale, without a word."""
+    forward = training.MLCSDTask.forward
+
+    def spoilt(self, *args):
+        result = forward(self, *args)
+        return dict(result, loss=_Infinite.apply(result['loss']))
+
+    monkeypatch.setattr(training.MLCSDTask, 'forward', spoilt)
+    # 65,536 falls below 0.001 after 27 updates
+    assert run(train.main, [*small, '--amp', '--amp-dtype', 'float16', '--epochs', 9]) == 2
+    assert 'no gradients are finite in float16' in capsys.readouterr().err

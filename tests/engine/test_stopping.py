@@ -114,7 +114,7 @@ def test_sigterm_while_a_resumed_epoch_is_passed_over(small, tmp_path, monkeypat
     assert len(drawn) == 1 and (tmp_path / 'run' / 'last.pth.tar').read_bytes() == before
 
 
-def _stop(termination, batches):
+def _stop(*_):
     raise epoch.Stopped
 
 

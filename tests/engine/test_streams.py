@@ -91,3 +91,17 @@ def test_what_streams_cannot_do(stream, parquet, small, capsys):
     if 'hfids' in str(stream[0]):
         assert run(train.main, [f for f in flags if f not in ('--train-num-samples', 41)]) == 2
         assert '--train-num-samples N' in capsys.readouterr().err
+
+
+def test_shards_that_are_not_there(small, tmp_path, capsys):
+    pytest.importorskip('webdataset')
+    stream = write_stream('wds', tmp_path, noise())
+    (tmp_path / 'shards' / 'tiny-test-1.tar').unlink()
+    assert run(train.main, [*stream, *small[1:], '--val-split', 'test']) == 2
+    assert "1 of 3 shards are not there" in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_stream_says_how_many_images_chose_the_epoch(stream, small, tmp_path):
+    assert run(train.main, [*stream, *small[1:], '--val-split', 'test', '--epochs', 1]) == 0
+    assert load_checkpoint(tmp_path / 'run')['measured_on'] == 'the 13 images that chose the epoch'

@@ -232,6 +232,20 @@ def test_learning_rate_grows_with_the_batch_as_in_timm(flags, lr):
     assert scaled_lr(parse_args(train_parser(), flags.split())) == pytest.approx(lr)
 
 
+def test_a_rate_that_follows_from_the_batch_follows_it_when_resumed(small, tmp_path, caplog):
+    """As where a job goes on with fewer processes."""
+    i = small.index('--lr')
+    flags = [*small[:i], *small[i + 2 :], '--lr-base', 0.32, '--sched', 'step', '--decay-epochs', 99]
+    assert run(train.main, [*flags, '--epochs', 1]) == 0
+    assert run(train.main, [*flags, '--resume', tmp_path / 'run', '--batch-size', 4]) == 0
+    assert 'Learning rate 0.005 instead of 0.01' in caplog.text
+    after = load_checkpoint(tmp_path / 'run')
+    # --lr-base is for 256 images
+    assert [group['lr'] for group in after['optimizer']['param_groups']] == pytest.approx([0.005, 0.005])
+    # one that was named stays
+    assert run(train.main, [*flags, '--resume', tmp_path / 'run', '--lr', 0.01, '--epochs', 3]) == 2
+
+
 def test_initial_checkpoint_of_a_plain_backbone(small, tmp_path):
     plain = timm.create_model('mlcsd_resnet18', num_classes=3, exits=1, small_input=True, channels=(8, 8, 8, 8))
     path = tmp_path / 'plain.pth'

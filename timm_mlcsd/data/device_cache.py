@@ -111,14 +111,14 @@ class CachedLoader:
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         device = self.images.device
         if self.sampler is not None:
-            order = torch.tensor(list(self.sampler))
+            order = torch.tensor(list(self.sampler), device=device)
         elif self.training:
             order = torch.randperm(len(self.targets), device=device)
         else:
-            order = torch.arange(len(self.targets))
+            order = torch.arange(len(self.targets), device=device)
         self.order = order
         for i in range(len(self)):
-            chosen = order[i * self.batch_size : (i + 1) * self.batch_size].to(device)
+            chosen = order[i * self.batch_size : (i + 1) * self.batch_size]
             images = self._crop(chosen) if self.padding or self.hflip or self.vflip else self.images[chosen]
             images = images.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
             images = images if self.channels_last else images.contiguous()

@@ -212,12 +212,16 @@ def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Calla
         where = error.args[-1] if error.args else ''
         if where is not None and where not in shards:
             raise error
-        leave_out(f'the rest of {where}' if where else str(error.args[0]), ValueError(error.args[0]))
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error.args[0]
+        leave_out(f'the rest of {where}' if where else str(why), ValueError(why))
         return True
 
     def images(decode: Callable, samples: Iterable[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
-        given = 0
-        for sample in samples:
+        given, keys = 0, reader.input_key.split(';')
+        for i, sample in enumerate(samples):
+            if i == 0 and not sample.keys() & keys:
+                has = ', '.join(key for key in sample if not key.startswith('__'))
+                raise TypeError(f'--input-key {reader.input_key!r}: the sample {sample["__key__"]} has none, but {has}')
             try:
                 decoded = decode(sample)
             except (TypeError, WdsTargetKeyError):  # the flags' fault, not the sample's

@@ -117,7 +117,10 @@ def data_config_of(
     args: argparse.Namespace, model: MultiExitModel, stored: Optional[Dict[str, Any]] = None
 ) -> Dict[str, Any]:
     """Input size, normalisation and crop: from the flags, else as stored in a checkpoint, else the model's own."""
-    with blame('the data flags do not fit the model'):
+    # timm's name for networks that are made for one size
+    fixed = args.img_size and getattr(model, 'backbone', model).pretrained_cfg.get('fixed_input_size')
+    hint = f' (--model-kwargs img_size={args.img_size} makes it for that size)' if fixed else ''
+    with blame(f'the data flags do not fit the model{hint}'):
         config = resolve_input_data_config(model, vars(args), pretrained_cfg=stored)
         model.check_input_size(*config['input_size'][1:])
     return config

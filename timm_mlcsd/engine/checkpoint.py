@@ -39,6 +39,7 @@ class CheckpointSaver:
         self.folder = Path(folder)
         self.keep = max(keep, 1)
         self.best_metric = best_metric
+        self._wrote_last = False
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
             if _LEFT_OVER.fullmatch(path.name):
@@ -58,11 +59,13 @@ class CheckpointSaver:
         path = self.folder / f'checkpoint-{epoch}.pth.tar'
         is_best = metric > self.best_metric
         with _one_line(path):
-            _write(state, path)
+            with replacing(path) as temporary:
+                _dump(state, temporary)
             if is_best:
                 self.best_metric = metric
                 self._also_as(path, BEST)
             self._also_as(path, LAST)
+            self._wrote_last = True
             _sync_folder(self.folder)
             for old in [*self._numbered()[: -self.keep], self.folder / PREVIOUS]:
                 old.unlink(missing_ok=True)
@@ -70,11 +73,14 @@ class CheckpointSaver:
 
     def save_last(self, state: Dict[str, Any]) -> None:
         """Save the state of an unfinished epoch, as the last checkpoint alone; the one before stays as its stand-in."""
-        path = self.folder / LAST
+        path, previous = self.folder / LAST, self.folder / PREVIOUS
         with _one_line(path):
-            if path.exists():
-                self._also_as(path, PREVIOUS)
-            _write(state, path)
+            with replacing(path) as temporary:
+                _dump(state, temporary)
+                # one that another process wrote may be damaged, and the stand-in what the run has come back from
+                if path.exists() and (self._wrote_last or not previous.exists()):
+                    self._also_as(path, PREVIOUS)
+            self._wrote_last = True
             _sync_folder(self.folder)
 
     def _also_as(self, path: Path, name: str) -> None:
@@ -119,9 +125,8 @@ def load_newest(source: Union[str, Path]) -> Dict[str, Any]:
     raise error
 
 
-def _write(state: Dict[str, Any], path: Path) -> None:
-    """Write a checkpoint in one step."""
-    with replacing(path) as temporary, open(temporary, 'wb') as f:
+def _dump(state: Dict[str, Any], path: Path) -> None:
+    with open(path, 'wb') as f:
         torch.save(state, f)
         f.flush()
         os.fsync(f.fileno())

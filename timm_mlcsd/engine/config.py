@@ -38,16 +38,28 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
     return args
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML whose keys are there once; of two, PyYAML takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f'it has {key!r} twice', node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
     """Spell a YAML config as command line arguments, so that types and choices are checked like any flag's."""
     flags: Dict[str, Tuple[str, argparse.Action]] = {}
     for action in parser._actions:
         if action.option_strings and action.dest not in ('help', 'config'):
-            names = {action.dest, *(s.lstrip('-').replace('-', '_') for s in action.option_strings if s[:2] == '--')}
-            flags.update((name, (action.option_strings[-1], action)) for name in names)
+            spelt = [s for s in action.option_strings if s[:2] == '--' and s[:5] != '--no-'] or action.option_strings
+            names = {action.dest, *(s.lstrip('-').replace('-', '_') for s in spelt)}
+            flags.update((name, (spelt[-1], action)) for name in names)
     try:
         with open(path) as f:
-            config = yaml.safe_load(f) or {}
+            config = yaml.load(f, _OnceLoader) or {}
     except OSError as e:
         raise UserError(f'--config {path!r} cannot be read: {e.strerror}.') from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
@@ -70,10 +82,11 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
 def _spell(flag: str, action: argparse.Action, value: Any, path: str) -> List[str]:
     if value is None:
         return []
-    if isinstance(action, argparse._StoreTrueAction):
+    if isinstance(action, (argparse._StoreTrueAction, argparse.BooleanOptionalAction)):
         if not isinstance(value, bool):
             raise UserError(f'--config {path!r}: {action.dest} is a switch; give true or false, not {value!r}.')
-        return [flag] if value else []
+        off = [f'--no-{flag[2:]}'] if isinstance(action, argparse.BooleanOptionalAction) else []
+        return [flag] if value else off
     if isinstance(value, bool) and action.nargs == '?':
         return [flag] if value else []
     if isinstance(value, dict):

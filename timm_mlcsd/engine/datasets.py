@@ -2,32 +2,36 @@
 
 import argparse
 import importlib.util
+import logging
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+from PIL import ImageMode
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
 from ..data import CheckedImages, CheckedStream, ConvertedImages, DigitsDataset, TransformSubset, hold_out
 from ..errors import UserError, blame
+from .folders import SPLIT_FOLDERS, check_class_folders, check_folder_has_split
 
 __all__ = [
     'check_classes',
     'class_names',
     'held_out',
+    'is_same_data',
     'is_trained_on',
     'load_dataset',
     'same_split',
     'train_and_val_datasets',
 ]
 
+_logger = logging.getLogger(__name__)
+
 _PREFIXES = ('', 'hfds', 'hfids', 'tfds', 'torch', 'wds')
 _STREAMS = ('hfids', 'tfds', 'wds')
 _TRAIN_AND_TEST = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')
-# what timm takes for one another, then what else tells that a folder holds splits
-_SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'), ('test',))
 
 
 def load_dataset(
@@ -50,6 +54,12 @@ def load_dataset(
         UserError: It cannot be read.
     """
     image_mode = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
+    channels = len(ImageMode.getmode(image_mode).bands)
+    if args.in_chans and channels != args.in_chans:
+        raise UserError(
+            f'--in-chans {args.in_chans}: images are read as {image_mode}, with {channels} channels; name another '
+            f'--input-img-mode: L has 1, RGB 3, RGBA and CMYK 4.'
+        )
     if args.dataset == 'digits':
         with blame('--dataset digits'):
             return DigitsDataset(split, image_mode=image_mode)
@@ -58,8 +68,9 @@ def load_dataset(
         num_samples = 1  # timm insists, and uses it for training alone
     keys = dict(input_key=args.input_key, target_key=args.target_key) if prefix not in ('', 'torch') else {}
     asks = prefix in _STREAMS and is_training and not num_samples
-    length = ' (--train-num-samples N tells how long it is)' if asks else ''
-    with blame(f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read{length}'):
+    hint = ' (--train-num-samples N tells how long it is)' if asks else ''
+    hint = f' with the classes of --class-map {args.class_map}' if args.class_map else hint
+    with blame(f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read{hint}'):
         dataset = create_dataset(
             args.dataset,
             root=args.data_dir,
@@ -79,6 +90,10 @@ def load_dataset(
         _learn_classes(dataset.reader, args)
     if prefix in ('hfds', 'hfids', 'tfds'):
         _check_columns(dataset.reader, args)
+    if prefix == 'wds':
+        _check_shards(dataset.reader, split)
+    if prefix == '':
+        check_class_folders(dataset.reader, args)
     if isinstance(dataset, ImageDataset):
         return CheckedImages(dataset.reader, image_mode, args.max_bad_samples)
     if prefix in _STREAMS:
@@ -115,7 +130,7 @@ def _check_source(args: argparse.Namespace, split: str, needs_folder: bool) -> s
     if path and looks_local and not args.dataset_download and not Path(path).exists():
         raise UserError(f'no data at {path!r}: there is no such file or folder.')
     if prefix == '' or name in ('folder', 'image_folder'):
-        _check_folder_has_split(args.data_dir, split, needs_folder)
+        check_folder_has_split(args.data_dir, split, needs_folder)
     _check_package(args.dataset, prefix)
     return prefix
 
@@ -141,7 +156,8 @@ def _check_columns(reader: Any, args: argparse.Namespace) -> None:
     """Refuse keys that no sample has: each of them would seem to be broken."""
     if hasattr(reader, 'dataset'):
         # timm has added an empty column of that name
-        columns = [column for column, value in next(iter(reader.dataset), {}).items() if value is not None]
+        table = reader.dataset.data
+        columns = [name for name in table.column_names if table.column(name).null_count < len(table)]
     else:
         columns = reader.builder.info.features or ()
     for flag, keys in (('--input-key', args.input_key or 'image'), ('--target-key', args.target_key or 'label')):
@@ -150,18 +166,12 @@ def _check_columns(reader: Any, args: argparse.Namespace) -> None:
                 raise UserError(f'{flag} {keys!r}: {args.dataset!r} has no such column; it has {", ".join(columns)}.')
 
 
-def _check_folder_has_split(root: str, split: str, needs_folder: bool) -> None:
-    """Refuse a split that a folder of splits doesn't have; timm would take all its images, whatever their split."""
-    folders = {p.name for p in Path(root).iterdir() if p.is_dir()} if Path(root).is_dir() else set()
-    accepted = next((names for names in _SPLIT_FOLDERS if split in names), (split,))
-    known = {name for names in _SPLIT_FOLDERS for name in names}
-    if not folders.intersection(accepted) and (needs_folder or folders & known):
-        if folders & known:
-            raise UserError(f'{root!r} has no split {split!r}; it has {", ".join(sorted(folders))}.')
-        raise UserError(
-            f'{root!r} is not divided into splits: as split {split!r} it would give the images that are trained on. '
-            f'Leave --val-split out, or validate with --held-out.'
-        )
+def _check_shards(reader: Any, split: str) -> None:
+    """Refuse a stream whose files are not all there, before it is trained on."""
+    shards = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
+    missing = [path for path in shards if '://' not in path and 'pipe:' not in path and not os.path.exists(path)]
+    if missing:
+        raise UserError(f'split {split!r}: {len(missing)} of {len(shards)} shards are not there, {missing[0]!r} first.')
 
 
 def _check_torchvision_has_split(name: str, root: Optional[str], split: str) -> None:
@@ -209,6 +219,8 @@ def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, 
             raise UserError(f'{flag} {given} is for streams alone ({", ".join(f"{p}/" for p in _STREAMS)}).')
     record = dict(train_split=args.train_split, val_split=args.val_split)
     if args.val_split:
+        if same_split(args.val_split, args.train_split) and '[' not in args.val_split:
+            _logger.warning(f'--val-split {args.val_split}: the images that are trained on will choose the best epoch.')
         # without a folder for it, timm would take the training images once more
         val = load_dataset(args, args.val_split, needs_folder=True)
         check_classes(class_names(val), class_names(train), f'split {args.val_split!r}')
@@ -246,7 +258,7 @@ def same_split(split: str, other: str) -> bool:
 
     def whole(split: str) -> str:
         name = split.partition('[')[0].lower()
-        return next((names[0] for names in _SPLIT_FOLDERS if name in names), name)
+        return next((names[0] for names in SPLIT_FOLDERS if name in names), name)
 
     return whole(split) == whole(other)
 
@@ -255,6 +267,11 @@ def is_trained_on(args: argparse.Namespace, checkpoint: Dict[str, Any], split: s
     """Whether a split of the data that the flags name is, as far as a checkpoint tells, what it was trained on."""
     if 'train_split' not in checkpoint or not same_split(split, checkpoint['train_split']):
         return False
+    return is_same_data(args, checkpoint)
+
+
+def is_same_data(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> bool:
+    """Whether the flags name the data, whatever split, that a checkpoint was trained on."""
     trained = checkpoint.get('args', {})
     same_set = args.dataset.lower() == (trained.get('dataset') or '').lower()
     return same_set and os.path.realpath(args.data_dir or '') == os.path.realpath(trained.get('data_dir') or '')

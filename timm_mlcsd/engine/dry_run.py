@@ -10,6 +10,7 @@ import torch
 
 from ..report import format_table
 from .epoch import Stopped
+from .logs import check_packages
 from .training import Training
 
 __all__ = ['rehearse']
@@ -35,16 +36,23 @@ class _Clock:
 
 
 def rehearse(training: Training) -> None:
-    """Train for two updates, the first of which warms up, and print what they took; nothing is written."""
+    """Train for two updates, the first of which warms up, evaluate a batch, and print what they took; nothing is
+    written.
+
+    Raises:
+        UserError: The training would not go, as far as that shows.
+    """
     args, model, task, world = training.args, training.model, training.task, training.world
+    check_packages(args)
     clock = _Clock(2, training.device)
     clock.tick()
     with contextlib.suppress(Stopped):
         training.train_epoch(training.start_epoch, lambda progress: None, clock)
+    seconds = clock.ends[-1] - clock.ends[-2]
+    next(training.validation_logits(), None)
     if not world.is_first:
         return
     images = args.batch_size * world.size * args.grad_accum_steps
-    seconds = clock.ends[-1] - clock.ends[-2]
     per_epoch = seconds * training.updates_per_epoch
     heads = sum(p.numel() for p in model.heads.parameters())
     rows = [

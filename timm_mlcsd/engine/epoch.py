@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 from collections import OrderedDict
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from .world import ALONE, World
 __all__ = ['Progress', 'Stopped', 'Termination', 'mean_losses', 'train_epoch', 'until']
 
 _logger = logging.getLogger(__name__)
+
+# of float16's gradients, which start at 65,536 times their size
+SMALLEST_SCALE = 1e-3
 
 
 class Stopped(Exception):
@@ -63,6 +66,7 @@ class Progress(NamedTuple):
         totals: Sums over the others of the loss and its parts.
         right: Right answers per exit, [K].
         generators: The states of all random number generators.
+        statistics: This process's running statistics, where there are others with other ones.
     """
 
     step: int
@@ -71,11 +75,13 @@ class Progress(NamedTuple):
     totals: Dict[str, torch.Tensor]
     right: torch.Tensor
     generators: Dict[str, Any]
+    statistics: Sequence[torch.Tensor] = ()
 
     def on_cpu(self) -> 'Progress':
         """The same in main memory, for whoever saves it."""
         totals = {name: total.cpu() for name, total in self.totals.items()}
-        return self._replace(totals=totals, right=self.right.cpu())
+        statistics = [buffer.cpu() for buffer in self.statistics]
+        return self._replace(totals=totals, right=self.right.cpu(), statistics=statistics)
 
 
 def train_epoch(
@@ -128,8 +134,14 @@ def train_epoch(
         skipped, seen, right = start.skipped, start.seen, start.right.to(task.device)
         totals = {name: total.to(task.device) for name, total in start.totals.items()}
         num_updates += math.ceil(start.step / accumulate)
+        for buffer, before in zip(_statistics(task), start.statistics):
+            buffer.copy_(before)
         if start.step == len(batches):
             return start
+
+    def own_statistics() -> List[torch.Tensor]:
+        return [buffer.clone() for buffer in _statistics(task)] if world.size > 1 else []
+
     optimizer.zero_grad()
     quiet = None if world.is_first else True
     bar = tqdm(_apart(batches), total=len(batches), desc=f'epoch {epoch}', disable=quiet, leave=False)
@@ -147,7 +159,7 @@ def train_epoch(
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         target, indices = target.unbind(dim=1) if task.criterion.needs_indices else (target, None)
-        statistics = _statistics(task) if args.skip_nonfinite else []
+        statistics = [(b, b.clone()) for b in _statistics(task)] if args.skip_nonfinite else []
         # gradients that are still to be added to need not go round
         with contextlib.nullcontext() if need_update else task.no_sync():
             with autocast:
@@ -200,6 +212,8 @@ def train_epoch(
                     totals[name] = totals.get(name, 0.0) + value.detach()
         if seen and (is_last or (i + 1) % args.log_interval == 0):
             watch.check(epoch, i, task.parameters() if is_last else ())
+            if scaler and scaler.state_dict()['scale'] < SMALLEST_SCALE:
+                raise NotFinite('no gradients are finite in float16, whatever they are scaled with', epoch, i)
             accuracy = ' '.join(f'{a:.1f}' for a in (100 * right / seen).tolist())
             bar.set_postfix_str(f'loss {totals["loss"].item() / (i + 1 - skipped):.3f}, top-1 per exit {accuracy}')
         if need_update and save is not None:
@@ -207,24 +221,30 @@ def train_epoch(
             every = args.checkpoint_every_steps
             if stop or (every and not is_last and num_updates % every == 0):
                 watch.check(epoch, i, task.parameters())
-                save(Progress(i + 1, skipped, seen, totals, right, _generators()))
+                save(Progress(i + 1, skipped, seen, totals, right, _generators(), own_statistics()))
             if stop:
                 raise Stopped
     if not seen:
         raise NotFinite('the loss is not finite', epoch, skipped - 1, more=', as in all of this epoch')
-    return Progress(len(batches), skipped, seen, totals, right, _generators())
+    return Progress(len(batches), skipped, seen, totals, right, _generators(), own_statistics())
 
 
-def until(termination: Termination, batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches, as long as nobody wants the process to end.
+def until(termination: Termination, batches: Iterator[Any], world: World) -> Iterator[Any]:
+    """This process's batches, as long as nobody wants any of the processes to end; they go in step, because one that is
+    to end cannot wait for what the others still have.
 
     Raises:
-        Stopped: Somebody does.
+        Stopped: Somebody does; in all processes at once.
     """
-    for batch in batches:
-        if termination.wished:
+    while True:
+        batch = next(batches, None)
+        if world.any(termination.wished):
             raise Stopped
-        yield batch
+        # one may have a batch more than another
+        if not world.any(batch is not None):
+            return
+        if batch is not None:
+            yield batch
 
 
 def mean_losses(progress: Progress, world: World = ALONE) -> Dict[str, float]:
@@ -251,10 +271,10 @@ def _apart(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _statistics(task: MLCSDTask) -> List[Tuple[torch.Tensor, torch.Tensor]]:
-    """The network's buffers with copies: BatchNorm's running statistics, which one NaN would spoil for good."""
+def _statistics(task: MLCSDTask) -> List[torch.Tensor]:
+    """The network's buffers: BatchNorm's running statistics, which one NaN would spoil for good."""
     modules = [unwrap_model(task.trainable_module).model, task.criterion.mixer or torch.nn.Module()]
-    return [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    return [buffer for module in modules for buffer in module.buffers()]
 
 
 def _generators() -> Dict[str, Any]:

@@ -7,7 +7,9 @@ from ..adaptive import AGGREGATES, METHODS, SCORES
 from ..arguments import (
     KeyValues,
     ScriptParser,
+    epochs,
     exits,
+    interpolation,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -46,10 +48,12 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         '--input-size', type=positive_int, nargs=3, default=None, metavar='N', help='channels, height, width'
     )
-    group.add_argument('--crop-pct', type=float, default=None, help='share of the image in the evaluation crop')
+    group.add_argument(
+        '--crop-pct', type=positive_float, default=None, help='share of the image in the evaluation crop'
+    )
     group.add_argument('--mean', type=float, nargs='+', default=None, help='channel means (default: model)')
     group.add_argument('--std', type=float, nargs='+', default=None, help='channel standard deviations')
-    group.add_argument('--interpolation', default='', help='resize interpolation (default: model)')
+    group.add_argument('--interpolation', type=interpolation, default='', help='to resize with (default: of the model)')
     group.add_argument('-b', '--batch-size', type=positive_int, default=128, metavar='N')
     group.add_argument(
         '-j',
@@ -66,7 +70,11 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         metavar='N',
         help='leave out up to N images that cannot be read, each named once',
     )
-    group.add_argument('--pin-mem', action='store_true', help='pin CPU memory for the transfer to a GPU')
+    group.add_argument(
+        '--pin-mem',
+        action=argparse.BooleanOptionalAction,
+        help='pin CPU memory, so that nobody waits for the transfer to a GPU (default: with a GPU)',
+    )
     return group
 
 
@@ -148,7 +156,7 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument(
         '--heads-only',
         nargs='?',
-        type=positive_int,
+        type=epochs,
         default=False,
         const=True,
         metavar='EPOCHS',
@@ -272,7 +280,7 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--reprob', type=probability, default=0.0, help='random erasing probability')
     group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'))
     group.add_argument('--recount', type=positive_int, default=1)
-    group.add_argument('--train-interpolation', default='random')
+    group.add_argument('--train-interpolation', type=interpolation, default='random')
     group.add_argument('--mixup', type=non_negative_float, default=0.0)
     group.add_argument('--cutmix', type=non_negative_float, default=0.0)
     group.add_argument('--cutmix-minmax', type=float, nargs=2, default=None)

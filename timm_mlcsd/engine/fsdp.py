@@ -36,6 +36,8 @@ def check_fsdp(args: argparse.Namespace, world: World) -> None:
         grad_checkpointing=args.grad_checkpointing,
     )
     others = [f'--{name.replace("_", "-")}' for name, given in others.items() if given]
+    if args.clip_grad is not None and args.clip_mode == 'agc':
+        others.append('--clip-mode agc (take norm)')
     if args.amp and args.amp_dtype == 'float16':
         others.append('--amp-dtype float16 (take bfloat16)')
     if others:

@@ -10,19 +10,22 @@ from typing import Any, Callable, Dict, List, Optional
 
 import torch
 import torch.distributed as dist
-from timm.data import FastCollateMixup, Mixup, create_loader
+from timm.data import Mixup, create_loader
 from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from ..data import (
     CachedLoader,
+    CheckedCollate,
     CheckedLoader,
+    CheckedMixup,
     NextIfBroken,
     PadCrop,
     RememberingSampler,
     TransformSubset,
     WithoutBroken,
     cache_images,
+    check_labels,
     checked_images,
 )
 from ..errors import UserError, blame
@@ -45,6 +48,9 @@ def train_loader(
     device: torch.device,
 ) -> Any:
     """Batches to train on: augmented, normalised, on the device."""
+    for flag, (low, high) in (('--scale', args.scale), ('--ratio', args.ratio)):
+        if not 0 < low <= high:
+            raise UserError(f'{flag} {low} {high}: the first must be above 0, and the second no smaller.')
     if args.cache_dataset:
         _check_cacheable(args, dataset)
     if checked_images(dataset) is not None and not isinstance(dataset, IterableDataset):
@@ -53,7 +59,7 @@ def train_loader(
     if mixup_active(args):
         if args.batch_size % 2:
             raise UserError(f'--batch-size {args.batch_size} must be even: mixup and cutmix work on pairs of images.')
-        mixup = (Mixup if args.cache_dataset else FastCollateMixup)(
+        mixup = (Mixup if args.cache_dataset else CheckedMixup)(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,
             cutmix_minmax=args.cutmix_minmax,
@@ -87,8 +93,8 @@ def train_loader(
         mean=data_config['mean'],
         std=data_config['std'],
         num_workers=args.workers,
-        collate_fn=None if args.cache_dataset else mixup,
-        pin_memory=args.pin_mem,
+        collate_fn=CheckedCollate(fast_collate, num_classes) if mixup is None or args.cache_dataset else mixup,
+        pin_memory=_pin_memory(args, device),
         device=device,
         distributed=dist.is_initialized(),
         # fresh workers take their seeds from the epoch's, so that a resumed epoch sees the same images
@@ -106,6 +112,7 @@ def train_loader(
         loader = _cached(
             args,
             loader,
+            num_classes,
             training=True,
             padding=pad_and_crop.padding * augmented,
             hflip=args.hflip * augmented,
@@ -136,14 +143,16 @@ def eval_loader(
     device: torch.device,
     batch_size: Optional[int] = None,
     world: World = ALONE,
+    num_classes: Optional[int] = None,
 ) -> Any:
     """Batches to evaluate on: resized and centre-cropped, normalised, on the device; in `world`, this process's part of
-    them, so that all together see every image once."""
+    them, so that all together see every image once. Labels must be of `num_classes` classes, if that is given."""
     part = (0, 1)
     if isinstance(dataset, IterableDataset):
         part = (world.rank, world.size)
     elif world.size > 1:
         dataset = TransformSubset(dataset, range(world.rank, len(dataset), world.size))
+    collate = fast_collate if num_classes is None else CheckedCollate(fast_collate, num_classes)
     loader = create_loader(
         dataset,
         input_size=data_config['input_size'],
@@ -154,14 +163,19 @@ def eval_loader(
         crop_pct=data_config['crop_pct'],
         crop_mode=data_config['crop_mode'],
         num_workers=args.workers,
-        collate_fn=WithoutBroken(fast_collate, data_config['input_size'][0]),
-        pin_memory=args.pin_mem,
+        collate_fn=WithoutBroken(collate, data_config['input_size'][0]),
+        pin_memory=_pin_memory(args, device),
         device=device,
         persistent_workers=False,
     )
     _prepare_workers(loader.loader)
-    loader = _cached(args, loader) if getattr(args, 'cache_dataset', '') else loader
+    loader = _cached(args, loader, num_classes) if getattr(args, 'cache_dataset', '') else loader
     return CheckedLoader(loader, dataset, part=part)
+
+
+def _pin_memory(args: argparse.Namespace, device: torch.device) -> bool:
+    # from other memory a copy waits for all that the GPU has yet to do
+    return device.type == 'cuda' if args.pin_mem is None else args.pin_mem
 
 
 def _prepare_workers(loader: DataLoader) -> None:
@@ -206,7 +220,7 @@ def _check_cacheable(args: argparse.Namespace, dataset: Dataset) -> None:
         )
 
 
-def _cached(args: argparse.Namespace, loader: Any, **kwargs: Any) -> CachedLoader:
+def _cached(args: argparse.Namespace, loader: Any, num_classes: Optional[int], **kwargs: Any) -> CachedLoader:
     """The loader that gives what timm's would, from images kept on the device."""
     with blame('--cache-dataset device'):
         try:
@@ -216,6 +230,8 @@ def _cached(args: argparse.Namespace, loader: Any, **kwargs: Any) -> CachedLoade
             if checked is not None:
                 checked.check()
             raise
+        if num_classes is not None:
+            check_labels(targets.reshape(len(targets), -1)[:, 0].tolist(), num_classes)
     _logger.info(f'Keeping {len(images)} images on {loader.device}: {images.numel() / 1e6:.0f} MB')
     return CachedLoader(
         images,

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import UserError, blame
 
-__all__ = ['LOGS', 'Logs']
+__all__ = ['LOGS', 'Logs', 'check_packages']
 
 CELL = 24  # pixels at each side of a cell of the CWEM's picture
 
@@ -104,6 +104,17 @@ class _Trackio(_Service):
 
 
 LOGS = {'tensorboard': _TensorBoard, 'wandb': _WandB, 'trackio': _Trackio}
+
+
+def check_packages(args: argparse.Namespace) -> None:
+    """Find out whether what ``--log-*`` asks for is installed.
+
+    Raises:
+        UserError: It isn't.
+    """
+    for name in LOGS:
+        if getattr(args, f'log_{name}'):
+            _package('torch.utils.tensorboard' if name == 'tensorboard' else name, name)
 
 
 def _package(name: str, extra: str) -> Any:

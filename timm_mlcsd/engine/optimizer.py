@@ -11,16 +11,25 @@ from ..errors import UserError, blame
 from ..models import MultiExitModel
 from ..task import MLCSDTask
 
-__all__ = ['create_optimizer', 'create_scheduler', 'scaled_lr']
+__all__ = ['create_optimizer', 'create_scheduler', 'lr_rule', 'scaled_lr']
+
+
+def lr_rule(args: argparse.Namespace) -> Optional[Tuple[float, int, str]]:
+    """What the learning rate follows from: --lr-base, for how many images per update, and how it grows with them; None
+    where --lr is given."""
+    if args.lr is not None:
+        return None
+    scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
+    return args.lr_base, args.lr_base_size, scale
 
 
 def scaled_lr(args: argparse.Namespace, world_size: int = 1) -> float:
     """timm's rule: --lr where it is given, else --lr-base scaled by the number of images per update."""
     if args.lr is not None:
         return args.lr
-    scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
-    ratio = args.batch_size * args.grad_accum_steps * world_size / args.lr_base_size
-    return args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+    base, size, scale = lr_rule(args)
+    ratio = args.batch_size * args.grad_accum_steps * world_size / size
+    return base * (ratio**0.5 if scale == 'sqrt' else ratio)
 
 
 def create_optimizer(args: argparse.Namespace, task: MLCSDTask, model: MultiExitModel) -> torch.optim.Optimizer:

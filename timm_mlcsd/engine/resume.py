@@ -71,6 +71,11 @@ def check_same_run(checkpoint: Dict[str, Any], identity: Dict[str, Any]) -> None
         if isinstance(value, torch.Tensor):
             same = isinstance(before, torch.Tensor) and torch.equal(before, value)
             before, value = 'other images', 'these'
+        elif key == 'class_names':
+            same = before is None or value is None or before == value
+            if not same:
+                new = [name for name in value if name not in before] or ['another order']
+                before, value = f'{len(before)} others', f'{len(value)} with {", ".join(new[:3])}'
         else:
             same = _as_lists(before) == _as_lists(value)
         if not same:
@@ -92,14 +97,20 @@ def resume(
     args: argparse.Namespace,
     world: World,
     weights_only: bool = False,
+    lr_rule: Optional[Tuple] = None,
 ) -> Tuple[int, float, Optional[Progress]]:
     """Put the state of a checkpoint back; returns the epoch to start with, the best metric so far, and where to go on
-    in an epoch that was not finished."""
+    in an epoch that was not finished.
+
+    `lr_rule` is what the learning rate follows from, None where the user named it: with the same rule it may change
+    with the number of processes.
+    """
+    rescaled = lr_rule is not None and _as_lists(checkpoint.get('lr_rule')) == _as_lists(lr_rule)
     fixed = ('opt', 'lr', 'weight_decay', 'momentum', 'opt_betas', 'opt_eps', 'opt_args', 'layer_decay', 'exit_lr_mult')
     fixed += ('fsdp', 'heads_only', 'distill', 'distill_method')
     if 'progress' in checkpoint:
         fixed += ('batch_size', 'workers', 'grad_accum_steps', 'cache_dataset', 'seed')
-    for name in fixed:
+    for name in (name for name in fixed if not (rescaled and name == 'lr')):
         # a flag that is younger than the checkpoint had its default then
         before, now = checkpoint['args'].get(name, getattr(args, name)), getattr(args, name)
         if before != now and not weights_only:
@@ -108,6 +119,10 @@ def resume(
                 f'--resume: the run used {flag} {before}, not {now}, and goes on with '
                 f'it: say so, or take its weights only with --no-resume-opt.'
             )
+    for name in ('dataset', 'data_dir'):
+        before, now = checkpoint['args'].get(name), getattr(args, name)
+        if (before or '') != (now or ''):
+            _logger.warning(f'The run was trained on --{name.replace("_", "-")} {before}, and goes on with {now}')
     with blame('the checkpoint to go on from does not fit these flags'):
         if args.fsdp:
             load_sharded(task, checkpoint, optimizer, weights_only)
@@ -122,6 +137,14 @@ def resume(
             optimizer.load_state_dict(checkpoint['optimizer'])
             if scaler and NativeScaler.state_dict_key in checkpoint:
                 scaler.load_state_dict(checkpoint[NativeScaler.state_dict_key])
+    before = checkpoint['args']['lr']
+    if before != args.lr and rescaled and not weights_only:
+        _logger.warning(
+            f'Learning rate {args.lr} instead of {before}: so --lr-base says for the images of an update now'
+        )
+        for group in optimizer.param_groups:
+            for key in {'lr', 'initial_lr'} & group.keys():
+                group[key] *= args.lr / before
     epoch, best = checkpoint['epoch'] + 1, checkpoint['best_metric']
     if 'progress' not in checkpoint or weights_only:
         _logger.info(f'Resuming after epoch {epoch - 1}')

@@ -57,8 +57,8 @@ def train(args: argparse.Namespace) -> Path:
     record = RunRecord(args, folder, training.start_epoch, training.best) if world.is_first else None
     _logger.info(
         f'{args.model}: {training.model.num_exits} exits, {training.num_classes} classes, {len(training.train_data)} '
-        f'images to train on, {len(training.val_data)} to choose the best epoch, {world.size} process(es), output in '
-        f'{folder}'
+        f'images to train on, {len(training.val_data) or "a stream of them"} to choose the best epoch, {world.size} '
+        f'process(es), output in {folder}'
     )
     try:
         _run(training, record)
@@ -101,7 +101,7 @@ def _run(training: Training, record: Optional[RunRecord]) -> None:
                 epoch=epoch,
                 metric=result.evaluation.mean_top1,
                 results=[metrics._asdict() for metrics in result.evaluation.exits],
-                measured_on=f'the {len(training.val_data)} images that chose the epoch',
+                measured_on=f'the {result.evaluation.num_samples} images that chose the epoch',
             )
             if record:
                 record.add(epoch, result, weights)

@@ -3,7 +3,7 @@
 import argparse
 import math
 import time
-from typing import Any, Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 from timm.utils import NativeScaler, random_seed
@@ -29,7 +29,7 @@ from .epoch import Progress, Stopped, Termination, mean_losses, train_epoch, unt
 from .evaluate import Evaluation, count, exit_logits, mean_mixing_weights, tally
 from .fsdp import check_fsdp, shard_task, sharded_state
 from .loaders import eval_loader, set_epoch, train_loader
-from .optimizer import create_optimizer, create_scheduler, scaled_lr
+from .optimizer import create_optimizer, create_scheduler, lr_rule, scaled_lr
 from .resume import check_same_run, resume
 from .world import ALONE, World
 
@@ -79,13 +79,15 @@ class Training:
         self._make_network(checkpoint is not None)
         self._make_task()
         self.identity = dict(
-            **identity_of(self.model, args.model, model_args_of(args, self.num_classes)), **self.split_record
+            **identity_of(self.model, args.model, model_args_of(args, self.num_classes)),
+            **self.split_record,
+            class_names=self.class_names,
         )
         self.start_epoch, self.best, self.progress = 0, float('-inf'), None
         if checkpoint:
             check_same_run(checkpoint, self.identity)
             self.start_epoch, self.best, self.progress = resume(
-                checkpoint, self.task, self.optimizer, self.scaler, args, world, weights_only
+                checkpoint, self.task, self.optimizer, self.scaler, args, world, weights_only, self.lr_rule
             )
         starts = sorted(set(world.gather((self.start_epoch, self.progress.step if self.progress else 0))))
         if len(starts) > 1:
@@ -147,6 +149,7 @@ class Training:
             synchronize_norms(self.task, self.device)
         if args.fsdp:
             shard_task(self.task, self.model, self.world)
+        self.lr_rule = lr_rule(args)
         args.lr, args.alpha = scaled_lr(args, self.world.size), criterion.alpha
         self.optimizer = create_optimizer(args, self.task, self.model)
         self.autocast = autocast_of(args, self.device)
@@ -164,7 +167,13 @@ class Training:
         with blame('the data flags cannot be used'):
             self.batches = train_loader(args, self.train_data, self.data_config, self.num_classes, self.device)
             self.val_batches = eval_loader(
-                args, self.val_data, self.data_config, self.device, args.validation_batch_size, sharers
+                args,
+                self.val_data,
+                self.data_config,
+                self.device,
+                args.validation_batch_size,
+                sharers,
+                self.num_classes,
             )
 
     def train_epoch(
@@ -217,20 +226,17 @@ class Training:
         Raises:
             Stopped: By `termination`, in any of the processes.
         """
-        args, sharded = self.args, self.args.fsdp
-        logits = exit_logits(
-            self.eval_model, self.val_batches, self.device, self.autocast, args.channels_last, self.eval_forward
+        totals = count(until(termination, self.validation_logits(), self.world))
+        if totals is None:
+            totals = torch.zeros(5, self.model.num_exits, dtype=torch.float64)
+        # under FSDP each process has seen all images
+        return tally(totals if self.args.fsdp else self.world.sum(totals))
+
+    def validation_logits(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        """What the exits answer to this process's part of the images that choose the epoch: see `exit_logits`."""
+        return exit_logits(
+            self.eval_model, self.val_batches, self.device, self.autocast, self.args.channels_last, self.eval_forward
         )
-        totals, stopped = torch.zeros(5, self.model.num_exits, dtype=torch.float64), False
-        try:
-            # no process may leave the others alone in a collective
-            counted = count(logits if sharded else until(termination, logits))
-            totals = totals if counted is None else counted
-        except Stopped:
-            stopped = True
-        if self.world.any(stopped):
-            raise Stopped
-        return tally(totals if sharded else self.world.sum(totals))
 
     def run_epoch(self, epoch: int, save: Callable[[Progress], None], termination: Termination) -> EpochResult:
         """Train and evaluate.
@@ -281,8 +287,8 @@ class Training:
             self.identity,
             args=vars(self.args),
             data_config=self.data_config,
-            class_names=self.class_names,
             best_metric=self.best,
+            lr_rule=self.lr_rule,
             **trained,
             **({NativeScaler.state_dict_key: self.scaler.state_dict()} if self.scaler else {}),
             **(self.task.get_checkpoint_state(ema=True) if self.args.model_ema else {}),

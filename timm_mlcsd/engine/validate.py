@@ -22,7 +22,7 @@ from .adaptive import run_adaptive, tables
 from .build import autocast_of, compiled, data_config_of, resolve_device
 from .calibration import Logits, check_flags, policy_of, policy_path
 from .config import parse_args
-from .datasets import check_classes, class_names, held_out, load_dataset
+from .datasets import check_classes, class_names, held_out, is_same_data, load_dataset
 from .evaluate import Evaluation, evaluate, exit_logits
 from .flags import validate_parser
 from .loaders import eval_loader
@@ -73,7 +73,7 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
     def loader_of(dataset: Any) -> Any:
         with blame('the data flags cannot be used'):
-            return eval_loader(args, dataset, data_config, device)
+            return eval_loader(args, dataset, data_config, device, num_classes=model.num_classes)
 
     def batches_of(loader: Any) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         return exit_logits(model, loader, device, autocast_of(args, device), args.channels_last, forward)
@@ -163,8 +163,8 @@ def load_split(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[An
     """The data to evaluate on, ``--split`` or what training held out, and what to call it."""
     if not args.held_out:
         # the folder that was trained on is no split of itself
-        trained_on = 'val_indices' in checkpoint and args.split != checkpoint['train_split']
-        return load_dataset(args, args.split, needs_folder=trained_on), args.split
+        of_it = is_same_data(args, checkpoint) and args.split != checkpoint.get('train_split')
+        return load_dataset(args, args.split, needs_folder=of_it and 'val_indices' in checkpoint), args.split
     if 'val_indices' not in checkpoint:
         raise UserError('--held-out needs a checkpoint whose training held images out of its train split.')
     return held_out(args, checkpoint)

@@ -1,0 +1,85 @@
+"""Exits for a network that already works, against a network trained with its exits.
+
+    python -m experiments.heads_only --scale cpu --data FOLDER_WITH_CIFAR100_PARQUET
+
+Trains Table 2's plain ResNet18 and its MENM, then gives the plain one exits as configs/heads_only.yaml does: without
+distillation, with the last exit as teacher, and with all of them. Shows minutes and test accuracy per exit, and whether
+backbone and last exit are still the plain network's: the tensors, and the answers to all test images, bit for bit.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, Dict
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from timm_mlcsd.arguments import ScriptParser
+from timm_mlcsd.errors import UserError, run_script
+from timm_mlcsd.report import format_table
+
+from .measure import Reader
+from .plan import ROOT, Run, load_table
+from .runner import Runner, load_results
+
+TEACHERS = {
+    'heads only, no distillation': dict(distill='none'),
+    'heads only, the last exit teaches': dict(distill='one-for-all'),
+    'heads only, all exits teach': dict(distill='all-for-all'),
+}
+
+
+def heads_only(plain: Run, weights: Path, **teacher: Any) -> Run:
+    """The run that gives the plain network exits."""
+    recipe: Dict[str, Any] = yaml.safe_load((ROOT / 'configs' / 'heads_only.yaml').read_text())
+    flags = {**plain.flags, **recipe, **teacher, 'initial_checkpoint': str(weights)}
+    del flags['exits']  # as many as there are blocks
+    return plain._replace(flags=flags)
+
+
+def main() -> None:
+    parser = ScriptParser(prog='experiments.heads_only', description=__doc__.splitlines()[0])
+    parser.add_argument('--scale', default='cpu')
+    parser.add_argument('--data', metavar='PATH', help='folder with the Parquet files')
+    parser.add_argument('--work', type=Path, default=ROOT / 'output' / 'heads_only', metavar='DIR')
+    parser.add_argument('--device', help='for train.py')
+    args: argparse.Namespace = parser.parse_args()
+    rows = {row.labels: row.runs[0] for row in load_table('table2', args.scale, seeds=1).rows}
+    plain, menm = rows['ResNet18', 'SE'], rows['ResNet18', 'MENM']
+    args.work.mkdir(parents=True, exist_ok=True)
+    results = args.work / 'results.jsonl'
+    runner = Runner(results, args.work.resolve(), args.data, args.scale, args.device)
+
+    def train(*runs: Run) -> None:
+        errors = runner.run(list(runs), jobs=1)
+        if errors:
+            raise UserError(' '.join(errors))
+
+    def reader(run: Run) -> Reader:
+        return Reader(args.work / run.id / 'train', args.device)
+
+    train(plain)
+    before = reader(plain)
+    backbone = before.model.backbone.state_dict()
+    weights = args.work.resolve() / 'plain.safetensors'
+    save_file(backbone, weights)
+    given = {name: heads_only(plain, weights, **teacher) for name, teacher in TEACHERS.items()}
+    train(*given.values(), menm)
+
+    answers = before.logits(before.loader('test')).logits[-1]
+    records, table = load_results(results), []
+    for name, run in {'plain network': plain, **given, 'all of it, no distillation': menm}.items():
+        test, minutes, same = records[run.id]['test'], records[run.id]['seconds'] / 60, ''
+        if name in given:
+            after = reader(run)
+            state = after.model.backbone.state_dict()
+            tensors = state.keys() == backbone.keys() and all(torch.equal(t, backbone[n]) for n, t in state.items())
+            same = 'yes' if tensors and torch.equal(after.logits(after.loader('test')).logits[-1], answers) else 'NO'
+        exits = ' '.join(f'{accuracy:.1f}' for accuracy in test)
+        table.append((name, run.flags['epochs'], minutes, exits, sum(test) / len(test), same))
+    print(format_table(('', 'epochs', 'minutes', 'exits, test top-1', 'mean', 'same backbone'), table))
+
+
+if __name__ == '__main__':
+    run_script('experiments.heads_only', main)

@@ -1,0 +1,82 @@
+"""What timm would make of folders and tar files of images without a word: splits mixed, classes left out."""
+
+import argparse
+import logging
+import os
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any, Dict, Iterator, Set
+
+from timm.data.readers.img_extensions import get_img_extensions
+
+from ..errors import UserError
+
+__all__ = ['SPLIT_FOLDERS', 'check_class_folders', 'check_folder_has_split']
+
+_logger = logging.getLogger(__name__)
+
+# what timm takes for one another
+SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'), ('test',))
+
+
+def check_folder_has_split(root: str, split: str, needs_folder: bool) -> None:
+    """Refuse a split that a folder of splits doesn't have; timm would take all its images, whatever their split."""
+    folders = {p.name for p in Path(root).iterdir() if p.is_dir()} if Path(root).is_dir() else set()
+    accepted = next((names for names in SPLIT_FOLDERS if split in names), (split,))
+    known = {name for names in SPLIT_FOLDERS for name in names}
+    if not folders.intersection(accepted) and (needs_folder or folders & known):
+        if folders & known:
+            raise UserError(f'{root!r} has no split {split!r}; it has {", ".join(sorted(folders))}.')
+        raise UserError(
+            f'{root!r} is not divided into splits: as split {split!r} it would give the images that are trained on. '
+            f'Leave --val-split out to hold images out of it; validate.py --held-out evaluates those.'
+        )
+
+
+def check_class_folders(reader: Any, args: argparse.Namespace) -> None:
+    """Refuse splits that timm has mixed, because their folders have other names or lie in a tar file: it calls a class
+    by its innermost folder alone. Say which classes a class map leaves out.
+
+    Args:
+        reader: timm's, of a folder or a tar file.
+        args: The flags.
+
+    Raises:
+        UserError: Training and test images are mixed.
+    """
+    tops: Dict[str, Set[str]] = defaultdict(set)
+    for folder in set(_class_folders(reader)):
+        top, _, rest = folder.replace(os.sep, '/').partition('/')
+        if rest:
+            tops[rest.rpartition('/')[2]].add(top)
+    mixed = next((sorted(places) for places in tops.values() if len(places) > 1 and any(map(_is_split, places))), None)
+    if mixed:
+        way_out = (
+            'give one of them as DIR, or call them train, val and test'
+            if os.path.isdir(reader.root)
+            else 'unpack it, or make a tar file of each'
+        )
+        raise UserError(f'{reader.root!r} has the same classes in {", ".join(mixed)}, which would be mixed: {way_out}.')
+    if args.class_map and os.path.isdir(reader.root) and hasattr(reader, 'class_to_idx'):
+        images = set(get_img_extensions())
+        found = Counter({Path(place).name: len(images & _suffixes(files)) for place, _, files in os.walk(reader.root)})
+        left_out = [name for name, count in found.items() if count and name not in reader.class_to_idx]
+        if left_out:
+            few = f'{", ".join(sorted(left_out)[:5])}{", ..." if len(left_out) > 5 else ""}'
+            _logger.warning(f'--class-map {args.class_map} leaves out {len(left_out)} classes: {few}')
+
+
+def _class_folders(reader: Any) -> Iterator[str]:
+    """Where the images lie, as paths from the root; of tar files in a folder nothing: each is a class."""
+    if hasattr(reader, 'class_to_idx') and os.path.isdir(reader.root):
+        yield from (os.path.dirname(os.path.relpath(path, reader.root)) for path, _ in reader.samples)
+    elif getattr(reader, 'root_is_tar', False):
+        yield from (os.path.dirname(os.path.normpath(info.path)) for info, _, _ in reader.samples)
+
+
+def _is_split(folder: str) -> bool:
+    return folder.lower().startswith(('train', 'val', 'test', 'eval', 'dev'))
+
+
+def _suffixes(files: Any) -> Set[str]:
+    return {os.path.splitext(name)[1].lower() for name in files}
