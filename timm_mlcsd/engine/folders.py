@@ -5,7 +5,7 @@ import logging
 import os
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, Dict, Iterator, Set
+from typing import Any, Dict, Set
 
 from timm.data.readers.img_extensions import get_img_extensions
 
@@ -45,7 +45,7 @@ def check_class_folders(reader: Any, args: argparse.Namespace) -> None:
         UserError: Training and test images are mixed.
     """
     tops: Dict[str, Set[str]] = defaultdict(set)
-    for folder in set(_class_folders(reader)):
+    for folder in _class_folders(reader):
         top, _, rest = folder.replace(os.sep, '/').partition('/')
         if rest:
             tops[rest.rpartition('/')[2]].add(top)
@@ -66,12 +66,13 @@ def check_class_folders(reader: Any, args: argparse.Namespace) -> None:
             _logger.warning(f'--class-map {args.class_map} leaves out {len(left_out)} classes: {few}')
 
 
-def _class_folders(reader: Any) -> Iterator[str]:
-    """Where the images lie, as paths from the root; of tar files in a folder nothing: each is a class."""
-    if hasattr(reader, 'class_to_idx') and os.path.isdir(reader.root):
-        yield from (os.path.dirname(os.path.relpath(path, reader.root)) for path, _ in reader.samples)
-    elif getattr(reader, 'root_is_tar', False):
-        yield from (os.path.dirname(os.path.normpath(info.path)) for info, _, _ in reader.samples)
+def _class_folders(reader: Any) -> Set[str]:
+    """Where images lie, as paths from the root; of tar files in a folder nothing: each is a class."""
+    if getattr(reader, 'root_is_tar', False):
+        return {os.path.dirname(os.path.normpath(info.path)) for info, _, _ in reader.samples}
+    if not hasattr(reader, 'class_to_idx'):
+        return set()
+    return {os.path.relpath(folder, reader.root) for folder in {os.path.dirname(path) for path, _ in reader.samples}}
 
 
 def _is_split(folder: str) -> bool:
