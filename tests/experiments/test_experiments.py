@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # experiments is no part of the package
 
+from experiments.heads_only import heads_only  # noqa: E402
 from experiments.plan import HERE, Row, Run, Table, load_datasets, load_table, table_names  # noqa: E402
 from experiments.report import figure, report  # noqa: E402
 from experiments.runner import Runner, load_results  # noqa: E402
@@ -64,6 +65,23 @@ def test_a_run_is_its_settings():
         load_table('table99', 'cpu')
     with pytest.raises(UserError, match=r"scale 'x' is unknown; choose from cpu, paper, smoke"):
         load_table('table2', 'x')
+
+
+def test_a_plain_network_gets_exits(tmp_path):
+    plain = next(row.runs[0] for row in load_table('table2', 'cpu').rows if row.labels == ('ResNet18', 'SE'))
+    config = tmp_path / 'flags.yaml'
+    config.write_text(json.dumps(heads_only(plain, Path('plain.safetensors'), distill='all-for-all').flags))
+    args = parse_args(train_parser(), ['--config', str(config)])
+    assert args.heads_only is True and args.initial_checkpoint == 'plain.safetensors'
+    assert args.exits is None and args.distill == 'all-for-all' and args.epochs == 20
+    # the network, its data and the precision are the plain one's
+    for name in ('model_kwargs', 'small_input', 'train_split', 'mean', 'amp_dtype'):
+        assert getattr(args, name) == getattr(parse_args(train_parser(), _as_config(plain, tmp_path)), name)
+
+
+def _as_config(run, folder):
+    (folder / 'plain.yaml').write_text(json.dumps(run.flags))
+    return ['--config', str(folder / 'plain.yaml')]
 
 
 TINY = dict(
