@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""One process of train.py against several with the same global batch, one thread each: images per second, in turn, and
+how far loss and accuracy of the epochs are apart.
+
+Takes train.py's flags behind its own; the batch size is that of one process.
+
+    python benchmarks/processes.py --repeats 3 --config configs/quickstart.yaml --epochs 6 --workers 0
+"""
+
+import argparse
+import csv
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+from timm_mlcsd.report import format_table
+
+TRAIN = Path(__file__).resolve().parents[1] / 'train.py'
+
+
+def train(processes: int, batch_size: int, flags: List[str]) -> Tuple[float, List[Dict[str, float]]]:
+    """Train once; images per second, the median of the epochs after the first, and the rows of summary.csv."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+    with tempfile.TemporaryDirectory() as output:
+        command = [sys.executable, *launcher, str(TRAIN), *flags, '--batch-size', str(batch_size // processes)]
+        command += ['--output', output, '--experiment', 'run']
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        job = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if job.returncode:
+            sys.exit(job.stderr[-2000:])
+        speeds = [float(speed) for speed in re.findall(r'epoch \d+: .*; (\d+) images/s', job.stdout + job.stderr)]
+        with open(Path(output) / 'run' / 'summary.csv') as f:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(f)]
+    return statistics.median(speeds[1:] or speeds), rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--processes', type=int, default=2)
+    parser.add_argument('--batch-size', type=int, default=32)
+    parser.add_argument('--repeats', type=int, default=3)
+    args, flags = parser.parse_known_args()
+    pairs = [[train(n, args.batch_size, flags) for n in (1, args.processes)] for _ in range(args.repeats)]
+    one, several = ([pair[i] for pair in pairs] for i in range(2))
+    speeds = [statistics.median(speed for speed, _ in runs) for runs in (one, several)]
+    print(f'1 process {speeds[0]:.0f} images/s, {args.processes} processes {speeds[1]:.0f}, medians of {args.repeats}')
+    print(f'ratio of the medians {speeds[1] / speeds[0]:.2f}')
+    table = [
+        (int(a['epoch']), a['train_loss'], b['train_loss'], a['eval_mean_top1'], b['eval_mean_top1'])
+        for a, b in zip(one[0][1], several[0][1])
+    ]
+    print(format_table(('epoch', 'loss, 1', f'loss, {args.processes}', 'mean top-1, 1', f'{args.processes}'), table))
+    apart = max(abs(a - b) / a for _, a, b, _, _ in table)
+    print(f'losses at most {100 * apart:.1f}% apart')
+
+
+if __name__ == '__main__':
+    main()
