@@ -114,6 +114,10 @@ def test_ema_does_not_average_what_is_remembered_of_images(kind):
     for name, memory in before.items():
         assert averaged.get_buffer(name) is criterion.get_buffer(name)
         assert torch.equal(criterion.get_buffer(name), memory)
+    # a checkpoint from before they were one
+    task.load_task_state({'criterion': {n: t + 1 for n, t in criterion.state_dict().items()}}, ema=True)
+    for name, memory in before.items():
+        assert torch.equal(criterion.get_buffer(name), memory)
     # and what learns is averaged
     pairs = list(zip(averaged.parameters(), criterion.parameters()))
     assert not pairs or any(not torch.equal(a, b) for a, b in pairs)

@@ -121,9 +121,14 @@ class MLCSDTask(TrainingTask):
         return self.eval_model
 
     def setup_ema(self, *args: Any, device: Optional[torch.device] = None, **kwargs: Any) -> nn.Module:
-        """As timm's; what the loss remembers of training images is not averaged, both modules have the one memory."""
+        """As timm's; what the loss remembers of training images is not averaged: both modules have the one memory, if
+        they are on one device in one precision."""
         criterion = self.criterion
-        shared = {} if device else {name: criterion.get_buffer(name) for name in criterion.memory_names()}
+        shared = (
+            {}
+            if device or kwargs.get('dtype')
+            else {name: criterion.get_buffer(name) for name in criterion.memory_names()}
+        )
         # out of the way, lest it be copied
         _set_buffers(criterion, {name: memory.new_empty(0) for name, memory in shared.items()})
         ema = super().setup_ema(*args, device=device, **kwargs)
@@ -151,7 +156,11 @@ class MLCSDTask(TrainingTask):
         module = module if module is not None else self.get_trainable_module(ema=ema)
         if module is None:
             raise RuntimeError('Cannot load EMA task state before setup_ema().')
-        unwrap_model(module).criterion.load_state_dict((state or {}).get('criterion', {}), strict=strict)
+        criterion, state = unwrap_model(module).criterion, dict((state or {}).get('criterion', {}))
+        for name in criterion.memory_names():
+            if ema and criterion.get_buffer(name) is self.criterion.get_buffer(name):
+                state[name] = criterion.get_buffer(name)  # older checkpoints hold an averaged one
+        criterion.load_state_dict(state, strict=strict)
 
     def forward(
         self, input: torch.Tensor, target: torch.Tensor, indices: Optional[torch.Tensor] = None

@@ -149,11 +149,13 @@ def test_a_wrong_target_key_is_no_broken_image(tmp_path):
         list(data)
 
 
-def test_a_wrong_input_key_is_no_broken_image(tmp_path):
+def test_a_wrong_input_key_is_named(tmp_path):
     stream = write_stream('wds', tmp_path, noise())
     data = read([*stream, '--input-key', 'webp;bmp'], 'test', 5)
-    with pytest.raises(TypeError, match=r"--input-key 'webp;bmp': the sample 0_0 has none, but png, cls"):
+    with pytest.raises(ValueError, match='too many'):
         list(data)
+    with pytest.raises(UserError, match=r'0_\d \(it has png, cls, and no --input-key webp;bmp\)'):
+        data.check()
 
 
 def test_images_that_look_alike_are_counted_each(tmp_path):

@@ -8,6 +8,9 @@ import torch
 from scripts import ROOT, run
 
 from timm_mlcsd.engine import train, validate
+from timm_mlcsd.engine.config import parse_args
+from timm_mlcsd.engine.datasets import class_names, load_dataset
+from timm_mlcsd.engine.flags import train_parser
 from timm_mlcsd.network import load_checkpoint
 
 
@@ -103,15 +106,28 @@ def test_splits_are_never_mixed(small, folder, tmp_path, capsys):
     for split in ('Train', 'Val2017', 'Test'):
         _classes(tmp_path / 'Cap', split, folder)
     with tarfile.open(tmp_path / 'all.tar', 'w', dereference=True) as tar:
-        tar.add(folder, '.')
-    for data, places in ((tmp_path / 'Cap', 'Test, Train, Val2017'), (tmp_path / 'all.tar', 'test, train')):
+        tar.add(folder, 'colours')
+    for name in ('red', 'green', 'blue'):
+        for split in ('train', 'test'):
+            (tmp_path / 'classes' / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / 'classes' / name / split).symlink_to(folder / split / name)
+    for data, places in (
+        (tmp_path / 'Cap', 'Test, Train, Val2017'),
+        (tmp_path / 'all.tar', 'test, train'),
+        (tmp_path / 'classes', 'test, train'),
+    ):
         assert run(train.main, [data, *small[1:]]) == 2
-        assert f'has the same classes in {places}, which would be mixed' in capsys.readouterr().err
-    # years are no splits
-    (tmp_path / 'years').mkdir()
-    for year, split in ((2019, 'Train'), (2020, 'Test')):
-        (tmp_path / 'years' / str(year)).symlink_to(tmp_path / 'Cap' / split)
-    assert run(train.main, [tmp_path / 'years', *small[1:], '--dry-run']) == 0
+        assert f'has images in {places}, which would be mixed' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('outer', [('2019', '2020'), ('train_station', 'testers'), ('device1', 'device2')])
+def test_folders_that_are_no_splits_are_one_set(small, folder, tmp_path, outer):
+    (tmp_path / 'data').mkdir()
+    for name, split in zip(outer, ('train', 'test')):
+        (tmp_path / 'data' / name).symlink_to(folder / split)
+    flags = parse_args(train_parser(), [str(tmp_path / 'data'), *small[1:]])
+    data = load_dataset(flags, 'train')
+    assert len(data) == 60 and class_names(data) == ['blue', 'green', 'red']
 
 
 def test_a_class_map_that_leaves_classes_out_says_so(small, tmp_path, caplog, capsys):
@@ -135,7 +151,9 @@ def test_a_run_goes_on_with_its_classes_only(small, folder, tmp_path, capsys, ca
         (tmp_path / 'others' / 'train').mkdir(parents=True, exist_ok=True)
         (tmp_path / 'others' / 'train' / f'light{name}').symlink_to(folder / 'train' / name)
     assert run(train.main, [tmp_path / 'others', *small[1:], '--resume', tmp_path / 'run']) == 2
-    assert 'its class_names is 3 others, not 3 with lightblue' in capsys.readouterr().err
+    assert 'trained on the classes blue, green, red, not lightblue, lightgreen, lightred' in capsys.readouterr().err
+    others = [tmp_path / 'others', *small[1:], '--experiment', 'others', '--resume', tmp_path / 'run']
+    assert run(train.main, [*others, '--no-resume-opt']) == 0
     (tmp_path / 'same').symlink_to(folder)
     assert run(train.main, [tmp_path / 'same', *small[1:], '--resume', tmp_path / 'run']) == 0
     assert f'The run was trained on --data-dir {folder}, and goes on with {tmp_path / "same"}' in caplog.text
@@ -155,6 +173,9 @@ def test_labels_that_are_text_or_wrong_for_a_trained_network(small, folder, trai
     _parquet(tmp_path / 'text', folder, ['red', 'green', 'blue'] * 16)
     assert run(train.main, ['--dataset', f'hfds/{tmp_path / "text"}', '--num-classes', 3, *small[1:]]) == 2
     assert 'is text' in capsys.readouterr().err
+    _parquet(tmp_path / 'several', folder, [[0], [1, 2], []] * 16)
+    assert run(train.main, ['--dataset', f'hfds/{tmp_path / "several"}', '--num-classes', 3, *small[1:]]) == 2
+    assert 'is no whole number' in capsys.readouterr().err
     _parquet(tmp_path / 'more', folder, [0, 1, 7] * 16)
     argv = ['--dataset', f'hfds/{tmp_path / "more"}', '--checkpoint', trained, '--split', 'train', '--workers', 0]
     assert run(validate.main, argv) == 2

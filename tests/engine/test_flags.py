@@ -38,6 +38,8 @@ def test_config_values_of_every_shape(tmp_path):
     assert parse(tmp_path, 'pretrained_backbone: false').pretrained_backbone is False
     assert parse(tmp_path, 'exits: 4').exits == 4
     assert parse(tmp_path, '').epochs == 300
+    merged = parse(tmp_path, 'model_kwargs: &a {x: 1, y: 2}\nopt_kwargs: {<<: *a, y: 3}\n')
+    assert merged.model_kwargs == dict(x=1, y=2) and merged.opt_args == dict(x=1, y=3)
     assert [parse(tmp_path, f'pin_mem: {value}').pin_mem for value in ('true', 'false', 'null')] == [True, False, None]
 
 

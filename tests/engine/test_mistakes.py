@@ -29,6 +29,7 @@ from timm_mlcsd.engine import train, validate
         ('--crop-pct 0', 'must be positive'),
         ('--scale 2 1', '--scale 2.0 1.0: the first must be above 0'),
         ('--ratio 0 1', '--ratio 0.0 1.0: the first must be above 0'),
+        ('--input-img-mode nonsense', '--input-img-mode nonsense is no mode of Pillow'),
         ('--in-chans 4', 'images are read as RGB, with 3 channels'),
         ('--heads-only DIR', "'DIR' is no number of epochs"),
         ('--smoothing 1.5', '--smoothing 1.5 must be at least 0 and less than 1'),

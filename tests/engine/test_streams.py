@@ -102,6 +102,8 @@ def test_shards_that_are_not_there(small, tmp_path, capsys):
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_stream_says_how_many_images_chose_the_epoch(stream, small, tmp_path):
+def test_a_stream_says_how_many_images_chose_the_epoch(stream, small, tmp_path, caplog):
+    caplog.set_level('INFO')
     assert run(train.main, [*stream, *small[1:], '--val-split', 'test', '--epochs', 1]) == 0
     assert load_checkpoint(tmp_path / 'run')['measured_on'] == 'the 13 images that chose the epoch'
+    assert 'a stream of them to choose the best epoch' in caplog.text

@@ -2,6 +2,7 @@
 
 from typing import Any, Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from timm.data import FastCollateMixup
 
@@ -22,10 +23,12 @@ def check_labels(labels: Iterable[Any], num_classes: int) -> None:
         if isinstance(label, str):
             raise ValueError(f'the label {label!r} is text: name a --target-key whose column holds numbers or classes')
         if isinstance(label, torch.Tensor):
-            label = label.flatten()[0]
-        if not 0 <= int(label) < num_classes:
+            label = label.flatten()[0].item()
+        if not isinstance(label, (int, np.integer)):
+            raise ValueError(f'the label {label!r} is no whole number, the index of one class')
+        if not 0 <= label < num_classes:
             raise ValueError(
-                f'a label is {int(label)}, and {num_classes} classes have 0 to {num_classes - 1}: --num-classes is too '
+                f'a label is {label}, and {num_classes} classes have 0 to {num_classes - 1}: --num-classes is too '
                 f'small, the labels begin with 1, or the images have none'
             )
 

@@ -218,16 +218,18 @@ def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Calla
 
     def images(decode: Callable, samples: Iterable[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
         given, keys = 0, reader.input_key.split(';')
-        for i, sample in enumerate(samples):
-            if i == 0 and not sample.keys() & keys:
+        for sample in samples:
+            called = f'{sample["__url__"]}/{sample["__key__"]}'
+            if not sample.keys() & keys:
                 has = ', '.join(key for key in sample if not key.startswith('__'))
-                raise TypeError(f'--input-key {reader.input_key!r}: the sample {sample["__key__"]} has none, but {has}')
+                leave_out(called, ValueError(f'it has {has}, and no --input-key {reader.input_key}'))
+                continue
             try:
                 decoded = decode(sample)
             except (TypeError, WdsTargetKeyError):  # the flags' fault, not the sample's
                 raise
             except Exception as e:
-                leave_out(f'{sample["__url__"]}/{sample["__key__"]}', e)
+                leave_out(called, e)
                 continue
             if decoded is not None:
                 given += 1

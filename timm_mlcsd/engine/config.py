@@ -42,7 +42,8 @@ class _OnceLoader(yaml.SafeLoader):
     """YAML whose keys are there once; of two, PyYAML takes the last without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = 'tag:yaml.org,2002:merge'
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f'it has {key!r} twice', node.start_mark)

@@ -54,7 +54,8 @@ def load_dataset(
         UserError: It cannot be read.
     """
     image_mode = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
-    channels = len(ImageMode.getmode(image_mode).bands)
+    with blame(f'--input-img-mode {image_mode} is no mode of Pillow'):
+        channels = len(ImageMode.getmode(image_mode).bands)
     if args.in_chans and channels != args.in_chans:
         raise UserError(
             f'--in-chans {args.in_chans}: images are read as {image_mode}, with {channels} channels; name another '

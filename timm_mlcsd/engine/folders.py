@@ -3,7 +3,8 @@
 import argparse
 import logging
 import os
-from collections import Counter, defaultdict
+import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, Set
 
@@ -44,25 +45,25 @@ def check_class_folders(reader: Any, args: argparse.Namespace) -> None:
     Raises:
         UserError: Training and test images are mixed.
     """
-    tops: Dict[str, Set[str]] = defaultdict(set)
-    for folder in _class_folders(reader):
-        top, _, rest = folder.replace(os.sep, '/').partition('/')
-        if rest:
-            tops[rest.rpartition('/')[2]].add(top)
-    mixed = next((sorted(places) for places in tops.values() if len(places) > 1 and any(map(_is_split, places))), None)
+    folders = _class_folders(reader)
+    above = os.path.commonpath(folders) if len(folders) > 1 else ''
+    places: Dict[str, Set[str]] = defaultdict(set)
+    for folder in folders:
+        *outer, name = os.path.relpath(folder, above or None).split(os.sep)
+        places[name].add(outer[0] if outer else '')
+    mixed = [sorted(filter(_is_split, tops)) for tops in places.values()]
+    mixed = next((splits for splits in (*mixed, sorted(filter(_is_split, places))) if len(splits) > 1), None)
     if mixed:
         way_out = (
-            'give one of them as DIR, or call them train, val and test'
+            'give one of them as DIR, or let it hold train, val and test with a folder per class in each'
             if os.path.isdir(reader.root)
             else 'unpack it, or make a tar file of each'
         )
-        raise UserError(f'{reader.root!r} has the same classes in {", ".join(mixed)}, which would be mixed: {way_out}.')
+        raise UserError(f'{reader.root!r} has images in {", ".join(mixed)}, which would be mixed: {way_out}.')
     if args.class_map and os.path.isdir(reader.root) and hasattr(reader, 'class_to_idx'):
-        images = set(get_img_extensions())
-        found = Counter({Path(place).name: len(images & _suffixes(files)) for place, _, files in os.walk(reader.root)})
-        left_out = [name for name, count in found.items() if count and name not in reader.class_to_idx]
+        left_out = sorted(_folders_with_images(reader.root) - reader.class_to_idx.keys())
         if left_out:
-            few = f'{", ".join(sorted(left_out)[:5])}{", ..." if len(left_out) > 5 else ""}'
+            few = f'{", ".join(left_out[:5])}{", ..." if len(left_out) > 5 else ""}'
             _logger.warning(f'--class-map {args.class_map} leaves out {len(left_out)} classes: {few}')
 
 
@@ -76,8 +77,16 @@ def _class_folders(reader: Any) -> Set[str]:
 
 
 def _is_split(folder: str) -> bool:
-    return folder.lower().startswith(('train', 'val', 'test', 'eval', 'dev'))
+    return bool(
+        re.fullmatch(r'(train|training|val|valid|validation|test|testing|eval|evaluation|dev)\W?\d*', folder, re.I)
+    )
 
 
-def _suffixes(files: Any) -> Set[str]:
-    return {os.path.splitext(name)[1].lower() for name in files}
+def _folders_with_images(root: str) -> Set[str]:
+    """Names of the folders that hold images, at any depth."""
+    suffixes = set(get_img_extensions())
+    return {
+        os.path.basename(place)
+        for place, _, files in os.walk(root, followlinks=True)
+        if place != root and any(os.path.splitext(name)[1].lower() in suffixes for name in files)
+    }

@@ -5,7 +5,7 @@ import logging
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from timm.utils import NativeScaler
@@ -64,22 +64,28 @@ def _new(folder: Path, has_begun: bool) -> Path:
     return folder
 
 
-def check_same_run(checkpoint: Dict[str, Any], identity: Dict[str, Any]) -> None:
-    """Refuse to resume what another model, or another choice of held-out images, has begun."""
+def check_same_run(checkpoint: Dict[str, Any], identity: Dict[str, Any], weights_only: bool = False) -> None:
+    """Refuse to resume what another model, other classes or another choice of held-out images have begun."""
     for key, value in identity.items():
         before = checkpoint.get(key)
         if isinstance(value, torch.Tensor):
             same = isinstance(before, torch.Tensor) and torch.equal(before, value)
             before, value = 'other images', 'these'
         elif key == 'class_names':
-            same = before is None or value is None or before == value
-            if not same:
-                new = [name for name in value if name not in before] or ['another order']
-                before, value = f'{len(before)} others', f'{len(value)} with {", ".join(new[:3])}'
+            if weights_only or before is None or value is None or before == value:
+                continue
+            raise UserError(
+                f'--resume: the run was trained on the classes {_some(before)}, not {_some(value)}; --no-resume-opt '
+                f'takes its weights alone.'
+            )
         else:
             same = _as_lists(before) == _as_lists(value)
         if not same:
             raise UserError(f'--resume: the checkpoint is of another run: its {key} is {before}, not {value}.')
+
+
+def _some(names: List[str]) -> str:
+    return f'{", ".join(names[:3])}{f" and {len(names) - 3} more" if len(names) > 3 else ""}'
 
 
 def _as_lists(value: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from timm.utils import random_seed
+from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UserError, run_script
 from ..network import LAST
@@ -57,8 +58,8 @@ def train(args: argparse.Namespace) -> Path:
     record = RunRecord(args, folder, training.start_epoch, training.best) if world.is_first else None
     _logger.info(
         f'{args.model}: {training.model.num_exits} exits, {training.num_classes} classes, {len(training.train_data)} '
-        f'images to train on, {len(training.val_data) or "a stream of them"} to choose the best epoch, {world.size} '
-        f'process(es), output in {folder}'
+        f'images to train on, {_number(training.val_data)} to choose the best epoch, {world.size} process(es), output '
+        f'in {folder}'
     )
     try:
         _run(training, record)
@@ -110,6 +111,11 @@ def _run(training: Training, record: Optional[RunRecord]) -> None:
             _logger.info(_line(epoch, result, training.best > best, minutes))
             if world.any(termination.wished) and epoch + 1 < training.num_epochs:
                 raise Stopped
+
+
+def _number(images: Dataset) -> str:
+    """How many there are; streams don't tell."""
+    return 'a stream of them' if isinstance(images, IterableDataset) else str(len(images))
 
 
 def _way_out(error: NotFinite, folder: Path, writes: bool) -> str:

@@ -85,7 +85,7 @@ class Training:
         )
         self.start_epoch, self.best, self.progress = 0, float('-inf'), None
         if checkpoint:
-            check_same_run(checkpoint, self.identity)
+            check_same_run(checkpoint, self.identity, weights_only)
             self.start_epoch, self.best, self.progress = resume(
                 checkpoint, self.task, self.optimizer, self.scaler, args, world, weights_only, self.lr_rule
             )
