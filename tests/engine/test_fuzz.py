@@ -51,7 +51,7 @@ WORDS = {
 }
 SMALL = {'batch_size': (1, 24), 'validation_batch_size': (1, 24), 'img_size': (1, 48), 'input_size': (1, 33)}
 ACTIONS = {a.dest: a for a in train_parser()._actions if a.dest not in LEFT_OUT}
-SWITCHES = (argparse._StoreTrueAction,)
+SWITCHES = (argparse._StoreTrueAction, argparse.BooleanOptionalAction)
 
 
 def values(action):
@@ -71,13 +71,13 @@ def values(action):
 
 @st.composite
 def flags(draw):
-    """Flags by name, with their values as strings, True for a switch."""
+    """Flags by name, with their values as strings, a truth value for a switch."""
     names = draw(st.lists(st.sampled_from(sorted(ACTIONS)), max_size=6, unique=True))
     chosen = {}
     for name in names:
         action = ACTIONS[name]
         if isinstance(action, SWITCHES):
-            chosen[name] = True
+            chosen[name] = True if isinstance(action, argparse._StoreTrueAction) else draw(st.booleans())
         elif action.nargs in ('+', '*') or isinstance(action.nargs, int):
             count = action.nargs if isinstance(action.nargs, int) else draw(st.integers(1, 4))
             chosen[name] = [draw(values(action)) for _ in range(count)]
@@ -89,8 +89,12 @@ def flags(draw):
 def spelled(chosen):
     argv = []
     for name, value in chosen.items():
-        flag = ACTIONS[name].option_strings[-1]
-        argv += [flag] if value is True else [flag, *value] if isinstance(value, list) else [f'{flag}={value}']
+        flags = ACTIONS[name].option_strings
+        if isinstance(value, bool):
+            has_two = isinstance(ACTIONS[name], argparse.BooleanOptionalAction)
+            argv.append(flags[0] if has_two and value else flags[-1])
+        else:
+            argv += [flags[-1], *value] if isinstance(value, list) else [f'{flags[-1]}={value}']
     return argv
 
 

@@ -59,6 +59,10 @@ def create_multi_exit(
     """
     if 'pretrained' in kwargs:
         raise ValueError('pretrained is not for the backbone; pass pretrained_backbone=True, or a tag.')
+    if kwargs.get('global_pool') == '':
+        raise ValueError(
+            "global_pool='' leaves the last exit's maps as they are; name a pool of timm's, avg or max say."
+        )
     img_size = kwargs.get('img_size')
     if isinstance(backbone, str):
         name = backbone
