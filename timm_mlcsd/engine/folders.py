@@ -70,7 +70,7 @@ def check_class_folders(reader: Any, args: argparse.Namespace) -> None:
 def _class_folders(reader: Any) -> Set[str]:
     """Where images lie, as paths from the root; of tar files in a folder nothing: each is a class."""
     if getattr(reader, 'root_is_tar', False):
-        return {os.path.dirname(os.path.normpath(info.path)) for info, _, _ in reader.samples}
+        return {os.path.dirname(os.path.normpath(info.path)).lstrip('/') for info, _, _ in reader.samples}
     if not hasattr(reader, 'class_to_idx'):
         return set()
     return {os.path.relpath(folder, reader.root) for folder in {os.path.dirname(path) for path, _ in reader.samples}}
