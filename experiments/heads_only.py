@@ -30,12 +30,16 @@ TEACHERS = {
 }
 
 
-def heads_only(plain: Run, weights: Path, **teacher: Any) -> Run:
-    """The run that gives the plain network exits."""
+def heads_only(whole: Run, weights: Path, **teacher: Any) -> Run:
+    """The run that trains the exits of a network alone.
+
+    Args:
+        whole: The run that trains all of it.
+        weights: The plain network's.
+        **teacher: Flags that choose it.
+    """
     recipe: Dict[str, Any] = yaml.safe_load((ROOT / 'configs' / 'heads_only.yaml').read_text())
-    flags = {**plain.flags, **recipe, **teacher, 'initial_checkpoint': str(weights)}
-    del flags['exits']  # as many as there are blocks
-    return plain._replace(flags=flags)
+    return whole._replace(flags={**whole.flags, **recipe, **teacher, 'initial_checkpoint': str(weights)})
 
 
 def main() -> None:
@@ -46,7 +50,7 @@ def main() -> None:
     parser.add_argument('--device', help='for train.py')
     args: argparse.Namespace = parser.parse_args()
     rows = {row.labels: row.runs[0] for row in load_table('table2', args.scale, seeds=1).rows}
-    plain, menm = rows['ResNet18', 'SE'], rows['ResNet18', 'MENM']
+    plain, menm, taught = (rows['ResNet18', method] for method in ('SE', 'MENM', 'One for all'))
     args.work.mkdir(parents=True, exist_ok=True)
     results = args.work / 'results.jsonl'
     runner = Runner(results, args.work.resolve(), args.data, args.scale, args.device)
@@ -64,7 +68,7 @@ def main() -> None:
     backbone = before.model.backbone.state_dict()
     weights = args.work.resolve() / 'plain.safetensors'
     save_file(backbone, weights)
-    given = {name: heads_only(plain, weights, **teacher) for name, teacher in TEACHERS.items()}
+    given = {name: heads_only(taught, weights, **teacher) for name, teacher in TEACHERS.items()}
     train(*given.values(), menm)
 
     answers = before.logits(before.loader('test')).logits[-1]

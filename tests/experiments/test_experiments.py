@@ -68,12 +68,14 @@ def test_a_run_is_its_settings():
 
 
 def test_a_plain_network_gets_exits(tmp_path):
-    plain = next(row.runs[0] for row in load_table('table2', 'cpu').rows if row.labels == ('ResNet18', 'SE'))
+    runs = {row.labels[1]: row.runs[0] for row in load_table('table2', 'cpu').rows}
+    plain, taught = runs['SE'], runs['One for all']
     config = tmp_path / 'flags.yaml'
-    config.write_text(json.dumps(heads_only(plain, Path('plain.safetensors'), distill='all-for-all').flags))
+    config.write_text(json.dumps(heads_only(taught, Path('plain.safetensors'), distill='all-for-all').flags))
     args = parse_args(train_parser(), ['--config', str(config)])
     assert args.heads_only is True and args.initial_checkpoint == 'plain.safetensors'
     assert args.exits is None and args.distill == 'all-for-all' and args.epochs == 20
+    assert args.alpha == 1.0 and args.beta == 0.0
     # the network, its data and the precision are the plain one's
     for name in ('model_kwargs', 'small_input', 'train_split', 'mean', 'amp_dtype'):
         assert getattr(args, name) == getattr(parse_args(train_parser(), _as_config(plain, tmp_path)), name)
