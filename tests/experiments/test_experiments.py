@@ -74,7 +74,7 @@ def test_a_plain_network_gets_exits(tmp_path):
     config.write_text(json.dumps(heads_only(taught, Path('plain.safetensors'), distill='all-for-all').flags))
     args = parse_args(train_parser(), ['--config', str(config)])
     assert args.heads_only is True and args.initial_checkpoint == 'plain.safetensors'
-    assert args.exits is None and args.distill == 'all-for-all' and args.epochs == 20
+    assert args.exits == 8 and args.distill == 'all-for-all' and args.epochs == 20
     assert args.alpha == 1.0 and args.beta == 0.0
     # the network, its data and the precision are the plain one's
     for name in ('model_kwargs', 'small_input', 'train_split', 'mean', 'amp_dtype'):
