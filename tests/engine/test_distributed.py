@@ -80,7 +80,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(folder, tmp_path)
 
 
 def test_a_killed_worker_brings_the_job_back_where_it_was(folder, small_flags, tmp_path):
-    flags = [folder, *small_flags, '--output', tmp_path, '--batch-size', 8, '--epochs', 30, '--model-ema']
+    flags = [folder, *small_flags, '--output', tmp_path, '--batch-size', 8, '--epochs', 16, '--model-ema']
     flags += ['--checkpoint-every-steps', 2, '--checkpoint-hist', 50, '--drop', 0.2]
     # two machines, as far as torchrun can tell
     node = ['--nnodes', 2, '--nproc-per-node', 1, '--rdzv-backend', 'c10d', '--rdzv-id', 'test']
@@ -96,12 +96,12 @@ def test_a_killed_worker_brings_the_job_back_where_it_was(folder, small_flags, t
         time.sleep(0.01)
     os.kill(_worker(job.pid), signal.SIGKILL)
     assert 'Resuming' in done(job)
-    assert [row['epoch'] for row in curve(tmp_path / 'killed')] == list(range(30))
+    assert [row['epoch'] for row in curve(tmp_path / 'killed')] == list(range(16))
     assert_same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
 
 
 def test_sigterm_stops_all_processes_where_they_can_go_on(folder, small_flags, tmp_path):
-    flags = [folder, *small_flags, '--output', tmp_path, '--epochs', 12, '--drop', 0.2, '--workers', 1]
+    flags = [folder, *small_flags, '--output', tmp_path, '--epochs', 8, '--drop', 0.2, '--workers', 1]
     job = torchrun(*flags, '--experiment', 'cut')
     deadline = time.monotonic() + 120
     while not (tmp_path / 'cut' / 'checkpoint-1.pth.tar').exists():
@@ -110,7 +110,7 @@ def test_sigterm_stops_all_processes_where_they_can_go_on(folder, small_flags, t
     job.send_signal(signal.SIGTERM)  # torchrun passes it on to the workers and to their loaders
     output = job.communicate(timeout=120)[0]
     assert 'Stopped by SIGTERM; saved' in output and 'RuntimeError' not in output
-    assert load_checkpoint(tmp_path / 'cut')['epoch'] < 11
+    assert load_checkpoint(tmp_path / 'cut')['epoch'] < 7
     jobs = [torchrun(*flags, '--experiment', 'whole'), torchrun(*flags, '--resume', tmp_path / 'cut')]
     for job in jobs:
         done(job)

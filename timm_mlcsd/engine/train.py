@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from .logs import LOGS
 from .record import RunRecord
 from .resume import find_run
 from .training import EpochResult, Training
-from .world import join_world
+from .world import end_process, join_world
 
 __all__ = ['main', 'train']
 
@@ -34,6 +35,8 @@ _logger = logging.getLogger('train')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Entry point of train.py and mlcsd-train."""
     run_script('train.py', lambda: train(parse_args(train_parser(), argv)))
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        end_process()
 
 
 def train(args: argparse.Namespace) -> Path:

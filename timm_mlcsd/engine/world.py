@@ -1,16 +1,18 @@
 """The processes that train one network together, and what they tell each other."""
 
+import gc
 import logging
 import os
+import sys
 import warnings
-from typing import Any, List, NamedTuple
+from typing import Any, List, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from ..errors import UserError
 
-__all__ = ['ALONE', 'World', 'join_world']
+__all__ = ['ALONE', 'World', 'end_process', 'join_world']
 
 
 class World(NamedTuple):
@@ -91,3 +93,16 @@ def join_world(device: torch.device) -> World:
         logging.getLogger().setLevel(logging.ERROR)
         warnings.simplefilter('ignore')
     return world
+
+
+def end_process() -> NoReturn:
+    """End a process of a job that has done its work, with code 0 and at once.
+
+    Caches of FSDP keep gloo's threads; one that lets go of a tensor while Python shuts down aborts the process, and
+    torchrun would take the job for failed.
+    """
+    gc.collect()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
