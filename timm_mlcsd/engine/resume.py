@@ -13,6 +13,7 @@ from timm.utils import NativeScaler
 from ..errors import UserError, blame
 from ..task import MLCSDTask
 from .checkpoint import load_newest
+from .datasets import is_same_data
 from .epoch import Progress
 from .fsdp import load_sharded
 from .world import World
@@ -125,10 +126,11 @@ def resume(
                 f'--resume: the run used {flag} {before}, not {now}, and goes on with '
                 f'it: say so, or take its weights only with --no-resume-opt.'
             )
-    for name in ('dataset', 'data_dir'):
-        before, now = checkpoint['args'].get(name), getattr(args, name)
-        if (before or '') != (now or ''):
-            _logger.warning(f'The run was trained on --{name.replace("_", "-")} {before}, and goes on with {now}')
+    if not is_same_data(args, checkpoint):
+        before, now = (
+            ' '.join(filter(None, (a.get('dataset'), a.get('data_dir')))) for a in (checkpoint['args'], vars(args))
+        )
+        _logger.warning(f'The run was trained on {before}, and goes on with {now}')
     with blame('the checkpoint to go on from does not fit these flags'):
         if args.fsdp:
             load_sharded(task, checkpoint, optimizer, weights_only)
