@@ -7,7 +7,7 @@ from typing import Callable, Iterator
 
 from timm.utils import setup_default_logging
 
-__all__ = ['UserError', 'blame', 'run_script', 'shortened']
+__all__ = ['UserError', 'blame', 'install_hint', 'printable', 'run_script', 'shortened']
 
 
 class UserError(ValueError):
@@ -19,6 +19,16 @@ def shortened(error: Exception, length: int = 300) -> str:
     text = ' '.join(str(error).split())
     text = f'{type(error).__name__} {text}' if isinstance(error, KeyError) or not text else text
     return text if len(text) <= length else f'{text[:length]} ...'
+
+
+def printable(text: str) -> str:
+    """Text from a file, with everything escaped that a terminal would obey instead of showing it."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def install_hint(extra: str) -> str:
+    """How to install what an extra of this package needs."""
+    return f'install it from a checkout of timm_mlcsd: pip install ".[{extra}]"'
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from .multi_exit import MultiExitModel, MultiExitOutput
 from .ranet import RANet
 from .registry import create_named  # registers mlcsd_* with timm
 from .shufflenetv2 import ShuffleNetV2
-from .weights import load_backbone
+from .weights import load_backbone, weights_digest
 
 __all__ = [
     'DEFAULT_EXIT_HEAD',
@@ -26,4 +26,5 @@ __all__ = [
     'create_multi_exit',
     'create_named',
     'load_backbone',
+    'weights_digest',
 ]

@@ -1,5 +1,6 @@
 """Weights that go from a plain backbone to its multi-exit network and back."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Dict, Union
@@ -11,7 +12,7 @@ from timm.models import load_state_dict
 from ..errors import shortened
 from .multi_exit import MultiExitModel
 
-__all__ = ['drop_unfit_classifiers', 'load_backbone']
+__all__ = ['drop_unfit_classifiers', 'load_backbone', 'weights_digest']
 
 _PREFIX = 'backbone.'
 
@@ -55,3 +56,16 @@ def drop_unfit_classifiers(state_dict: Dict[str, torch.Tensor], model: MultiExit
         for name, t in state_dict.items()
         if not re.match(r'heads\.\d+\.fc\.', name) or (name in fit and fit[name].shape == t.shape)
     }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A digest of a network's parameters and buffers: names, types, shapes and values, wherever they lie in memory.
+
+    Returns:
+        ``sha256:`` and 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return f'sha256:{digest.hexdigest()}'

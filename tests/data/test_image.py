@@ -1,0 +1,56 @@
+"""One reading of an image, whatever its file is like."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_mlcsd.data.image import IMAGE_MODES, read_image
+
+
+def file_of(image, format='PNG', **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('format', ['PNG', 'WEBP', 'TIFF'])
+def test_orientation(orientation, format):
+    upright = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10, 'L').convert('RGB')
+    # the transpositions that undo what a viewer does for each value, EXIF 2.3, tag 0x0112
+    undo = [None, 0, 3, 1, 5, 2, 6, 4][orientation - 1]
+    stored = upright if undo is None else upright.transpose(Image.Transpose(undo))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = file_of(stored, format, exif=exif, **({'lossless': True} if format == 'WEBP' else {}))
+    assert np.array_equal(np.asarray(read_image(file)), np.asarray(upright))
+
+
+@pytest.mark.parametrize('format', ['PNG', 'TIFF'])
+def test_16_bits_are_scaled(format):
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    pixels = np.asarray(read_image(file_of(Image.fromarray(ramp), format), 'L'))
+    assert np.array_equal(pixels, np.rint(ramp / 257))
+    assert pixels.mean() == pytest.approx(127.5, abs=1e-9)
+
+
+@pytest.mark.parametrize('dtype, kind', [(np.int32, 'integers'), (np.float32, 'floating point')])
+def test_unknown_ranges_are_refused(dtype, kind):
+    with pytest.raises(ValueError, match=f'32-bit {kind}.*8 or 16 bits'):
+        read_image(file_of(Image.fromarray(np.ones((4, 4), dtype)), 'TIFF'))
+
+
+@pytest.mark.parametrize('size', [(65000, 1), (1, 2000)])
+def test_extreme_proportions_are_refused(size):
+    with pytest.raises(ValueError, match=f'{size[0]}x{size[1]}.*at most 256'):
+        read_image(file_of(Image.new('L', size)))
+
+
+@pytest.mark.parametrize('mode', IMAGE_MODES)
+def test_every_mode_can_be_asked_for(mode):
+    for source in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16'):
+        image = read_image(file_of(Image.new(source, (4, 4))), mode)
+        assert image.mode == mode and np.asarray(image).dtype == np.uint8
