@@ -11,9 +11,10 @@ from timm_mlcsd.adaptive import budgeted_curve
 from timm_mlcsd.cost import exit_costs
 from timm_mlcsd.engine.build import autocast_of, data_config_of, resolve_device
 from timm_mlcsd.engine.calibration import Logits
-from timm_mlcsd.engine.datasets import held_out, load_dataset
+from timm_mlcsd.engine.datasets import load_dataset
 from timm_mlcsd.engine.evaluate import evaluate, exit_logits
 from timm_mlcsd.engine.flags import validate_parser
+from timm_mlcsd.engine.held_out import held_out
 from timm_mlcsd.engine.loaders import eval_loader
 from timm_mlcsd.engine.validate import data_flags_from
 from timm_mlcsd.errors import run_script

@@ -1,6 +1,5 @@
 """A trained network from wherever it lies: a checkpoint of train.py, a folder, the Hub."""
 
-import logging
 import pickle
 import zipfile
 from pathlib import Path
@@ -13,10 +12,9 @@ from .errors import UserError, blame
 from .hub import CONFIG, POLICY, SOURCES, find_policy, from_pretrained
 from .models import MultiExitModel, create_named
 
-__all__ = ['LAST', 'Network', 'load_checkpoint', 'load_network', 'policy_place']
+__all__ = ['BEST', 'LAST', 'Network', 'load_checkpoint', 'load_network', 'policy_place']
 
-_logger = logging.getLogger(__name__)
-
+BEST = 'model_best.pth.tar'
 LAST = 'last.pth.tar'
 
 
@@ -26,14 +24,14 @@ class Network(NamedTuple):
     Attributes:
         model: It, in evaluation mode.
         data_config: Preprocessing.
-        class_names: One per class, None where they aren't known.
+        class_names: One per class index, None for an index without a name; None where they aren't known.
         checkpoint: The checkpoint that it comes from, empty for a folder or the Hub.
         policy_file: The exit policy that lies beside the weights, None where there is none.
     """
 
     model: MultiExitModel
     data_config: Dict[str, Any]
-    class_names: Optional[List[str]]
+    class_names: Optional[List[Optional[str]]]
     checkpoint: Dict[str, Any]
     policy_file: Optional[Path]
 
@@ -42,7 +40,8 @@ def load_network(source: Union[str, Path], use_ema: bool = False) -> Network:
     """Load what a user names.
 
     Args:
-        source: A checkpoint or run folder of train.py, a folder of `save_pretrained`, or ``hf-hub:REPO``.
+        source: A checkpoint of train.py, the folder of a run, which stands for its best epoch, a folder of
+            `save_pretrained`, or ``hf-hub:REPO``.
         use_ema: Take the averaged weights of a checkpoint.
 
     Raises:
@@ -57,16 +56,23 @@ def load_network(source: Union[str, Path], use_ema: bool = False) -> Network:
             policy_file = find_policy(source)
         names = model.pretrained_cfg.get('label_names')
         return Network(model, resolve_data_config({}, model=model), list(names) if names else None, {}, policy_file)
-    checkpoint = load_checkpoint(source)
+    checkpoint = load_checkpoint(_best_of_run(source))
     model = _model_of(checkpoint, source, use_ema).eval()
     policy_file = policy_place(source)
-    if not policy_file.is_file():
-        policy_file = None
-    else:
-        weights = Path(source) / LAST if Path(source).is_dir() else Path(source)
-        if policy_file.stat().st_mtime < weights.stat().st_mtime:
-            _logger.warning(f'{policy_file} is older than {weights}: was it fitted to these weights?')
+    policy_file = policy_file if policy_file.is_file() else None
     return Network(model, checkpoint['data_config'], checkpoint.get('class_names'), checkpoint, policy_file)
+
+
+def _best_of_run(source: str) -> Path:
+    """The file with the weights that a user means by a run folder: those of its best epoch."""
+    path = Path(source)
+    if not path.is_dir() or (path / BEST).is_file():
+        return path / BEST if path.is_dir() else path
+    if (path / LAST).is_file():
+        raise UserError(
+            f'{source!r} has no {BEST}, because no epoch is finished; name {path / LAST} for its last state.'
+        )
+    return path / BEST
 
 
 def policy_place(source: str) -> Optional[Path]:
@@ -94,7 +100,7 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     """Load a checkpoint of ours on the CPU, without running any code that it might hold.
 
     Args:
-        path: A file, or the folder of a run, which stands for its last checkpoint.
+        path: A file, or the folder of a run, which stands for the state that it has reached, its last checkpoint.
 
     Raises:
         UserError: There is no such file, or it is no checkpoint of a multi-exit network.

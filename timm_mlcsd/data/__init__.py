@@ -1,31 +1,72 @@
 """What timm's data package lacks."""
 
-from .checked import CheckedImages, CheckedLoader, NextIfBroken, WithoutBroken, checked_images
+from .checked import CheckedImages, CheckedLoader, NextIfBroken, WithoutBroken, checked_images, image_name
+from .class_names import (
+    ClassNames,
+    check_look_alikes,
+    class_label,
+    load_class_map,
+    names_by_index,
+    pad_names,
+    same_names,
+)
 from .device_cache import CachedLoader, cache_images
 from .digits import DigitsDataset
 from .drawn import RememberingSampler
+from .folders import (
+    SPLIT_FOLDERS,
+    check_class_folders,
+    check_folder_has_split,
+    image_endings,
+    is_hidden,
+    leave_out_what_is_no_data,
+)
+from .image import IMAGE_MODES, convert_image, read_image
 from .labels import CheckedCollate, CheckedMixup, check_labels
 from .pad_crop import PadCrop
+from .preprocess import IMAGE_MODE, Preprocessing, default_image_mode
+from .sample_keys import sample_keys
 from .stream import CheckedStream
 from .subset import ConvertedImages, IndexedTargets, TransformSubset, hold_out
 
 __all__ = [
+    'IMAGE_MODE',
+    'IMAGE_MODES',
+    'SPLIT_FOLDERS',
     'CachedLoader',
     'CheckedCollate',
     'CheckedImages',
     'CheckedLoader',
     'CheckedMixup',
     'CheckedStream',
+    'ClassNames',
     'ConvertedImages',
     'DigitsDataset',
     'IndexedTargets',
     'NextIfBroken',
     'PadCrop',
+    'Preprocessing',
     'RememberingSampler',
     'TransformSubset',
     'WithoutBroken',
     'cache_images',
+    'check_class_folders',
+    'check_folder_has_split',
     'check_labels',
+    'check_look_alikes',
     'checked_images',
+    'class_label',
+    'convert_image',
+    'default_image_mode',
     'hold_out',
+    'image_endings',
+    'image_name',
+    'is_hidden',
+    'leave_out_what_is_no_data',
+    'load_class_map',
+    'names_by_index',
+    'pad_names',
+    'read_image',
+    'same_names',
+    'sample_keys',
 ]

@@ -7,10 +7,10 @@ from itertools import islice
 from typing import Any, Callable, Collection, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import UserError, shortened
+from .image import read_image
 
 __all__ = [
     'CheckedImages',
@@ -96,10 +96,10 @@ class CheckedImages(NamesBroken, Dataset):
             return None
         return self.transform(image) if self.transform else image, target
 
-    def _read(self, index: int) -> Tuple[Image.Image, Any]:
+    def _read(self, index: int) -> Tuple[Any, Any]:
         file, target = self.reader[index]
-        with Image.open(file) as image:
-            return image.convert(self.mode), -1 if target is None else target
+        with closing(file):
+            return read_image(file, self.mode), -1 if target is None else target
 
     def __len__(self) -> int:
         return len(self.reader)

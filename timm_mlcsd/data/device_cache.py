@@ -83,7 +83,8 @@ class CachedLoader:
         self.images = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
         self.targets = targets
         self.batch_size = batch_size
-        self.mean, self.std = ((255 * v).to(images.device) for v in (mean, std))
+        # in float64, or the rounding would be another than that of timm's loaders
+        self.mean, self.std = ((255 * v.double()).float().to(images.device) for v in (mean, std))
         self.training = training
         self.padding = padding
         self.hflip = hflip

@@ -17,6 +17,7 @@ from timm.data.readers.targets import get_field
 
 from ..errors import shortened
 from .checked import NamesBroken
+from .image import convert_image, read_image
 
 __all__ = ['CheckedStream']
 
@@ -159,7 +160,9 @@ def _prepare_hfids(reader: Any, open_reader: Callable, mode: str, leave_out: Cal
     def decode(encoded: Any) -> Image.Image:
         if encoded is None:
             raise ValueError('there is none')
-        return decode_example(encoded).convert(mode)
+        if isinstance(encoded, dict) and encoded.get('bytes'):
+            return read_image(BytesIO(encoded['bytes']), mode)
+        return convert_image(decode_example(encoded), mode)  # a path, perhaps on another machine
 
     def name(sample: Dict[str, Any], encoded: Any, names: Counter) -> str:
         path, data = (
@@ -186,8 +189,7 @@ def _prepare_tfds(reader: Any, open_reader: Callable, mode: str, leave_out: Call
         return type(reader.builder).as_dataset(reader.builder, *args, read_config=read_config, **kwargs)
 
     def decode(encoded: bytes) -> Image.Image:
-        with Image.open(BytesIO(encoded)) as image:
-            return image.convert(mode)
+        return read_image(BytesIO(encoded), mode)
 
     decoders = undecoded(type(reader)._input_decoders(reader))
     reader._input_decoders = lambda: decoders
@@ -226,6 +228,7 @@ def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Calla
                 continue
             try:
                 decoded = decode(sample)
+                image = None if decoded is None else convert_image(decoded['jpg'], mode)
             except (TypeError, WdsTargetKeyError):  # the flags' fault, not the sample's
                 raise
             except Exception as e:
@@ -233,7 +236,7 @@ def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Calla
                 continue
             if decoded is not None:
                 given += 1
-                yield dict(image=decoded['jpg'], target=decoded['target'])
+                yield dict(image=image, target=decoded['target'])
         if reader.is_training and not given:
             # webdataset would end this process's epoch, and leave the others waiting
             raise ValueError('a process of the loader has no image to read; with fewer --workers each has more shards')
@@ -243,7 +246,9 @@ def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Calla
         if 'handler' in getattr(stage, 'kw', {}):
             stage.kw['handler'] = broken_shard
     # timm's last two decode a sample, and give the image its name
-    stages[-2:] = [partial(images, stages[-2].args[0])]
+    decode = stages[-2].args[0]
+    decode.keywords['image_mode'] = ''  # so timm leaves the image as the file has it
+    stages[-2:] = [partial(images, decode)]
 
 
 _PREPARE = dict(hfids=_prepare_hfids, tfds=_prepare_tfds, wds=_prepare_wds)

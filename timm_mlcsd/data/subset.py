@@ -5,6 +5,8 @@ from typing import Any, Callable, Optional, Sequence, Tuple
 import torch
 from torch.utils.data import Dataset
 
+from .image import convert_image
+
 __all__ = ['ConvertedImages', 'IndexedTargets', 'TransformSubset', 'hold_out']
 
 
@@ -47,7 +49,7 @@ class ConvertedImages(Dataset):
 
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
         image, target = self.dataset[index]
-        image = image.convert(self.mode)
+        image = convert_image(image, self.mode)
         return self.transform(image) if self.transform else image, target
 
     def __len__(self) -> int:

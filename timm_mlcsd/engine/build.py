@@ -12,6 +12,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.loss import create_classification_loss
 from timm.models import load_state_dict
 
+from ..data import IMAGE_MODE, default_image_mode
 from ..errors import UserError, blame
 from ..losses import MLCSDLoss
 from ..models import MultiExitModel, create_named, load_backbone
@@ -123,6 +124,9 @@ def data_config_of(
     with blame(f'the data flags do not fit the model{hint}'):
         config = resolve_input_data_config(model, vars(args), pretrained_cfg=stored)
         model.check_input_size(*config['input_size'][1:])
+        mode = args.input_img_mode or (stored or {}).get(IMAGE_MODE)
+        if mode and mode != default_image_mode(config['input_size'][0]):
+            config[IMAGE_MODE] = mode
     return config
 
 

@@ -13,9 +13,10 @@ from ..errors import UserError, blame
 from ..models import MultiExitModel
 from ..network import Network, policy_place
 from .build import autocast_of
-from .datasets import check_classes, class_names, held_out, is_trained_on, load_dataset, same_split
+from .datasets import check_classes, class_names, load_dataset, same_split
+from .held_out import halves_of, held_out, is_data_of, is_same_data, is_trained_on
 
-__all__ = ['Logits', 'backbone_macs', 'check_flags', 'load_calibration', 'policy_of', 'policy_path']
+__all__ = ['Logits', 'backbone_macs', 'check_flags', 'fits_a_policy', 'load_calibration', 'policy_of', 'policy_path']
 
 
 class Logits(NamedTuple):
@@ -95,10 +96,15 @@ def load_calibration(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tu
     """
     split = args.calibration_split
     if split is None and 'val_indices' in checkpoint:
-        if args.held_out or is_trained_on(args, checkpoint, args.split):
-            flag = '--held-out' if args.held_out else f'--split {args.split}'
-            raise UserError(f'{flag}: the policy is fitted to these images; report on others, --split test say.')
-        return held_out(args, checkpoint)
+        dataset, name = held_out(args, checkpoint)
+        if args.held_out:
+            return halves_of(dataset)[0], f'one half of {name}'
+        if is_trained_on(args, checkpoint, args.split):
+            raise UserError(
+                f'--split {args.split}: the policy is fitted to images of it, and it was trained on; report on others: '
+                f'--split test say, or --held-out for one half of the held-out images with the policy of the other.'
+            )
+        return dataset, name
     split = split or checkpoint.get('val_split')
     if split is None:
         raise UserError('the network does not tell which images chose it: name a --calibration-split.')
@@ -113,7 +119,13 @@ def load_calibration(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tu
         )
     if same_split(split, args.split) and not args.held_out:
         raise UserError(f'the policy would be fitted to split {split!r} and reported on it; name another --split.')
-    return load_dataset(args, split, needs_folder=True), split
+    dataset = load_dataset(args, split, needs_folder=True)
+    if is_data_of(dataset, checkpoint):
+        raise UserError(
+            f'--calibration-split {split}: these are the images that the checkpoint was trained on, in another place: '
+            f'thresholds fitted there would promise too much; name another split.'
+        )
+    return dataset, split
 
 
 def _fit(
@@ -164,6 +176,7 @@ def _load(path: Optional[Path], model: MultiExitModel) -> ExitPolicy:
     with blame(f'--policy {str(path)!r}'):
         policy = ExitPolicy.load(path)
         policy.check(model.num_exits, model.exit_names)
+        policy.check_weights(model)
     return policy
 
 
@@ -175,6 +188,26 @@ def policy_path(args: argparse.Namespace) -> Path:
     if path is None:
         raise UserError(f'--save-policy: {args.model!r} is no place to write to; name a FILE.')
     return path
+
+
+def fits_a_policy(args: argparse.Namespace) -> bool:
+    """Whether the flags fit policies: to a goal, or for the page."""
+    goals = (args.budget, args.latency_budget, args.max_drop)
+    return args.adaptive and (any(goal is not None for goal in goals) or bool(args.report))
+
+
+def _check_not_fitted_to(policy: ExitPolicy, path: Path, args: argparse.Namespace, checkpoint: Dict[str, Any]) -> None:
+    """Refuse to report on the images that a policy was fitted to."""
+    name = policy.calibration_data
+    if name is None or not is_same_data(args, checkpoint):
+        return
+    held = f'the held-out part of {checkpoint.get("train_split")}'
+    reported = name in (held, f'one half of {held}') if args.held_out else same_split(name, args.split)
+    if reported:
+        raise UserError(
+            f'{path} was fitted to {name}, so a report on these images would promise too much; report on others, or '
+            f'fit a policy with --budget, --latency-budget or --max-drop.'
+        )
 
 
 def policy_of(
@@ -200,6 +233,7 @@ def policy_of(
     if not goal:
         path = Path(args.policy) if args.policy else network.policy_file
         policy = _load(path, network.model)
+        _check_not_fitted_to(policy, path, args, network.checkpoint)
         if not args.report:
             return policy, None, f'policy {path}'
     dataset, split = load_calibration(args, network.checkpoint)
@@ -212,4 +246,5 @@ def policy_of(
     if args.channels_last:
         example = example.contiguous(memory_format=torch.channels_last)
     policy = _fit(args, network.model, val, costs, example)
+    policy = policy.for_weights(network.model, data=split, images=len(val.targets))
     return policy, val, f'fitted to {len(val.targets)} images of {split}, {goal}'

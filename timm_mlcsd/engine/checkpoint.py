@@ -12,13 +12,12 @@ import torch
 
 from ..errors import UserError, shortened
 from ..files import replacing
-from ..network import LAST, load_checkpoint
+from ..network import BEST, LAST, load_checkpoint
 
 __all__ = ['CheckpointSaver', 'load_newest']
 
 _logger = logging.getLogger(__name__)
 
-BEST = 'model_best.pth.tar'
 PREVIOUS = 'previous.pth.tar'
 _NUMBERED = re.compile(r'checkpoint-\d+\.pth\.tar')
 _LEFT_OVER = re.compile(r'\.(last|previous|model_best|checkpoint-\d+)\.pth\.tar\.tmp')

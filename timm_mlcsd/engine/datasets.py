@@ -5,23 +5,39 @@ import importlib.util
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from PIL import ImageMode
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
-from ..data import CheckedImages, CheckedStream, ConvertedImages, DigitsDataset, TransformSubset, hold_out
-from ..errors import UserError, blame
-from .folders import SPLIT_FOLDERS, check_class_folders, check_folder_has_split
+from ..data import (
+    IMAGE_MODES,
+    SPLIT_FOLDERS,
+    CheckedImages,
+    CheckedStream,
+    ClassNames,
+    ConvertedImages,
+    DigitsDataset,
+    TransformSubset,
+    check_class_folders,
+    check_folder_has_split,
+    class_label,
+    default_image_mode,
+    hold_out,
+    image_endings,
+    leave_out_what_is_no_data,
+    load_class_map,
+    names_by_index,
+    same_names,
+    sample_keys,
+)
+from ..errors import UserError, blame, install_hint, printable
 
 __all__ = [
     'check_classes',
     'class_names',
-    'held_out',
-    'is_same_data',
-    'is_trained_on',
     'load_dataset',
     'same_split',
     'train_and_val_datasets',
@@ -53,31 +69,38 @@ def load_dataset(
     Raises:
         UserError: It cannot be read.
     """
-    image_mode = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
-    with blame(f'--input-img-mode {image_mode} is no mode of Pillow'):
-        channels = len(ImageMode.getmode(image_mode).bands)
+    with blame(f'--in-chans {args.in_chans}'):
+        image_mode = args.input_img_mode or default_image_mode(args.in_chans)
+    if image_mode not in IMAGE_MODES:
+        raise UserError(
+            f'--input-img-mode {image_mode}: expected a mode with 8 bits per channel, one of {", ".join(IMAGE_MODES)}.'
+        )
+    channels = len(ImageMode.getmode(image_mode).bands)
     if args.in_chans and channels != args.in_chans:
         raise UserError(
             f'--in-chans {args.in_chans}: images are read as {image_mode}, with {channels} channels; name another '
             f'--input-img-mode: L has 1, RGB 3, RGBA and CMYK 4.'
         )
     if args.dataset == 'digits':
+        _class_map(args, 'torch')
         with blame('--dataset digits'):
             return DigitsDataset(split, image_mode=image_mode)
     prefix = _check_source(args, split, needs_folder)
     if prefix == 'hfids' and not is_training:
         num_samples = 1  # timm insists, and uses it for training alone
     keys = dict(input_key=args.input_key, target_key=args.target_key) if prefix not in ('', 'torch') else {}
+    class_map = _class_map(args, prefix)
     asks = prefix in _STREAMS and is_training and not num_samples
     hint = ' (--train-num-samples N tells how long it is)' if asks else ''
     hint = f' with the classes of --class-map {args.class_map}' if args.class_map else hint
-    with blame(f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read{hint}'):
+    what = f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read{hint}'
+    with blame(what), image_endings():
         dataset = create_dataset(
             args.dataset,
             root=args.data_dir,
             split=split,
             is_training=is_training,
-            class_map=args.class_map,
+            class_map=class_map or '',
             download=args.dataset_download,
             batch_size=args.batch_size,
             num_samples=num_samples,
@@ -94,7 +117,9 @@ def load_dataset(
     if prefix == 'wds':
         _check_shards(dataset.reader, split)
     if prefix == '':
-        check_class_folders(dataset.reader, args)
+        with blame(what):
+            leave_out_what_is_no_data(dataset.reader, class_map is not None)
+        check_class_folders(dataset.reader, args.class_map)
     if isinstance(dataset, ImageDataset):
         return CheckedImages(dataset.reader, image_mode, args.max_bad_samples)
     if prefix in _STREAMS:
@@ -109,6 +134,18 @@ def load_dataset(
         )
     # timm leaves torchvision's images as they are
     return ConvertedImages(dataset, image_mode) if prefix == 'torch' else dataset
+
+
+def _class_map(args: argparse.Namespace, prefix: str) -> Optional[Dict[Any, int]]:
+    """The indices that ``--class-map`` gives to classes, None without that flag."""
+    if not args.class_map:
+        return None
+    if prefix in ('torch', 'wds'):
+        raise UserError(
+            f'--class-map {args.class_map!r}: expected a folder of images, hfds/, hfids/ or tfds/ data, got --dataset '
+            f'{args.dataset!r}, whose labels are indices; leave the flag out.'
+        )
+    return load_class_map(args.class_map, args.data_dir)
 
 
 def _check_source(args: argparse.Namespace, split: str, needs_folder: bool) -> str:
@@ -140,7 +177,7 @@ def _check_package(dataset: str, prefix: str) -> None:
     package = dict(hfds='datasets', hfids='datasets', tfds='tensorflow_datasets', wds='webdataset').get(prefix)
     if package and importlib.util.find_spec(package) is None:
         extra = 'hfds' if package == 'datasets' else prefix
-        raise UserError(f'--dataset {dataset} needs the package {package}: pip install "timm_mlcsd[{extra}]".')
+        raise UserError(f'--dataset {dataset} needs the package {package}: {install_hint(extra)}.')
 
 
 def _learn_classes(reader: Any, args: argparse.Namespace) -> None:
@@ -186,33 +223,44 @@ def _check_torchvision_has_split(name: str, root: Optional[str], split: str) -> 
         )
 
 
-def class_names(dataset: Dataset) -> Optional[List[str]]:
-    """The names of the classes in the order of their indices, None where the data set doesn't tell."""
+def class_names(dataset: Dataset) -> Optional[ClassNames]:
+    """The names of the classes by index, None for an index without; None where the data set doesn't tell."""
     while isinstance(dataset, (TransformSubset, ConvertedImages)):
         dataset = dataset.dataset
     reader = getattr(dataset, 'reader', dataset)
     # timm's reader of tar files has another name for it
     mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
     if mapping:
-        return [str(name) for name in sorted(mapping, key=mapping.get)]
+        return names_by_index(mapping)
     names = getattr(reader, 'classes', None)
     return [str(name) for name in names] if names is not None else None
 
 
-def check_classes(names: Optional[List[str]], expected: Optional[List[str]], what: str) -> None:
+def check_classes(names: Optional[ClassNames], expected: Optional[ClassNames], what: str) -> None:
     """Refuse data whose classes have other names, and so other indices, than those trained on."""
-    if names and expected and names != expected:
+    if names and expected and not same_names(names, expected):
+        ours, theirs = (', '.join(class_label(some, i) for i in range(min(len(some), 5))) for some in (names, expected))
         raise UserError(
-            f'the classes of {what} ({", ".join(names[:5])}, ...) are not those that are trained on '
-            f'({", ".join(expected[:5])}, ...); --class-map FILE gives classes their indices.'
+            f'the classes of {what} ({printable(ours)}, ...) are not those that are trained on '
+            f'({printable(theirs)}, ...); --class-map FILE gives classes their indices.'
         )
+
+
+def same_split(split: str, other: str) -> bool:
+    """Whether two names stand for the same images, or for some of the same: timm's synonyms, parts of one split."""
+
+    def whole(split: str) -> str:
+        name = split.partition('[')[0].lower()
+        return next((names[0] for names in SPLIT_FOLDERS if name in names), name)
+
+    return whole(split) == whole(other)
 
 
 def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, Dict[str, Any]]:
     """The data to train on, the data that chooses the best epoch, and a record of which was which.
 
     Without ``--val-split`` the second is held out of the train split by a seed of its own; the record then holds the
-    indices, so that nobody ever calibrates on images that were trained on.
+    indices and a key of every image there, so that images that were trained on are never taken for held-out ones.
     """
     train = load_dataset(args, args.train_split, is_training=True, num_samples=args.train_num_samples)
     for flag, given in (('--train-num-samples', args.train_num_samples), ('--epoch-repeats', args.epoch_repeats)):
@@ -235,44 +283,10 @@ def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, 
         )
     kept, held = hold_out(len(train), args.val_fraction, args.val_seed)
     record.update(
-        val_fraction=args.val_fraction, val_seed=args.val_seed, val_indices=torch.tensor(held), train_size=len(train)
+        val_fraction=args.val_fraction,
+        val_seed=args.val_seed,
+        val_indices=torch.tensor(held),
+        val_keys=sample_keys(train, held),
+        train_size=len(train),
     )
     return TransformSubset(train, kept), TransformSubset(train, held), record
-
-
-def held_out(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Dataset, str]:
-    """The images that training held out of its train split, and what to call them.
-
-    Raises:
-        UserError: The split isn't the one of training.
-    """
-    split = checkpoint['train_split']
-    dataset = load_dataset(args, split)
-    if len(dataset) != checkpoint['train_size']:
-        size = checkpoint['train_size']
-        raise UserError(f'the held-out images: split {split!r} has {len(dataset)} images, not the {size} of training.')
-    return TransformSubset(dataset, checkpoint['val_indices'].tolist()), f'the held-out part of {split}'
-
-
-def same_split(split: str, other: str) -> bool:
-    """Whether two names stand for the same images, or for some of the same: timm's synonyms, parts of one split."""
-
-    def whole(split: str) -> str:
-        name = split.partition('[')[0].lower()
-        return next((names[0] for names in SPLIT_FOLDERS if name in names), name)
-
-    return whole(split) == whole(other)
-
-
-def is_trained_on(args: argparse.Namespace, checkpoint: Dict[str, Any], split: str) -> bool:
-    """Whether a split of the data that the flags name is, as far as a checkpoint tells, what it was trained on."""
-    if 'train_split' not in checkpoint or not same_split(split, checkpoint['train_split']):
-        return False
-    return is_same_data(args, checkpoint)
-
-
-def is_same_data(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> bool:
-    """Whether the flags name the data, whatever split, that a checkpoint was trained on."""
-    trained = checkpoint.get('args', {})
-    same_set = args.dataset.lower() == (trained.get('dataset') or '').lower()
-    return same_set and os.path.realpath(args.data_dir or '') == os.path.realpath(trained.get('data_dir') or '')

@@ -18,6 +18,7 @@ from ..adaptive import (
     expected_calibration_error,
 )
 from ..cost import ExitCost
+from ..data import class_label
 from .adaptive import Run
 from .calibration import Logits, backbone_macs
 
@@ -85,7 +86,7 @@ def page_data(
     costs: Sequence[ExitCost],
     run: Run,
     album: Album,
-    class_names: Optional[Sequence[str]],
+    class_names: Optional[Sequence[Optional[str]]],
 ) -> Dict[str, Any]:
     """The data of `timm_mlcsd.report.write_page`.
 
@@ -98,11 +99,8 @@ def page_data(
         costs: Of the exits.
         run: What was measured.
         album: Pictures.
-        class_names: One per class.
+        class_names: One per class index, None for an index without.
     """
-
-    def label(index: int) -> str:
-        return class_names[index] if class_names and index < len(class_names) else str(index)
 
     results = [(p, evaluate_policy(*test, costs, p)) for p in _policies(policy, val, costs)]
     results.sort(key=lambda pair: pair[1].cost)
@@ -115,12 +113,13 @@ def page_data(
     for group, members in album.groups.items():
         for i in members:
             best = album.answers[:, i].softmax(-1).max(-1)
+            says = zip(best.indices.tolist(), best.values.tolist())
             pictures.append(
                 dict(
                     group=group,
                     src=album.images[i],
-                    truth=label(int(test.targets[i])),
-                    says=[[label(k), p] for k, p in zip(best.indices.tolist(), best.values.tolist())],
+                    truth=class_label(class_names, int(test.targets[i])),
+                    says=[[class_label(class_names, answer), p] for answer, p in says],
                     leaves=[result.exit_index[i].item() for _, result in results],
                 )
             )

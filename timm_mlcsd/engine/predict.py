@@ -5,25 +5,22 @@ import logging
 import math
 import sys
 import time
-from typing import List, NamedTuple, Optional, Sequence
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from PIL import Image, ImageOps
-from timm.data import create_transform
 
 from ..adaptive import AdaptiveModel, ExitPolicy
 from ..arguments import ScriptParser, positive_int
-from ..errors import UserError, blame, run_script, shortened
+from ..data import ClassNames, Preprocessing, class_label
+from ..errors import UserError, blame, printable, run_script, shortened
 from ..models import MultiExitModel
 from ..network import Network, load_network
-from ..report import format_table
 
 __all__ = ['Answer', 'answer', 'main', 'predict']
 
 _logger = logging.getLogger('predict')
 
-# how an image file is read for a number of channels
-_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
+HEADERS = ('Image', 'Labels', 'Exit', 'ms')
 
 
 class Answer(NamedTuple):
@@ -93,49 +90,74 @@ def _policy(args: argparse.Namespace, network: Network) -> Optional[ExitPolicy]:
         raise UserError(f'--threshold: the network answers at its last exit only: {model.why_not_resumable}.')
     if args.threshold is not None:
         return ExitPolicy([args.threshold] * (model.num_exits - 1))
-    with blame('the exit policy cannot be used'):
+    with blame(f'the exit policy {network.policy_file} cannot be used (--no-policy does without)'):
         policy = ExitPolicy.load(network.policy_file)
         policy.check(model.num_exits, model.exit_names)
+        policy.check_weights(model)
     return policy
 
 
 def predict(args: argparse.Namespace) -> List[Answer]:
-    """Label the images that the flags name; prints a table."""
+    """Label the images that the flags name; prints a line for each as soon as it is answered.
+
+    Raises:
+        UserError: The network or the flags don't fit, or images cannot be read; the others are answered first.
+    """
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UserError(f'--threshold {args.threshold} must lie between 0 and 1.')
     network = load_network(args.network, args.use_ema)
     model, names = network.model, network.class_names
     if not model.num_classes:
         raise UserError(f'{args.network!r} has no classes to tell apart (num_classes=0).')
-    if model.in_chans not in _MODES:
-        raise UserError(f'{args.network!r} takes images of {model.in_chans} channels, which image files do not have.')
+    with blame(f'{args.network!r} cannot label files'):
+        preprocessing = Preprocessing(network.data_config)
     with blame(f'--device {args.device} cannot be used'):
         model.to(args.device)
     policy = _policy(args, network)
-    transform = create_transform(**network.data_config, is_training=False)
-    answers, rows, unreadable = [], [], []
-    for path in args.images:
-        try:
-            with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(file).convert(_MODES[model.in_chans])
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            unreadable.append(f'{path!r} cannot be read as an image: {shortened(e)}')
-            continue
-        image = transform(picture).unsqueeze(0).to(args.device)
+    top = min(args.topk, model.num_classes)
+    widths = (max(len(printable(path)) for path in args.images), _label_width(names, model.num_classes, top), 4, 8)
+    print(_row(HEADERS, widths), _row(['-' * width for width in widths], widths), sep='\n', flush=True)
+    answers, unreadable = [], []
+    for path, image in _read(args, preprocessing, unreadable):
         if not answers:
             all_exits = policy and policy.with_thresholds([t if t == math.inf else 1e9 for t in policy.thresholds])
             answer(model, image, all_exits)  # setting up isn't timed
         answers.append(answer(model, image, policy))
-        top = answers[-1].probabilities.topk(min(args.topk, model.num_classes))
+        best = answers[-1].probabilities.topk(top)
         labels = [
-            f'{names[i] if names else i} {100 * p:.1f}%' for p, i in zip(top.values.tolist(), top.indices.tolist())
+            f'{printable(class_label(names, i))} {100 * p:.1f}%'
+            for p, i in zip(best.values.tolist(), best.indices.tolist())
         ]
-        rows.append((path, ', '.join(labels), f'Ex{answers[-1].exit + 1}', f'{answers[-1].milliseconds:.1f}'))
-    if rows:
-        print(format_table(('Image', 'Labels', 'Exit', 'ms'), rows))
+        cells = (printable(path), ', '.join(labels), f'Ex{answers[-1].exit + 1}', f'{answers[-1].milliseconds:.1f}')
+        print(_row(cells, widths), flush=True)
     if unreadable:
-        raise UserError('; '.join(unreadable))
+        raise UserError(f'{len(unreadable)} of {len(args.images)} images: {"; ".join(unreadable)}')
     return answers
+
+
+def _read(
+    args: argparse.Namespace, preprocessing: Preprocessing, unreadable: List[str]
+) -> Iterator[Tuple[str, torch.Tensor]]:
+    """The images that can be read, on the device; what is wrong with the others is added to `unreadable`."""
+    for path in args.images:
+        try:
+            image = preprocessing(path)
+        except Exception as e:  # decoders fail in as many ways as there are files
+            unreadable.append(f'{path!r} cannot be read as an image: {shortened(e)}')
+            continue
+        yield path, image.to(args.device)
+
+
+def _label_width(names: Optional[ClassNames], num_classes: int, count: int) -> int:
+    """The width of a column for so many labels with their percentages; very long ones may stick out."""
+    longest = max(len(printable(class_label(names, index))) for index in range(num_classes))
+    return min(count * (longest + len(' 100.0%, ')) - 2, 60)
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Cells in columns: text to the left, numbers to the right."""
+    image, labels, exit_, milliseconds = cells
+    return f'{image:<{widths[0]}}  {labels:<{widths[1]}}  {exit_:<{widths[2]}}  {milliseconds:>{widths[3]}}'
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

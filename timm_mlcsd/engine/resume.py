@@ -5,17 +5,19 @@ import logging
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.utils import NativeScaler
+from torch.utils.data import Dataset
 
-from ..errors import UserError, blame
+from ..data import ClassNames, class_label, image_name, same_names
+from ..errors import UserError, blame, printable
 from ..task import MLCSDTask
 from .checkpoint import load_newest
-from .datasets import is_same_data
 from .epoch import Progress
 from .fsdp import load_sharded
+from .held_out import is_same_data
 from .world import World
 
 __all__ = ['AUTO', 'check_same_run', 'find_run', 'resume']
@@ -65,15 +67,34 @@ def _new(folder: Path, has_begun: bool) -> Path:
     return folder
 
 
-def check_same_run(checkpoint: Dict[str, Any], identity: Dict[str, Any], weights_only: bool = False) -> None:
-    """Refuse to resume what another model, other classes or another choice of held-out images have begun."""
+def check_same_run(
+    checkpoint: Dict[str, Any],
+    identity: Dict[str, Any],
+    val_data: Dataset,
+    weights_only: bool = False,
+    same_data: bool = True,
+) -> None:
+    """Refuse to resume what another model, other classes or another choice of held-out images have begun.
+
+    Args:
+        checkpoint: What is resumed.
+        identity: What the flags and the data amount to now, by the checkpoint's keys.
+        val_data: The images that choose the epoch now.
+        weights_only: Whether only weights are taken, which other classes may have trained.
+        same_data: Whether the flags name the data that the checkpoint was trained on.
+    """
+    held_out = ('val_fraction', 'val_seed', 'val_indices', 'val_keys', 'train_size')
     for key, value in identity.items():
+        if weights_only and not same_data and key in held_out:
+            continue  # of the images held out now, the weights have seen none
         before = checkpoint.get(key)
-        if isinstance(value, torch.Tensor):
-            same = isinstance(before, torch.Tensor) and torch.equal(before, value)
-            before, value = 'other images', 'these'
+        if key in ('val_indices', 'val_keys'):
+            # checkpoints did not always have the keys
+            if (key, before) != ('val_keys', None) and not _equal(before, value):
+                raise UserError(_other_held_out(before, value, val_data))
+            same = True
         elif key == 'class_names':
-            if weights_only or before is None or value is None or before == value:
+            if weights_only or before is None or value is None or same_names(before, value):
                 continue
             raise UserError(
                 f'--resume: the run was trained on the classes {_some(before)}, not {_some(value)}; --no-resume-opt '
@@ -85,8 +106,26 @@ def check_same_run(checkpoint: Dict[str, Any], identity: Dict[str, Any], weights
             raise UserError(f'--resume: the checkpoint is of another run: its {key} is {before}, not {value}.')
 
 
-def _some(names: List[str]) -> str:
-    return f'{", ".join(names[:3])}{f" and {len(names) - 3} more" if len(names) > 3 else ""}'
+def _equal(before: Any, now: torch.Tensor) -> bool:
+    return isinstance(before, torch.Tensor) and torch.equal(before, now)
+
+
+def _other_held_out(before: Any, now: torch.Tensor, val_data: Dataset) -> str:
+    """What to say where a run that goes on would hold other images out than it did."""
+    others = list(range(len(now)))
+    if isinstance(before, torch.Tensor) and before.shape == now.shape:
+        others = (before != now).nonzero().flatten().tolist()
+    return (
+        f'--resume: {len(others)} of the {len(now)} images that would be held out now are not those that the run held '
+        f'out, {printable(image_name(val_data, others[0]))} for one, and may have been trained on: files of the data '
+        f'were added, removed, renamed or moved, or --val-fraction or --val-seed is another; put the data back as it '
+        f'was, or train anew.'
+    )
+
+
+def _some(names: ClassNames) -> str:
+    few = ', '.join(class_label(names, index) for index in range(min(len(names), 3)))
+    return printable(f'{few}{f" and {len(names) - 3} more" if len(names) > 3 else ""}')
 
 
 def _as_lists(value: Any) -> Any:

@@ -13,9 +13,8 @@ from timm.utils import random_seed
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UserError, run_script
-from ..network import LAST
+from ..network import BEST, LAST
 from .build import resolve_device
-from .checkpoint import BEST
 from .config import parse_args
 from .dry_run import rehearse
 from .epoch import Progress, Stopped, Termination

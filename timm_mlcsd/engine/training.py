@@ -9,8 +9,8 @@ import torch
 from timm.utils import NativeScaler, random_seed
 from torch.utils.data import IterableDataset
 
-from ..data import IndexedTargets, checked_images
-from ..errors import UserError, blame
+from ..data import IndexedTargets, checked_images, class_label, pad_names
+from ..errors import UserError, blame, printable
 from ..task import MLCSDTask
 from .build import (
     autocast_of,
@@ -28,6 +28,7 @@ from .datasets import class_names, train_and_val_datasets
 from .epoch import Progress, Stopped, Termination, mean_losses, train_epoch, until
 from .evaluate import Evaluation, count, exit_logits, mean_mixing_weights, tally
 from .fsdp import check_fsdp, shard_task, sharded_state
+from .held_out import is_same_data, warn_of_seen_images
 from .loaders import eval_loader, set_epoch, train_loader
 from .optimizer import create_optimizer, create_scheduler, lr_rule, scaled_lr
 from .resume import check_same_run, resume
@@ -80,12 +81,13 @@ class Training:
         self._make_task()
         self.identity = dict(
             **identity_of(self.model, args.model, model_args_of(args, self.num_classes)),
-            **self.split_record,
             class_names=self.class_names,
+            **self.split_record,
         )
         self.start_epoch, self.best, self.progress = 0, float('-inf'), None
         if checkpoint:
-            check_same_run(checkpoint, self.identity, weights_only)
+            same_data = is_same_data(args, checkpoint)
+            check_same_run(checkpoint, self.identity, self.val_data, weights_only, same_data)
             self.start_epoch, self.best, self.progress = resume(
                 checkpoint, self.task, self.optimizer, self.scaler, args, world, weights_only, self.lr_rule
             )
@@ -114,12 +116,19 @@ class Training:
     def _load_data(self) -> None:
         args = self.args
         self.train_data, self.val_data, self.split_record = train_and_val_datasets(args)
-        self.class_names = names = class_names(self.train_data)
+        names = class_names(self.train_data)
         self.num_classes = args.num_classes or (len(names) if names else None)
         if self.num_classes is None:
             raise UserError('the data does not tell how many classes it has: give --num-classes N.')
         if names and self.num_classes < len(names):
             raise UserError(f'--num-classes {self.num_classes} is too small: the data has {len(names)} classes.')
+        if self.num_classes < 2:
+            only = f', {printable(class_label(names, 0))!r}' if names else ''
+            raise UserError(
+                f'the data has one class{only}, so every answer would be right; give images of several classes, one '
+                f'folder each, or --num-classes N for more to come.'
+            )
+        self.class_names = pad_names(names, self.num_classes)
 
     def _make_network(self, resumed: bool) -> None:
         args = self.args
@@ -128,6 +137,7 @@ class Training:
         self.data_config = data_config_of(args, self.model)
         if args.initial_checkpoint:
             load_initial_checkpoint(self.model, args.initial_checkpoint)
+            warn_of_seen_images(args, self.split_record)
         if args.heads_only:
             check_heads_only(args, self.model, resumed)
         if args.grad_checkpointing:

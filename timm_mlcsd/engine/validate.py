@@ -13,6 +13,7 @@ import torch
 
 from ..adaptive import evaluate_policy
 from ..cost import ExitCost, exit_costs
+from ..data import IMAGE_MODE
 from ..errors import UserError, blame, run_script
 from ..hub import SOURCES
 from ..models import MultiExitModel
@@ -20,11 +21,12 @@ from ..network import Network, load_network
 from ..report import format_table, plot_accuracy_against_cost, write_page
 from .adaptive import run_adaptive, tables
 from .build import autocast_of, compiled, data_config_of, resolve_device
-from .calibration import Logits, check_flags, policy_of, policy_path
+from .calibration import Logits, check_flags, fits_a_policy, policy_of, policy_path
 from .config import parse_args
-from .datasets import check_classes, class_names, held_out, is_same_data, load_dataset
+from .datasets import check_classes, class_names, load_dataset
 from .evaluate import Evaluation, evaluate, exit_logits
 from .flags import validate_parser
+from .held_out import halves_of, held_out, is_same_data
 from .loaders import eval_loader
 from .page import Album, page_data
 
@@ -55,7 +57,8 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
     model, checkpoint = network.model, network.checkpoint
     data_flags_from(args, checkpoint)
     args.in_chans = args.in_chans or model.in_chans
-    data_config = data_config_of(args, model, checkpoint.get('data_config'))
+    data_config = data_config_of(args, model, checkpoint.get('data_config') or network.data_config)
+    args.input_img_mode = data_config.get(IMAGE_MODE)
     if (args.plot or args.adaptive) and not model.resumable:
         flag = '--adaptive' if args.adaptive else '--plot'
         raise UserError(f'{flag}: the exits have no cost of their own: {model.why_not_resumable}.')
@@ -167,7 +170,10 @@ def load_split(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[An
         return load_dataset(args, args.split, needs_folder=of_it and 'val_indices' in checkpoint), args.split
     if 'val_indices' not in checkpoint:
         raise UserError('--held-out needs a checkpoint whose training held images out of its train split.')
-    return held_out(args, checkpoint)
+    dataset, name = held_out(args, checkpoint)
+    if fits_a_policy(args) and not args.calibration_split:
+        return halves_of(dataset)[1], f'the other half of {name}'
+    return dataset, name
 
 
 def _rows(model: MultiExitModel, result: Evaluation, costs: Sequence[Optional[ExitCost]]) -> List[Dict[str, Any]]:

@@ -1,0 +1,150 @@
+"""Names of classes by index: an index may have none, and then goes by its number."""
+
+import pickle
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Union
+
+from ..errors import UserError
+
+__all__ = [
+    'ClassNames',
+    'check_look_alikes',
+    'class_label',
+    'load_class_map',
+    'names_by_index',
+    'pad_names',
+    'same_names',
+]
+
+ClassNames = List[Optional[str]]
+
+# more classes than any data set has; every index costs a row of the classifier
+MAX_CLASSES = 1_000_000
+_BOM = '\ufeff'
+
+
+def names_by_index(class_to_idx: Mapping[Any, int]) -> ClassNames:
+    """One name per index, None for an index without; names that share an index are joined.
+
+    Args:
+        class_to_idx: Index of every class name.
+    """
+    names = defaultdict(list)
+    for name, index in class_to_idx.items():
+        names[index].append(str(name))
+    return [' / '.join(sorted(names[index])) or None for index in range(max(names, default=-1) + 1)]
+
+
+def class_label(names: Optional[Sequence[Optional[str]]], index: int) -> str:
+    """The name of a class, its number where it has none."""
+    name = names[index] if names is not None and index < len(names) else None
+    return str(index) if name is None else name
+
+
+def pad_names(names: Optional[ClassNames], num_classes: int) -> Optional[ClassNames]:
+    """Names for all classes of a network that has more of them than the data."""
+    return None if names is None else [*names, *[None] * (num_classes - len(names))]
+
+
+def same_names(names: Sequence[Optional[str]], others: Sequence[Optional[str]]) -> bool:
+    """Whether two lists name the same indices alike, whatever number of classes without a name they end with."""
+    length = max(len(names), len(others))
+    return pad_names(list(names), length) == pad_names(list(others), length)
+
+
+def check_look_alikes(names: Iterable[str], what: str) -> None:
+    """Refuse names of different classes that look the same: in Unicode, by spaces or invisible characters.
+
+    Raises:
+        UserError: Two names look alike, or one is empty.
+    """
+    seen: Dict[str, str] = {}
+    for name in names:
+        form = _visible(name)
+        if not form:
+            raise UserError(f'{what}: expected names of classes, got an empty one; give every class a name.')
+        if form in seen and seen[form] != name:
+            raise UserError(
+                f'{what}: {seen[form]!r} and {name!r} look the same and would be two classes; rename one of them, or '
+                f'put them together.'
+            )
+        seen[form] = name
+
+
+def _visible(name: str) -> str:
+    """A name without what cannot be seen: byte-order marks, characters of no width, outer spaces."""
+    text = ''.join(c for c in unicodedata.normalize('NFC', name) if unicodedata.category(c) != 'Cf')
+    return text.strip()
+
+
+def load_class_map(path: Union[str, Path], root: Union[str, Path, None] = None) -> Dict[Any, int]:
+    """Read a class map: a text file with one name per line, or a pickled dict of plain values, as timm has them.
+
+    Args:
+        path: The file, ``.txt`` or ``.pkl``.
+        root: Folder in which a relative path is looked for as well.
+
+    Raises:
+        UserError: There is no such file, or it doesn't give every class one index.
+    """
+    flag = f'--class-map {str(path)!r}'
+    place = next((p for p in (Path(path), Path(root or '') / path) if p.is_file()), None)
+    if place is None:
+        raise UserError(f'{flag}: expected a file, got nothing there; give the path of a .txt or .pkl file.')
+    kind = place.suffix.lower()
+    if kind not in ('.txt', '.pkl'):
+        raise UserError(f'{flag}: expected a .txt or .pkl file, got {kind or "no ending"}; write one name per line.')
+    try:
+        mapping = _from_text(place, flag) if kind == '.txt' else _from_pickle(place, flag)
+    except (OSError, UnicodeDecodeError, pickle.UnpicklingError, EOFError) as e:
+        raise UserError(f'{flag} cannot be read: {e}') from e
+    if not mapping:
+        raise UserError(f'{flag}: expected names of classes, got an empty file; write one name per line.')
+    check_look_alikes((name for name in mapping if isinstance(name, str)), flag)
+    return mapping
+
+
+def _from_text(path: Path, flag: str) -> Dict[str, int]:
+    lines = [line.strip() for line in path.read_text(encoding='utf-8').split('\n')]
+    while lines and not lines[-1]:
+        lines.pop()
+    mapping: Dict[str, int] = {}
+    for number, name in enumerate(lines, 1):
+        if not name:
+            raise UserError(f'{flag}: line {number} is empty, and its index would have no name; remove the line.')
+        if _BOM in name:
+            raise UserError(f'{flag}: line {number} has a byte-order mark; save the file as UTF-8 without one.')
+        if name in mapping:
+            raise UserError(
+                f'{flag}: {name!r} is on the lines {mapping[name] + 1} and {number}; a class has one index, remove one.'
+            )
+        mapping[name] = number - 1
+    return mapping
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads plain values alone: whatever would run code needs a global."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f'it holds {module}.{name}, not only names and numbers')
+
+
+def _from_pickle(path: Path, flag: str) -> Dict[Any, int]:
+    with open(path, 'rb') as f:
+        try:
+            mapping = _PlainUnpickler(f).load()
+        except (pickle.UnpicklingError, OSError, EOFError):
+            raise
+        except Exception as e:  # damaged pickles fail in as many ways as there are instructions
+            raise pickle.UnpicklingError(str(e)) from e
+    right = isinstance(mapping, dict) and all(
+        isinstance(name, (str, int)) and type(index) is int and 0 <= index < MAX_CLASSES
+        for name, index in mapping.items()
+    )
+    if not right:
+        raise UserError(f'{flag}: expected a dict from names to indices below {MAX_CLASSES}, got something else.')
+    if any(isinstance(name, str) and _BOM in name for name in mapping):
+        raise UserError(f'{flag}: a name has a byte-order mark; remove it.')
+    return mapping

@@ -1,0 +1,253 @@
+"""Folders and tar files of images: what in them is data, what is left out, which splits they have."""
+
+import contextlib
+import logging
+import os
+import re
+import tarfile
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence, Set
+
+import numpy as np
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
+from timm.utils import natural_key
+
+from ..errors import UserError, printable
+from .class_names import check_look_alikes
+
+__all__ = [
+    'IMAGE_ENDINGS',
+    'SPLIT_FOLDERS',
+    'check_class_folders',
+    'check_folder_has_split',
+    'image_endings',
+    'is_hidden',
+    'leave_out_what_is_no_data',
+]
+
+_logger = logging.getLogger(__name__)
+
+# what timm takes for one another
+SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'), ('test',))
+IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
+# images too, as far as people are concerned, which need a package or a program of their own
+_OTHER_IMAGE_ENDINGS = {'.heic', '.heif', '.jxl', '.svg', '.raw', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.npy'}
+# what file managers and archivers leave behind
+_SYSTEM_NAMES = {'__macosx', '@eadir', 'thumbs.db', 'desktop.ini', '$recycle.bin', 'system volume information'}
+
+
+@contextlib.contextmanager
+def image_endings() -> Iterator[None]:
+    """Let timm's readers that are made inside look for files with `IMAGE_ENDINGS`; timm's own are PNG and JPEG."""
+    before = get_img_extensions()
+    set_img_extensions(IMAGE_ENDINGS)
+    try:
+        yield
+    finally:
+        set_img_extensions(before)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a path below a data folder is no data: hidden files and folders, macOS twins (``._0.png``)."""
+    parts = [part for part in path.replace('\\', '/').split('/') if part not in ('', '.', '..')]
+    return any(part.startswith('.') or part.lower() in _SYSTEM_NAMES for part in parts)
+
+
+def leave_out_what_is_no_data(reader: Any, class_map: bool = False) -> None:
+    """Take hidden files out of a reader, and say in one warning what else lies there and is not read.
+
+    Args:
+        reader: timm's, of a folder or a tar file, made inside `image_endings`.
+        class_map: Whether a class map gave the classes their indices, which stay.
+
+    Raises:
+        UserError: Images lie outside of class folders, a class folder has none that can be read, or two classes look
+            alike.
+    """
+    paths = _image_paths(reader)
+    keep = [not is_hidden(path) for path in paths]
+    _keep_samples(reader, keep, class_map)
+    files = [path for path in _all_files(reader) if not is_hidden(path)]
+    unread = [path for path in files if os.path.splitext(path)[1].lower() not in IMAGE_ENDINGS]
+    _check_flat([path for path, kept in zip(paths, keep) if kept], reader)
+    if not class_map:
+        _check_empty_classes(reader, files, unread)
+        check_look_alikes(_classes(reader), repr(printable(str(reader.root))))
+    counts = Counter(os.path.splitext(path)[1].lower() or 'without an ending' for path in unread)
+    left_out = [f'{count} {printable(ending)}' for ending, count in counts.most_common(8)]
+    hidden = len(keep) - sum(keep)
+    if hidden:
+        left_out.append(f'{hidden} hidden (._*, .*, __MACOSX)')
+    if left_out:
+        _logger.warning(
+            f'{printable(str(reader.root))}: left out {", ".join(left_out)}; images are files that end in '
+            f'{", ".join(IMAGE_ENDINGS)}'
+        )
+
+
+def _classes(reader: Any) -> Dict[str, int]:
+    # timm's reader of tar files has another name for it
+    return reader.class_to_idx if hasattr(reader, 'class_to_idx') else reader.class_name_to_idx
+
+
+def _image_paths(reader: Any) -> List[str]:
+    """Of every sample its path below the root; a tar file in the tar file counts as a folder."""
+    if hasattr(reader, 'class_to_idx'):
+        return [os.path.relpath(path, reader.root) for path, _ in reader.samples]
+    inner = [child.name.removesuffix('.tar') if child is not None else '' for _, _, child in reader.samples]
+    paths = [os.path.normpath(info.path).lstrip('/') for info, _, _ in reader.samples]
+    return [os.path.join(folder, path) for folder, path in zip(inner, paths)]
+
+
+def _keep_samples(reader: Any, keep: Sequence[bool], class_map: bool) -> None:
+    """Leave samples out of a reader, and the classes that had no others, so that the indices have no gaps."""
+    if all(keep):
+        return
+    is_folder = hasattr(reader, 'class_to_idx')
+    targets = [target for _, target in reader.samples] if is_folder else reader.targets.tolist()
+    classes = _classes(reader)
+    if not class_map:
+        used = {target for target, kept in zip(targets, keep) if kept}
+        names = sorted((name for name, index in classes.items() if index in used), key=natural_key)
+        new_index = {classes[name]: index for index, name in enumerate(names)}
+        classes = {name: index for index, name in enumerate(names)}
+        targets = [new_index.get(target) for target in targets]
+    if is_folder:
+        kept = zip(reader.samples, targets, keep)
+        reader.samples = [(path, target) for (path, _), target, stays in kept if stays]
+        reader.class_to_idx = classes
+    else:
+        reader.samples = reader.samples[np.array(keep)]
+        reader.targets = np.array([target for target, stays in zip(targets, keep) if stays], dtype=np.int64)
+        reader.class_name_to_idx = classes
+        reader.class_idx_to_name = {index: name for name, index in classes.items()}
+    if not len(reader.samples):
+        raise UserError(f'{printable(str(reader.root))!r} holds hidden files alone (._*, .*, __MACOSX), and no image.')
+
+
+def _all_files(reader: Any) -> List[str]:
+    """All files below the root of a reader, or in its tar file; empty folders, with a slash at the end."""
+    if hasattr(reader, 'class_to_idx'):
+        found = []
+        for place, folders, files in os.walk(reader.root, followlinks=True):
+            below = os.path.relpath(place, reader.root)
+            found += [os.path.join(below, name) for name in files]
+            found += [os.path.join(below, '')] if not files and not folders and place != reader.root else []
+        return [os.path.normpath(path) + '/' * path.endswith('/') for path in found]
+    with tarfile.open(reader.root) as tar:
+        found = [os.path.normpath(member.name).lstrip('/') for member in tar if member.isfile()]
+    return [path for path in found if not path.endswith('.tar')]
+
+
+def _check_flat(paths: Sequence[str], reader: Any) -> None:
+    """Refuse images outside of class folders; the folder itself would be their class, without a name."""
+    flat = [path for path in paths if not os.path.dirname(path)]
+    if flat:
+        root = printable(str(reader.root))
+        beside = f'{len(flat)} images lie' if len(flat) < len(paths) else 'images lie'
+        raise UserError(f'{beside} in {root} itself ({printable(flat[0])} first); put them into one folder per class.')
+
+
+def _check_empty_classes(reader: Any, files: Sequence[str], unread: Sequence[str]) -> None:
+    """Refuse folders that hold no image that is read where they seem to be classes: empty ones, and ones with images
+    of other formats."""
+    images = _image_endings_of_pillow()
+    has_images = {os.path.dirname(path) for path in _image_paths(reader)}
+    above = {os.path.dirname(folder) for folder in has_images}
+    lost: Dict[str, Counter] = defaultdict(Counter)
+    for path in unread:
+        folder, ending = os.path.dirname(path.rstrip('/')), os.path.splitext(path)[1].lower()
+        if path.endswith('/'):
+            if folder in above:
+                lost[path.rstrip('/')]['no file'] += 1
+        elif folder and folder not in has_images and ending in images:
+            lost[folder][ending] += 1
+    for folder, endings in sorted(lost.items()):
+        found = ', '.join(f'{count} {ending}' for ending, count in endings.items()) if 'no file' not in endings else ''
+        name = printable(os.path.join(str(reader.root), folder))
+        raise UserError(
+            f'{name!r} holds {found or "no file"}, and no image that can be read: the class would be lost; '
+            + (f'convert them to one of {", ".join(IMAGE_ENDINGS)}, or' if found else 'fill it, or')
+            + ' take the folder away.'
+        )
+
+
+def _image_endings_of_pillow() -> Set[str]:
+    Image.init()
+    return {ending for ending, format in Image.EXTENSION.items() if format in Image.OPEN} | _OTHER_IMAGE_ENDINGS
+
+
+def check_folder_has_split(root: str, split: str, needs_folder: bool) -> None:
+    """Refuse a split that a folder of splits doesn't have; timm would take all its images, whatever their split."""
+    folders = {p.name for p in Path(root).iterdir() if p.is_dir()} if Path(root).is_dir() else set()
+    accepted = next((names for names in SPLIT_FOLDERS if split in names), (split,))
+    known = {name for names in SPLIT_FOLDERS for name in names}
+    if not folders.intersection(accepted) and (needs_folder or folders & known):
+        if folders & known:
+            raise UserError(f'{root!r} has no split {split!r}; it has {", ".join(sorted(folders))}.')
+        raise UserError(
+            f'{root!r} is not divided into splits: as split {split!r} it would give the images that are trained on. '
+            f'Leave --val-split out to hold images out of it; validate.py --held-out evaluates those.'
+        )
+
+
+def check_class_folders(reader: Any, class_map: str) -> None:
+    """Refuse splits that timm has mixed, because their folders have other names or lie in a tar file: it calls a class
+    by its innermost folder alone. Say which classes a class map leaves out.
+
+    Args:
+        reader: timm's, of a folder or a tar file.
+        class_map: ``--class-map``, empty without one.
+
+    Raises:
+        UserError: Training and test images are mixed.
+    """
+    folders = _class_folders(reader)
+    above = os.path.commonpath(folders) if len(folders) > 1 else ''
+    places: Dict[str, Set[str]] = defaultdict(set)
+    for folder in folders:
+        *outer, name = os.path.relpath(folder, above or None).split(os.sep)
+        places[name].add(outer[0] if outer else '')
+    mixed = [sorted(filter(_is_split, tops)) for tops in places.values()]
+    mixed = next((splits for splits in (*mixed, sorted(filter(_is_split, places))) if len(splits) > 1), None)
+    if mixed:
+        way_out = (
+            'give one of them as DIR, or let it hold train, val and test with a folder per class in each'
+            if os.path.isdir(reader.root)
+            else 'unpack it, or make a tar file of each'
+        )
+        raise UserError(f'{reader.root!r} has images in {", ".join(mixed)}, which would be mixed: {way_out}.')
+    if class_map and os.path.isdir(reader.root) and hasattr(reader, 'class_to_idx'):
+        left_out = sorted(_folders_with_images(reader.root) - reader.class_to_idx.keys())
+        if left_out:
+            check_look_alikes([*left_out, *map(str, reader.class_to_idx)], f'--class-map {class_map!r} and the folders')
+            few = printable(f'{", ".join(left_out[:5])}{", ..." if len(left_out) > 5 else ""}')
+            _logger.warning(f'--class-map {class_map} leaves out {len(left_out)} classes: {few}')
+
+
+def _class_folders(reader: Any) -> Set[str]:
+    """Where images lie, as paths from the root; of tar files in a folder nothing: each is a class."""
+    if getattr(reader, 'root_is_tar', False):
+        return {os.path.dirname(os.path.normpath(info.path)).lstrip('/') for info, _, _ in reader.samples}
+    if not hasattr(reader, 'class_to_idx'):
+        return set()
+    return {os.path.relpath(folder, reader.root) for folder in {os.path.dirname(path) for path, _ in reader.samples}}
+
+
+def _is_split(folder: str) -> bool:
+    return bool(
+        re.fullmatch(r'(train|training|val|valid|validation|test|testing|eval|evaluation|dev)\W?\d*', folder, re.I)
+    )
+
+
+def _folders_with_images(root: str) -> Set[str]:
+    """Names of the folders that hold images, at any depth."""
+    return {
+        os.path.basename(place)
+        for place, _, files in os.walk(root, followlinks=True)
+        if place != root
+        and not is_hidden(os.path.relpath(place, root))
+        and any(os.path.splitext(name)[1].lower() in IMAGE_ENDINGS and not is_hidden(name) for name in files)
+    }

@@ -1,0 +1,130 @@
+"""Which images a training held out, and whether data is what a checkpoint was trained on."""
+
+import argparse
+import logging
+import os
+from typing import Any, Dict, Tuple
+
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from ..data import TransformSubset, hold_out, image_name, sample_keys
+from ..errors import UserError, printable
+from ..network import load_checkpoint
+from .datasets import load_dataset, same_split
+
+__all__ = [
+    'check_held_out',
+    'halves_of',
+    'held_out',
+    'is_data_of',
+    'is_same_data',
+    'is_trained_on',
+    'warn_of_seen_images',
+]
+
+_logger = logging.getLogger(__name__)
+
+
+def held_out(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Dataset, str]:
+    """The images that training held out of its train split, and what to call them.
+
+    Raises:
+        UserError: The split isn't the one of training.
+    """
+    split = checkpoint['train_split']
+    dataset = load_dataset(args, split)
+    check_held_out(dataset, checkpoint, f'split {split!r}')
+    return TransformSubset(dataset, checkpoint['val_indices'].tolist()), f'the held-out part of {split}'
+
+
+def check_held_out(dataset: Dataset, checkpoint: Dict[str, Any], what: str) -> None:
+    """Refuse data in which other images lie where a training held images out: they may have been trained on.
+
+    Args:
+        dataset: All that the training's images were held out of, without a transform.
+        checkpoint: Of that training.
+        what: What to call the data.
+
+    Raises:
+        UserError: It has another number of images, or others at the places of the held-out ones.
+    """
+    advice = 'put the files back as they were, or train anew'
+    size, indices = checkpoint['train_size'], checkpoint['val_indices'].tolist()
+    if len(dataset) != size:
+        raise UserError(
+            f'the held-out images: {what} has {len(dataset)} images, not the {size} of training, so others would be '
+            f'taken for held out; {advice}.'
+        )
+    if 'val_keys' not in checkpoint:
+        _logger.warning(
+            f'The checkpoint is older than the record of which images were held out: whether {what} is as it was then '
+            f'cannot be checked.'
+        )
+        return
+    others = (sample_keys(dataset, indices) != checkpoint['val_keys']).nonzero().flatten().tolist()
+    if others:
+        first = printable(image_name(dataset, indices[others[0]]))
+        raise UserError(
+            f'the held-out images: {len(others)} of {len(indices)} are not those that training held out, {first} for '
+            f'one, so images that were trained on would be taken for held out: files of {what} were added, removed, '
+            f'renamed or moved; {advice}.'
+        )
+
+
+def halves_of(dataset: TransformSubset) -> Tuple[TransformSubset, TransformSubset]:
+    """Held-out images in two halves, always the same: one to fit a policy to, one to report on.
+
+    Raises:
+        UserError: There are fewer than two.
+    """
+    if len(dataset) < 2:
+        raise UserError(f'--held-out: expected two images at least, to fit to one half, got {len(dataset)}.')
+    halves = hold_out(len(dataset), 0.5, seed=0)
+    fit, report = (TransformSubset(dataset.dataset, [dataset.indices[i] for i in half]) for half in halves)
+    return fit, report
+
+
+def warn_of_seen_images(args: argparse.Namespace, record: Dict[str, Any]) -> None:
+    """Warn where ``--initial-checkpoint`` was trained on images that are held out now.
+
+    Args:
+        args: The flags.
+        record: Of `train_and_val_datasets`.
+    """
+    try:
+        checkpoint = load_checkpoint(args.initial_checkpoint)
+    except UserError:
+        return  # weights alone, which do not tell
+    if 'val_keys' not in record or 'val_keys' not in checkpoint or not is_same_data(args, checkpoint):
+        return
+    if not same_split(checkpoint['train_split'], args.train_split):
+        return
+    seen = int((~torch.isin(record['val_keys'], checkpoint['val_keys'])).sum())
+    if seen:
+        _logger.warning(
+            f'--initial-checkpoint {args.initial_checkpoint} was trained on {seen} of the {len(record["val_keys"])} '
+            f'images that are held out now, so accuracy on them promises too much: give the --val-fraction and '
+            f'--val-seed of that training.'
+        )
+
+
+def is_data_of(dataset: Dataset, checkpoint: Dict[str, Any]) -> bool:
+    """Whether a data set is what a training's images were held out of, wherever it lies now."""
+    if 'val_keys' not in checkpoint or isinstance(dataset, IterableDataset) or len(dataset) != checkpoint['train_size']:
+        return False
+    return torch.equal(sample_keys(dataset, checkpoint['val_indices'].tolist()), checkpoint['val_keys'])
+
+
+def is_trained_on(args: argparse.Namespace, checkpoint: Dict[str, Any], split: str) -> bool:
+    """Whether a split of the data that the flags name is, as far as a checkpoint tells, what it was trained on."""
+    if 'train_split' not in checkpoint or not same_split(split, checkpoint['train_split']):
+        return False
+    return is_same_data(args, checkpoint)
+
+
+def is_same_data(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> bool:
+    """Whether the flags name the data, whatever split, that a checkpoint was trained on."""
+    trained = checkpoint.get('args', {})
+    same_set = args.dataset.lower() == (trained.get('dataset') or '').lower()
+    return same_set and os.path.realpath(args.data_dir or '') == os.path.realpath(trained.get('data_dir') or '')
