@@ -23,6 +23,7 @@ TEACHING = (
     'cwem_supervision',
     'distill_method',
     'distill_warmup_epochs',
+    'distill_ramp',
     'pool_momentum',
 )
 

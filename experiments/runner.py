@@ -88,7 +88,9 @@ class Runner:
             if lock is None or run.id in load_results(self.results) or self._late():
                 return None
             config = folder / 'flags.yaml'
-            config.write_text(yaml.safe_dump(dict(run.flags, seed=run.seed, **self._data_flags(run)), sort_keys=False))
+            # the paper's loss, unless a table says otherwise
+            flags = {'distill_ramp': 'none', **run.flags, 'seed': run.seed, **self._data_flags(run)}
+            config.write_text(yaml.safe_dump(flags, sort_keys=False))
             seconds = folder / 'seconds'
             before = float(seconds.read_text()) if seconds.exists() else 0.0
             device = ['--device', self.device] if self.device else []

@@ -203,6 +203,7 @@ def build_criterion(args: argparse.Namespace, model: MultiExitModel, num_samples
             distill=args.distill,
             cwem_supervision=args.cwem_supervision,
             method=args.distill_method,
+            distill_ramp=args.distill_ramp,
             pool_momentum=args.pool_momentum,
             num_samples=num_samples,
             num_classes=model.num_classes,

@@ -272,9 +272,10 @@ def _apart(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _statistics(task: MLCSDTask) -> List[torch.Tensor]:
-    """The network's buffers: BatchNorm's running statistics, which one NaN would spoil for good."""
-    modules = [unwrap_model(task.trainable_module).model, task.criterion.mixer or torch.nn.Module()]
-    return [buffer for module in modules for buffer in module.buffers()]
+    """The buffers that a batch changes: running statistics of BatchNorm, which one NaN would spoil for good, and of
+    accuracy."""
+    modules = (unwrap_model(task.trainable_module).model, task.criterion.mixer, task.criterion.ramp)
+    return [buffer for module in modules if module is not None for buffer in module.buffers()]
 
 
 def _generators() -> Dict[str, Any]:

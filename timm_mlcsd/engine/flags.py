@@ -17,7 +17,7 @@ from ..arguments import (
     probability,
     seed,
 )
-from ..losses import CWEM_SUPERVISIONS, DISTILLS
+from ..losses import CWEM_SUPERVISIONS, DISTILL_RAMPS, DISTILLS
 from ..losses import METHODS as DISTILL_METHODS
 from ..models import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS
 
@@ -199,6 +199,13 @@ def train_parser() -> argparse.ArgumentParser:
         default=0,
         metavar='N',
         help='epochs in which alpha and beta grow from 0',
+    )
+    group.add_argument(
+        '--distill-ramp',
+        default='accuracy',
+        choices=DISTILL_RAMPS,
+        help="accuracy: scale each exit's distillation by its running training accuracy; none: full strength from the "
+        'first batch on, the loss of the paper',
     )
     group.add_argument('--exit-weights', type=float, nargs='+', default=None, metavar='W', help='one per exit')
     group.add_argument('--cwem-supervision', default='ce', choices=CWEM_SUPERVISIONS, help='what trains the CWEM')

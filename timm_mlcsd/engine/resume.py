@@ -153,12 +153,13 @@ def resume(
     """
     rescaled = lr_rule is not None and _as_lists(checkpoint.get('lr_rule')) == _as_lists(lr_rule)
     fixed = ('opt', 'lr', 'weight_decay', 'momentum', 'opt_betas', 'opt_eps', 'opt_args', 'layer_decay', 'exit_lr_mult')
-    fixed += ('fsdp', 'heads_only', 'distill', 'distill_method')
+    fixed += ('fsdp', 'heads_only', 'distill', 'distill_method', 'distill_ramp')
     if 'progress' in checkpoint:
         fixed += ('batch_size', 'workers', 'grad_accum_steps', 'cache_dataset', 'seed')
     for name in (name for name in fixed if not (rescaled and name == 'lr')):
-        # a flag that is younger than the checkpoint had its default then
-        before, now = checkpoint['args'].get(name, getattr(args, name)), getattr(args, name)
+        # a flag that is younger than the checkpoint had its default then, but for the ramp
+        absent = 'none' if name == 'distill_ramp' else getattr(args, name)
+        before, now = checkpoint['args'].get(name, absent), getattr(args, name)
         if before != now and not weights_only:
             flag = '--opt-kwargs' if name == 'opt_args' else f'--{name.replace("_", "-")}'
             raise UserError(

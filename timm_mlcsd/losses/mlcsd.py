@@ -23,6 +23,7 @@ from timm.loss import JsdCrossEntropy
 
 from .distill import CC, CRD, METHODS, Lesson, Method
 from .memory import LogitMemory
+from .ramp import DISTILL_RAMPS, AccuracyRamp
 from .teachers import CWEM, TEACHERS, Mixer
 
 __all__ = ['CWEM_SUPERVISIONS', 'DISTILLS', 'MLCSDLoss']
@@ -60,6 +61,9 @@ class MLCSDLoss(nn.Module):
         distill: Who teaches: ``none`` or one of `TEACHERS`.
         cwem_supervision: What trains the CWEM.
         method: What L_KD is: one of `METHODS` with its authors' hyper-parameters, or a `Method`.
+        distill_ramp: ``accuracy`` scales what exit i adds to L_KD and L_HT by its running training accuracy
+            (`AccuracyRamp`), so that full-strength distillation waits for exits that know something: the default of
+            train.py. ``none``, the default here, is the paper's loss.
         pool_momentum: Above 0, the pool of logits that teachers are mixed from is a running mean over the epochs,
             image by image (`LogitMemory`); this is the share of the old mean. Not in the paper.
         num_samples: Images in the training set, for what remembers them all: ``crd`` and `pool_momentum`.
@@ -67,7 +71,7 @@ class MLCSDLoss(nn.Module):
 
     Examples:
         ```python
-        criterion = MLCSDLoss(model.num_exits, model.feature_dim)
+        criterion = MLCSDLoss(model.num_exits, model.feature_dim, distill_ramp='accuracy')
         optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.05, momentum=0.9)
         for images, target in loader:
             loss = criterion(model.train()(images), target)
@@ -91,6 +95,7 @@ class MLCSDLoss(nn.Module):
         distill: str = 'all-for-all',
         cwem_supervision: str = 'ce',
         method: Union[str, Method] = 'kd',
+        distill_ramp: str = 'none',
         pool_momentum: float = 0.0,
         num_samples: Optional[int] = None,
         num_classes: Optional[int] = None,
@@ -104,6 +109,8 @@ class MLCSDLoss(nn.Module):
             )
         if not isinstance(method, Method) and method not in METHODS:
             raise ValueError(f'method={method!r} is unknown; choose one of {", ".join(METHODS)}, or pass a Method.')
+        if distill_ramp not in DISTILL_RAMPS:
+            raise ValueError(f'distill_ramp={distill_ramp!r} is unknown; choose one of {", ".join(DISTILL_RAMPS)}.')
         if not 0.0 <= pool_momentum < 1.0:
             raise ValueError(f'pool_momentum={pool_momentum} must be at least 0 and less than 1.')
         if alpha is None:
@@ -143,10 +150,12 @@ class MLCSDLoss(nn.Module):
         self.mixer: Optional[Mixer] = None
         self.method: Optional[Method] = None
         self.memory: Optional[LogitMemory] = None
+        self.ramp: Optional[AccuracyRamp] = None
         self.projections = nn.ModuleList()
         # one exit has nobody to learn from
         if distill != 'none' and (alpha or beta) and num_exits > 1:
             self.mixer = TEACHERS[distill](num_exits, dims[-1])
+            self.ramp = AccuracyRamp(num_exits) if distill_ramp == 'accuracy' else None
             # what nothing trains must not wait for a gradient
             self.mixer.requires_grad_(cwem_supervision == 'ce' or (cwem_supervision == 'kd' and alpha > 0))
             if alpha:
@@ -278,6 +287,8 @@ class MLCSDLoss(nn.Module):
         if isinstance(self.mixer, CWEM) and self.cwem_supervision == 'ce':
             parts['cwem'] = sum(self.cls_loss(t, target) for t in teacher.unbind(dim=1))
         exit_weights = self.exit_weights.to(logits.dtype)
+        if self.ramp is not None:
+            exit_weights = exit_weights * self.ramp(logits, target)
         if self.method is not None:
             through = weights if self.cwem_supervision == 'kd' else weights.detach()
             pooled = teacher_pooled = None

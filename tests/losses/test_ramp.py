@@ -1,0 +1,65 @@
+"""Distillation that waits for what an exit has learned from the labels."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from timm_mlcsd import MLCSDLoss, MultiExitOutput
+from timm_mlcsd.losses import AccuracyRamp
+
+B, K, C, D = 8, 3, 5, 4
+
+
+def answers(right):
+    """Logits [B, K, C] of which exit k has so many right, and the labels."""
+    target = torch.arange(B) % C
+    wrong = (target + 1) % C
+    said = torch.stack([torch.where(torch.arange(B) < count, target, wrong) for count in right], dim=1)
+    return 9.0 * F.one_hot(said, C).float(), target
+
+
+def test_scale_goes_from_chance_to_all_right():
+    ramp = AccuracyRamp(K, momentum=0.0)
+    logits, target = answers([0, 4, 8])
+    # below chance is nothing; (1/2 - 1/5) / (1 - 1/5)
+    assert ramp(logits, target).tolist() == pytest.approx([0.0, 0.375, 1.0])
+    assert ramp(logits, F.one_hot(target, C).float()).tolist() == pytest.approx([0.0, 0.375, 1.0])
+
+
+def test_scale_is_a_running_mean_of_training_batches():
+    ramp = AccuracyRamp(K, momentum=0.9)
+    logits, target = answers([8, 8, 8])
+    for n in range(1, 4):
+        assert ramp(logits, target).tolist() == pytest.approx([1 - 0.9**n] * K)
+    ramp.eval()
+    assert ramp(answers([0, 0, 0])[0], target).tolist() == pytest.approx([1 - 0.9**3] * K)
+
+
+@pytest.mark.parametrize('distill', ['one-for-all', 'all-for-all'])
+def test_an_exit_that_knows_nothing_learns_from_labels_alone(distill):
+    logits, target = answers([0, 8, 8])
+    features = torch.rand(K, B, D, 2, 2).unbind(0)
+    losses = {}
+    for ramp in ('none', 'accuracy'):
+        torch.manual_seed(0)
+        criterion = MLCSDLoss(K, D, distill=distill, distill_ramp=ramp)
+        if criterion.ramp is not None:
+            criterion.ramp.momentum = 0.0
+        z = [t.clone().requires_grad_() for t in logits.unbind(dim=1)]
+        f = [t.clone().requires_grad_() for t in features]
+        criterion(MultiExitOutput(tuple(z), tuple(f)), target).backward()
+        losses[ramp] = [t.grad for t in z], [t.grad for t in f]
+    plain = (logits[:, 0].softmax(-1) - F.one_hot(target, C)) / B
+    torch.testing.assert_close(losses['accuracy'][0][0], plain)
+    assert not losses['accuracy'][1][0].any() and losses['none'][1][0].any()
+    assert not torch.allclose(losses['none'][0][0], plain)
+    for part in range(2):  # exits that know everything learn as without the ramp
+        torch.testing.assert_close(losses['accuracy'][part][1], losses['none'][part][1])
+
+
+def test_the_paper_has_none_and_the_scale_is_kept():
+    assert MLCSDLoss(K, D).ramp is None
+    criterion = MLCSDLoss(K, D, distill_ramp='accuracy')
+    assert 'ramp.accuracy' in criterion.state_dict()
+    with pytest.raises(ValueError, match=r"distill_ramp='x' is unknown; choose one of none, accuracy"):
+        MLCSDLoss(K, D, distill_ramp='x')
