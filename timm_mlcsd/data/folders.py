@@ -147,7 +147,11 @@ def _check_flat(paths: Sequence[str], reader: Any) -> None:
     if flat:
         root = printable(str(reader.root))
         beside = f'{len(flat)} images lie' if len(flat) < len(paths) else 'images lie'
-        raise UserError(f'{beside} in {root} itself ({printable(flat[0])} first); put them into one folder per class.')
+        is_split = _is_split(os.path.basename(os.path.normpath(str(reader.root))))
+        hint = ' If it is a class, rename it: folders of this name are taken for a split.' if is_split else ''
+        raise UserError(
+            f'{beside} in {root} itself ({printable(flat[0])} first); put them into one folder per class.{hint}'
+        )
 
 
 def _check_empty_classes(reader: Any, files: Sequence[str], unread: Sequence[str]) -> None:

@@ -55,5 +55,5 @@ class Preprocessing:
         Raises:
             Exception: Pillow cannot read it, in as many ways as there are broken files.
         """
-        pixels = torch.from_numpy(self.transform(read_image(file, self.mode)))
+        pixels = torch.as_tensor(self.transform(read_image(file, self.mode)))
         return pixels.float().sub_(self.mean).div_(self.std)[None]

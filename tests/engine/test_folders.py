@@ -1,0 +1,240 @@
+"""Folders of images as people have them: other formats, hidden files, images outside of classes."""
+
+import shutil
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+from scripts import run
+
+from timm_mlcsd.data import Preprocessing, sample_keys
+from timm_mlcsd.engine import train, validate
+from timm_mlcsd.engine.config import parse_args
+from timm_mlcsd.engine.datasets import class_names, load_dataset
+from timm_mlcsd.engine.flags import train_parser
+from timm_mlcsd.engine.loaders import eval_loader
+from timm_mlcsd.network import load_checkpoint
+
+
+@pytest.fixture
+def mine(folder, tmp_path):
+    """An own copy of the folder of colours."""
+    return shutil.copytree(folder, tmp_path / 'mine')
+
+
+def load(root, *more):
+    args = parse_args(train_parser(), [str(root), *map(str, more)])
+    return load_dataset(args, 'train')
+
+
+def save_as(path, ending, **options):
+    Image.open(path).save(path.with_suffix(ending), **options)
+    path.unlink()
+
+
+def test_usual_formats_are_read_and_the_rest_is_counted(mine, caplog):
+    paths = sorted((mine / 'train' / 'red').glob('*.png'))
+    for path, ending in zip(paths, ('.webp', '.tif', '.TIFF', '.bmp', '.jpeg', '.gif', '.gif')):
+        save_as(path, ending)
+    (mine / 'train' / 'green' / 'notes.txt').write_text('blurred: 3')
+    data = load(mine)
+    assert len(data) == 46 and class_names(data) == ['blue', 'green', 'red']
+    assert all(data[i] is not None for i in range(46))
+    assert 'left out 2 .gif, 1 .txt; images are files that end in .png, .jpg' in caplog.text
+
+
+def test_timm_keeps_its_own_endings(mine):
+    from timm.data.readers.img_extensions import get_img_extensions
+
+    load(mine)
+    assert get_img_extensions() == ('.png', '.jpg', '.jpeg')
+
+
+@pytest.mark.parametrize('what, message', [('.gif', '16 .gif'), (None, 'no file')])
+def test_a_class_without_images_is_an_error(mine, small, capsys, what, message):
+    for path in sorted((mine / 'train' / 'red').glob('*.png')):
+        save_as(path, what) if what else path.unlink()
+    assert run(train.main, [mine, *small[1:]]) == 2
+    error = capsys.readouterr().err
+    assert f'red\' holds {message}, and no image that can be read: the class would be lost' in error
+
+
+def test_images_outside_of_classes_are_an_error(mine, small, capsys):
+    flat = mine / 'flat'
+    shutil.copytree(mine / 'train' / 'red', flat)
+    assert run(train.main, [flat, *small[1:]]) == 2
+    assert f'images lie in {flat} itself (0.png first); put them into one folder per class' in capsys.readouterr().err
+    with tarfile.open(mine / 'flat.tar', 'w') as tar:
+        tar.add(flat, '.')
+    assert run(train.main, [mine / 'flat.tar', *small[1:]]) == 2
+    assert 'itself' in capsys.readouterr().err
+    shutil.copy(flat / '0.png', mine / 'train' / 'cover.png')
+    assert run(train.main, [mine, *small[1:]]) == 2
+    assert f'1 images lie in {mine / "train"} itself' in capsys.readouterr().err
+
+
+def test_a_class_called_like_a_split(mine, small, capsys):
+    (mine / 'test').rename(mine / 'bus')
+    shutil.move(mine / 'train', mine / 'old')
+    shutil.move(mine / 'old' / 'red', mine / 'train')
+    assert run(train.main, [mine, *small[1:]]) == 2
+    assert 'If it is a class, rename it: folders of this name are taken for a split' in capsys.readouterr().err
+
+
+def test_one_class_is_an_error_unless_more_are_to_come(mine, small, capsys):
+    for name in ('green', 'blue'):
+        shutil.rmtree(mine / 'train' / name)
+    assert run(train.main, [mine, *small[1:]]) == 2
+    assert "the data has one class, 'red', so every answer would be right" in capsys.readouterr().err
+    assert run(train.main, [mine, *small[1:], '--num-classes', 2, '--epochs', 1]) == 0
+
+
+def test_hidden_files_are_left_out(mine, tmp_path, caplog):
+    for path in sorted((mine / 'train').rglob('*.png')):
+        path.with_name(f'._{path.name}').write_bytes(b'\0\5\x16\7')
+    twins = mine / 'train' / '__MACOSX' / 'amber'
+    twins.mkdir(parents=True)
+    (twins / '._0.png').write_bytes(b'\0\5\x16\7')
+    (mine / 'train' / 'red' / '.ipynb_checkpoints').mkdir()
+    shutil.copy(mine / 'train' / 'red' / '0.png', mine / 'train' / 'red' / '.ipynb_checkpoints' / '0-checkpoint.png')
+    with tarfile.open(tmp_path / 'mine.tar', 'w') as tar:
+        tar.add(mine / 'train', '.')
+    for root in (mine, tmp_path / 'mine.tar'):
+        caplog.clear()
+        data = load(root)
+        assert len(data) == 48 and class_names(data) == ['blue', 'green', 'red']
+        assert [data[i][1] for i in (0, 16, 32)] == [0, 1, 2]
+        assert 'left out 50 hidden (._*, .*, __MACOSX)' in caplog.text
+
+
+def test_classes_that_look_alike_are_refused(mine, small, capsys):
+    (mine / 'train' / 'green').rename(mine / 'train' / '\ufeffred')
+    assert run(train.main, [mine, *small[1:]]) == 2
+    assert 'look the same and would be two classes' in capsys.readouterr().err
+
+
+# one reading of odd files
+
+
+def odd_files(folder):
+    """A file of every kind that people have, all in one class folder."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    rgb = Image.fromarray(torch.randint(256, (40, 56, 3), dtype=torch.uint8).numpy())
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for ending in ('.jpg', '.png', '.webp'):
+            rgb.save(folder / f'exif{orientation}{ending}', exif=exif)
+    for mode in ('L', 'LA', 'RGBA', '1', 'P'):
+        rgb.convert(mode).save(folder / f'{mode}.png')
+    palette = rgb.convert('P')
+    palette.save(folder / 'transparent.png', transparency=7)
+    rgb.convert('CMYK').save(folder / 'cmyk.jpg')
+    ramp = (torch.arange(40 * 56) * 29).to(torch.uint16).view(40, 56).numpy()
+    for ending in ('.png', '.tif'):
+        Image.fromarray(ramp).save(folder / f'16bit{ending}')
+    for size in ((300, 3), (3, 300), (1, 1), (9, 16)):
+        rgb.resize(size).save(folder / f'{size[0]}x{size[1]}.bmp')
+
+
+@pytest.mark.parametrize('more', [[], ['--cache-dataset', 'device', '--crop-pct', 1]])
+@pytest.mark.parametrize('size', [(3, 24, 24), (1, 20, 28), (4, 24, 24)])
+def test_loaders_and_prediction_make_the_same_tensor(tmp_path, size, more):
+    odd_files(tmp_path / 'data' / 'a')
+    odd_files(tmp_path / 'data' / 'b')
+    args = parse_args(train_parser(), [str(tmp_path / 'data'), '-j', '0', '-b', '7', *map(str, more)])
+    args.in_chans = size[0]
+    mean, std = [0.485, 0.456, 0.406, 0.5][: size[0]], [0.229, 0.224, 0.225, 0.25][: size[0]]
+    config = dict(input_size=size, interpolation='bicubic', mean=mean, std=std, crop_pct=0.9, crop_mode='center')
+    data = load_dataset(args, 'train')
+    files = [path for path, _ in data.reader.samples]
+    batches = torch.cat([images for images, _ in eval_loader(args, data, config, torch.device('cpu'))])
+    preprocessing = Preprocessing(config)
+    alone = torch.cat([preprocessing(path) for path in files])
+    assert len(batches) == len(files) == 2 * 37
+    assert torch.equal(batches, alone)
+
+
+def test_another_mode_is_part_of_the_preprocessing(small, tmp_path, capsys):
+    assert run(train.main, [*small, '--input-img-mode', 'YCbCr', '--epochs', 1]) == 0
+    assert load_checkpoint(tmp_path / 'run')['data_config']['input_img_mode'] == 'YCbCr'
+    for mode in ('I;16', 'F', 'P', '1', 'nonsense'):
+        assert run(train.main, [*small, '--input-img-mode', mode, '--experiment', 'other']) == 2
+        assert f'--input-img-mode {mode}: expected a mode with 8 bits per channel' in capsys.readouterr().err
+
+
+def test_images_of_no_known_range_and_extreme_sizes_are_named(mine, small, caplog, capsys):
+    Image.new('F', (16, 16)).save(mine / 'train' / 'red' / '0.tif')
+    Image.new('RGB', (65000, 1)).save(mine / 'train' / 'red' / 'long.png')
+    argv = [mine, *small[1:], '--epochs', 1]
+    assert run(train.main, argv) == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and 'of 50 images cannot be read' in error
+    assert run(train.main, [*argv, '--max-bad-samples', 2]) == 0
+    assert '0.tif (its pixels are 32-bit floating point numbers' in caplog.text
+    assert 'long.png (its size is 65000x1; expected sides that differ by a factor of at most 256' in caplog.text
+
+
+# held out stays held out
+
+
+def moved(root):
+    """Move one image to another class, which changes what lies at the places of the others."""
+    shutil.move(root / 'train' / 'blue' / '0.png', root / 'train' / 'red' / 'from_blue.png')
+
+
+@pytest.fixture
+def held_out_run(mine, small, tmp_path):
+    assert run(train.main, [mine, *small[1:], '--val-fraction', 0.3, '--epochs', 1]) == 0
+    return tmp_path / 'run'
+
+
+def test_a_run_does_not_go_on_with_other_held_out_images(held_out_run, mine, small, capsys):
+    argv = [mine, *small[1:], '--val-fraction', 0.3, '--epochs', 2, '--resume', held_out_run]
+    assert run(train.main, argv) == 0
+    moved(mine)
+    assert run(train.main, [*argv, '--epochs', 3]) == 2
+    error = capsys.readouterr().err
+    assert 'images that would be held out now are not those that the run held out' in error and '.png for one' in error
+
+
+def test_nothing_trained_on_is_taken_for_held_out(held_out_run, mine, tmp_path, capsys):
+    argv = ['--checkpoint', held_out_run / 'last.pth.tar', '--workers', 0, '--device', 'cpu']
+    assert run(validate.main, [*argv, '--held-out']) == 0
+    copy = shutil.copytree(mine, tmp_path / 'copy')
+    assert run(validate.main, [copy, *argv, '--held-out']) == 0  # the same files in another place
+    moved(mine)
+    capsys.readouterr()
+    for more in (['--held-out'], ['--split', 'test', '--adaptive', '--max-drop', 5]):
+        assert run(validate.main, [*argv, *more]) == 2
+        assert 'are not those that training held out' in capsys.readouterr().err
+    (mine / 'train' / 'red' / 'from_blue.png').unlink()
+    assert run(validate.main, [*argv, '--held-out']) == 2
+    assert 'has 47 images, not the 48 of training' in capsys.readouterr().err
+
+
+def test_a_copy_of_the_training_images_calibrates_nothing(held_out_run, mine, tmp_path, capsys):
+    copy = shutil.copytree(mine, tmp_path / 'copy')
+    shutil.copytree(copy / 'train', copy / 'val')
+    argv = [copy, '--checkpoint', held_out_run / 'last.pth.tar', '--workers', 0, '--split', 'test', '--adaptive']
+    assert run(validate.main, [*argv, '--max-drop', 5, '--calibration-split', 'val']) == 2
+    assert 'these are the images that the checkpoint was trained on' in capsys.readouterr().err
+
+
+def test_starting_from_weights_that_saw_the_held_out_images(held_out_run, mine, small, caplog):
+    argv = [mine, *small[1:], '--val-fraction', 0.3, '--epochs', 1, '--experiment', 'next']
+    argv += ['--initial-checkpoint', held_out_run / 'last.pth.tar']
+    assert run(train.main, argv) == 0 and 'held out now' not in caplog.text
+    assert run(train.main, [*argv[:-4], '--experiment', 'other', *argv[-2:], '--val-seed', 1]) == 0
+    assert 'images that are held out now, so accuracy on them promises too much' in caplog.text
+
+
+def test_keys_without_files_are_of_the_content(mine):
+    args = parse_args(train_parser(), [str(mine / 'train'), '--dataset', 'torch/image_folder', '-j', '0'])
+    data = load_dataset(args, 'train')
+    keys = sample_keys(data, range(48))
+    assert len(set(keys.tolist())) == 48
+    Image.new('RGB', (16, 16)).save(mine / 'train' / 'blue' / '0.png')
+    assert (sample_keys(load_dataset(args, 'train'), range(48)) != keys).sum() == 1
