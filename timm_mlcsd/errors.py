@@ -42,14 +42,34 @@ def blame(what: str) -> Iterator[None]:
         raise UserError(f'{what}: {shortened(e)}') from e
 
 
-def run_script(prog: str, main: Callable[[], None]) -> None:
-    """Run `main` with logging to the terminal; a `UserError` becomes one line on stderr and exit code 2."""
+class _Escape(logging.Filter):
+    """Makes messages printable: names of files and classes in them come from other people's data."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        lines = record.getMessage().split('\n')
+        record.msg, record.args = '\n'.join(printable(line.replace('\t', ' ')) for line in lines), ()
+        return True
+
+
+def _prepare_terminal() -> None:
+    """Log to the terminal, and show what it cannot show as escapes instead of failing there."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     if not logging.getLogger().handlers:
         setup_default_logging()
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(known, _Escape) for known in handler.filters):
+            handler.addFilter(_Escape())
+
+
+def run_script(prog: str, main: Callable[[], None]) -> None:
+    """Run `main` with logging to the terminal; a `UserError` becomes one line on stderr and exit code 2."""
+    _prepare_terminal()
     try:
         main()
     except UserError as e:
-        print(f'{prog}: error: {" ".join(str(e).split())}', file=sys.stderr)
+        print(f'{prog}: error: {printable(" ".join(str(e).split()))}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,6 +2,8 @@
 
 from typing import Any, Sequence
 
+from ..errors import printable
+
 __all__ = ['format_table']
 
 
@@ -10,7 +12,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
     Args:
         headers: One per column.
-        rows: Values; None leaves a cell empty.
+        rows: Values; None leaves a cell empty. Text is shown with what a terminal would obey escaped.
     """
     cells = [[_text(v) for v in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
@@ -25,4 +27,4 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _text(value: Any) -> str:
     if value is None:
         return ''
-    return f'{value:.2f}' if isinstance(value, float) else str(value)
+    return f'{value:.2f}' if isinstance(value, float) else printable(str(value))
