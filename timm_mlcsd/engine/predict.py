@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 
 from ..adaptive import AdaptiveModel, ExitPolicy
-from ..arguments import ScriptParser, positive_int
+from ..arguments import ScriptParser, positive_int, probability
 from ..errors import UserError, blame, run_script, shortened
 from ..models import MultiExitModel
 from ..network import Network, load_network
@@ -47,7 +47,7 @@ def predict_parser() -> ScriptParser:
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
     parser.add_argument(
         '--threshold',
-        type=float,
+        type=probability,
         metavar='P',
         help='leave at the first exit whose top probability is at least this (default: the exit policy beside the '
         'weights decides; without one the last exit answers)',
@@ -101,8 +101,6 @@ def _policy(args: argparse.Namespace, network: Network) -> Optional[ExitPolicy]:
 
 def predict(args: argparse.Namespace) -> List[Answer]:
     """Label the images that the flags name; prints a table."""
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise UserError(f'--threshold {args.threshold} must lie between 0 and 1.')
     network = load_network(args.network, args.use_ema)
     model, names = network.model, network.class_names
     if not model.num_classes:
