@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Optional, Sequence
 
+import torch
 from timm.utils import random_seed
 from torch.utils.data import Dataset, IterableDataset
 
@@ -23,9 +24,9 @@ from .finite import NotFinite
 from .flags import train_parser
 from .logs import LOGS
 from .record import RunRecord
-from .resume import find_run
+from .resume import find_checkpoint, run_folder
 from .training import EpochResult, Training
-from .world import end_process, join_world
+from .world import World, end_process, join_world
 
 __all__ = ['main', 'train']
 
@@ -51,13 +52,20 @@ def train(args: argparse.Namespace) -> Path:
     device = resolve_device(args)
     world = join_world(device)
     random_seed(args.seed)
-    folder, checkpoint, weights_only = find_run(args)
+    with run_folder(args, world) as folder:
+        _train(args, device, world, folder)
+    world.leave()
+    return folder
+
+
+def _train(args: argparse.Namespace, device: torch.device, world: World, folder: Path) -> None:
+    """Train, or rehearse that, in a folder that is this run's alone."""
+    checkpoint, weights_only = find_checkpoint(args, folder)
     training = Training(args, device, world, checkpoint, weights_only)
     del checkpoint  # as large as all that trains
     if args.dry_run:
         rehearse(training)
-        world.leave()
-        return folder
+        return
     record = RunRecord(args, folder, training.start_epoch, training.best) if world.is_first else None
     _logger.info(
         f'{args.model}: {training.model.num_exits} exits, {training.num_classes} classes, {len(training.train_data)} '
@@ -76,8 +84,6 @@ def train(args: argparse.Namespace) -> Path:
     finally:
         if record:
             record.logs.close()
-    world.leave()
-    return folder
 
 
 def _run(training: Training, record: Optional[RunRecord]) -> None:
