@@ -29,6 +29,7 @@ import timm_mlcsd
 from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy, evaluate_policy, thresholds_for_exit_rates
 from timm_mlcsd.adaptive.evaluate import costs_of
 from timm_mlcsd.adaptive.export import export_stages
+from timm_mlcsd.arguments import positive_float, positive_int
 from timm_mlcsd.cost import exit_costs
 from timm_mlcsd.report import format_table
 
@@ -207,13 +208,13 @@ def measure(args: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='mlcsd_resnet50')
-    parser.add_argument('--exits', type=int, default=8)
-    parser.add_argument('--input-size', type=int, nargs=3, default=(3, 224, 224))
-    parser.add_argument('--num-classes', type=int, default=1000)
+    parser.add_argument('--exits', type=positive_int, default=8)
+    parser.add_argument('--input-size', type=positive_int, nargs=3, default=(3, 224, 224))
+    parser.add_argument('--num-classes', type=positive_int, default=1000)
     parser.add_argument('--small-input', action='store_true')
-    parser.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 16, 64, 256])
-    parser.add_argument('--shares', type=float, nargs='+', default=[0.35, 0.5, 0.7], help='of the plain MACs')
-    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--batch-sizes', type=positive_int, nargs='+', default=[1, 16, 64, 256])
+    parser.add_argument('--shares', type=positive_float, nargs='+', default=[0.35, 0.5, 0.7], help='of the plain MACs')
+    parser.add_argument('--repeats', type=positive_int, default=5)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--amp', action='store_true', help='bfloat16')
     parser.add_argument('--channels-last', action='store_true')

@@ -16,6 +16,7 @@ import torch
 
 import timm_mlcsd  # noqa: F401
 from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy
+from timm_mlcsd.arguments import positive_int
 from timm_mlcsd.cost import stage_times
 from timm_mlcsd.report import format_table
 
@@ -28,11 +29,11 @@ def quantile(values, q):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='mlcsd_resnet18')
-    parser.add_argument('--exits', type=int, default=8)
-    parser.add_argument('--input-size', type=int, nargs=3, default=(3, 32, 32))
+    parser.add_argument('--exits', type=positive_int, default=8)
+    parser.add_argument('--input-size', type=positive_int, nargs=3, default=(3, 32, 32))
     parser.add_argument('--small-input', action='store_true')
-    parser.add_argument('--calls', type=int, default=1000)
-    parser.add_argument('--batch-size', type=int, default=1)
+    parser.add_argument('--calls', type=positive_int, default=1000)
+    parser.add_argument('--batch-size', type=positive_int, default=1)
     args = parser.parse_args()
     torch.manual_seed(0)
     random.seed(0)

@@ -16,6 +16,7 @@ import timm
 import torch
 
 from timm_mlcsd import MLCSDLoss
+from timm_mlcsd.arguments import positive_int
 from timm_mlcsd.data import CachedLoader
 from timm_mlcsd.report import format_table
 
@@ -23,10 +24,12 @@ from timm_mlcsd.report import format_table
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--width', type=int, default=16, help='of the first stage of a ResNet18; 64 is the usual one')
-    parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--steps', type=int, default=20, help='per epoch')
-    parser.add_argument('--repeats', type=int, default=5, help='epochs of each, after one that does not count')
+    parser.add_argument(
+        '--width', type=positive_int, default=16, help='of the first stage of a ResNet18; 64 is the usual one'
+    )
+    parser.add_argument('--batch-size', type=positive_int, default=64)
+    parser.add_argument('--steps', type=positive_int, default=20, help='per epoch')
+    parser.add_argument('--repeats', type=positive_int, default=5, help='epochs of each, after one that does not count')
     parser.add_argument('--amp', action='store_true', help='bfloat16')
     args = parser.parse_args()
     device = torch.device(args.device)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from timm_mlcsd.arguments import positive_int, seed
 from timm_mlcsd.network import load_checkpoint
 from timm_mlcsd.report import format_table
 
@@ -192,9 +193,9 @@ def try_fault(fault: Callable[[Runs, str], str], runs: Runs, name: str, referenc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--runs', type=int, default=20, help='of each fault')
+    parser.add_argument('--runs', type=positive_int, default=20, help='of each fault')
     parser.add_argument('--faults', nargs='+', choices=tuple(FAULTS), default=tuple(FAULTS))
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--seed', type=seed, default=0)
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as root:

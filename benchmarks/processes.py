@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List, Tuple
 
+from timm_mlcsd.arguments import positive_int
 from timm_mlcsd.report import format_table
 
 TRAIN = Path(__file__).resolve().parents[1] / 'train.py'
@@ -41,9 +42,9 @@ def train(processes: int, batch_size: int, flags: List[str]) -> Tuple[float, Lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--processes', type=int, default=2)
-    parser.add_argument('--batch-size', type=int, default=32)
-    parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--processes', type=positive_int, default=2)
+    parser.add_argument('--batch-size', type=positive_int, default=32)
+    parser.add_argument('--repeats', type=positive_int, default=3)
     args, flags = parser.parse_known_args()
     pairs = [[train(n, args.batch_size, flags) for n in (1, args.processes)] for _ in range(args.repeats)]
     one, several = ([pair[i] for pair in pairs] for i in range(2))

@@ -18,6 +18,7 @@ import timm
 import torch
 
 import timm_mlcsd
+from timm_mlcsd.arguments import positive_int
 from timm_mlcsd.report import format_table
 
 MODELS = ['resnet18', 'resnet50', 'mobilenetv2_100', 'vit_small_patch16_224']
@@ -39,7 +40,7 @@ def seconds(make: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--repeats', type=positive_int, default=5)
     parser.add_argument('--models', nargs='*', default=MODELS)
     args = parser.parse_args()
     print(f'torch {torch.__version__}, timm {timm.__version__}, median of {args.repeats}')

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_mlcsd import MLCSDLoss, create_multi_exit
+from timm_mlcsd.arguments import positive_int
 from timm_mlcsd.cost import exit_costs
 from timm_mlcsd.models import DEFAULT_EXIT_HEAD, EXIT_HEADS
 from timm_mlcsd.report import format_table
@@ -128,13 +129,13 @@ def in_fresh_process(args: argparse.Namespace, name: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='resnet18')
-    parser.add_argument('--exits', type=int, default=8)
+    parser.add_argument('--exits', type=positive_int, default=8)
     parser.add_argument('--exit-head', default=DEFAULT_EXIT_HEAD, choices=tuple(EXIT_HEADS))
     parser.add_argument('--small-input', action='store_true')
-    parser.add_argument('--input-size', type=int, nargs=3, default=[3, 32, 32])
-    parser.add_argument('--num-classes', type=int, default=100)
-    parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--repeats', type=int, default=7)
+    parser.add_argument('--input-size', type=positive_int, nargs=3, default=[3, 32, 32])
+    parser.add_argument('--num-classes', type=positive_int, default=100)
+    parser.add_argument('--batch-size', type=positive_int, default=64)
+    parser.add_argument('--repeats', type=positive_int, default=7)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--compile', action='store_true', help='torch.compile networks and loss')

@@ -15,7 +15,7 @@ from typing import List
 
 import torch
 
-from timm_mlcsd.arguments import ScriptParser, positive_int
+from timm_mlcsd.arguments import ScriptParser, positive_float, positive_int
 from timm_mlcsd.errors import UserError, run_script
 
 from .plan import HERE, Table, load_table, table_names
@@ -84,7 +84,7 @@ def main() -> None:
             command.add_argument('--work', type=Path, default=Path('output/experiments'), metavar='DIR')
             cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
             command.add_argument('--jobs', type=positive_int, default=cores, metavar='N', help='runs at once')
-            command.add_argument('--minutes', type=float, metavar='M', help='stop then; the next call goes on')
+            command.add_argument('--minutes', type=positive_float, metavar='M', help='stop then; the next call goes on')
             command.add_argument('--device', help='as for train.py')
 
     def act() -> None:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .arguments import KeyValues, ScriptParser, exits, positive_int
+from .arguments import KeyValues, ScriptParser, exits, image_side, integer, positive_int
 from .errors import UserError, run_script
 from .models import DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS, MultiExitBackbone, MultiExitModel, OnMeta, create_named
 from .report import format_table
@@ -284,11 +284,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('model', help='a multi-exit model, such as mlcsd_resnet50')
     parser.add_argument('--exits', type=exits, help='number, or comma-separated modules to tap (default: 8)')
     parser.add_argument('--exit-pool', choices=EXIT_POOLS, help=f'(default: {DEFAULT_EXIT_POOL})')
-    parser.add_argument(
-        '--input-size', type=positive_int, nargs=3, metavar='N', help='C H W (default: the model\'s own)'
-    )
+    parser.add_argument('--input-size', type=image_side, nargs=3, metavar='N', help='C H W (default: the model\'s own)')
     parser.add_argument('--small-input', action='store_true', help='take the first two downsamplings out')
-    parser.add_argument('--num-classes', type=positive_int, default=1000, metavar='N')
+    parser.add_argument('--num-classes', type=integer(1, 10_000_000), default=1000, metavar='N')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
     parser.add_argument('-b', '--batch-size', type=positive_int, default=1, metavar='N', help='images per timed batch')
     parser.add_argument('--repeats', type=positive_int, default=10, metavar='N', help='timed runs')

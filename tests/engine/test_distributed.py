@@ -246,6 +246,7 @@ def test_what_one_process_saw_all_remember(tmp_path):
 @pytest.mark.parametrize('others', [[], ['--model-ema'], ['--heads-only'], ['--clip-mode', 'agc', '--clip-grad', 1]])
 def test_fsdp_says_what_it_does_not_do(small, capsys, monkeypatch, others):
     monkeypatch.setattr(train, 'join_world', lambda device_type: World(size=1 + bool(others)))
+    monkeypatch.setattr(World, 'gather', lambda self, value: [value] * self.size)
     monkeypatch.setattr(training, 'check_heads_only', lambda *args: None)
     assert run(train.main, [*small, '--fsdp', *others]) == 2
     assert (others[0] if others else 'torchrun') in capsys.readouterr().err

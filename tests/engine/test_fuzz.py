@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripts import run
 
-from timm_mlcsd.arguments import non_negative_int, positive_float, positive_int, probability
+from timm_mlcsd.arguments import Number
 from timm_mlcsd.engine import train
 from timm_mlcsd.engine.config import parse_args
 from timm_mlcsd.engine.flags import train_parser
@@ -30,6 +30,7 @@ LEFT_OUT = (
 ).split()
 GARBAGE = st.sampled_from(
     ['', 'nonsense', '-1', '0', '1e999', 'nan', 'None', '[1', 'a=b', '{}', '\x00', 'ü', '3.7', '-x']
+    + ['inf', '-inf', '1e308', '-1e308', '1e-320', '1' * 400, '1_000', ' 5', '٣', '1e3', 'True', '0x10', '010']
 )
 WORDS = {
     'model': ['mlcsd_resnet18', 'mlcsd_vit_tiny_patch16_224', 'mlcsd_msdnet', 'mlcsd_shufflenetv2_050', 'resnet18'],
@@ -60,9 +61,9 @@ def values(action):
         usual = st.sampled_from(WORDS[action.dest])
     elif action.choices:
         usual = st.sampled_from([str(c) for c in action.choices])
-    elif action.type in (positive_int, non_negative_int, int):
+    elif isinstance(action.type, Number) and action.type.kind is int:
         usual = st.integers(*SMALL.get(action.dest, (0, 12))).map(str)
-    elif action.type in (float, positive_float, probability):
+    elif isinstance(action.type, Number):
         usual = st.floats(-1, 3, width=16).map(str)
     else:
         usual = st.text('abc/.=', min_size=1, max_size=4)
@@ -161,5 +162,6 @@ def test_any_text_as_config_file(text, tmp_path_factory):
 
 def test_the_flags_are_all_there():
     assert len(ACTIONS) > 100
+    assert sum(isinstance(action.type, Number) for action in ACTIONS.values()) > 60
     with pytest.raises(UserError):
         parse_args(train_parser(), ['--batch-size=nonsense'])

@@ -57,7 +57,7 @@ def test_mistakes(trained, photo, tmp_path, capsys):
         (['/nowhere', photo], "no checkpoint at '/nowhere'"),
         ([trained, tmp_path / 'text.jpg'], 'cannot be read as an image'),
         ([trained, tmp_path / 'none.jpg'], 'cannot be read as an image'),
-        ([trained, photo, '--threshold', 2], '--threshold 2.0 must lie between 0 and 1'),
+        ([trained, photo, '--threshold', 2], "argument --threshold: expected a number from 0 to 1, got '2'"),
         ([trained, photo, '--device', 'nonsense'], '--device nonsense cannot be used'),
     ):
         assert run(predict.main, argv) == 2

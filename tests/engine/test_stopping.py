@@ -74,19 +74,126 @@ def test_sigterm_saves_and_leaves(when, small, tmp_path, monkeypatch):
     assert_same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_sigterm_from_outside(workers, small, tmp_path):
-    command = [sys.executable, str(ROOT / 'train.py'), *map(str, small), '--epochs', '1000', '--workers', str(workers)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def wait_for(path, process):
     deadline = time.monotonic() + 120
-    while not (tmp_path / 'run' / 'last.pth.tar').exists():
+    while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    # to the loader's processes too, as torchrun and most schedulers do
-    os.killpg(process.pid, signal.SIGTERM)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('number, name', [(signal.SIGTERM, 'SIGTERM'), (signal.SIGINT, 'SIGINT (Ctrl-C)')])
+def test_a_signal_from_outside(number, name, workers, small, tmp_path):
+    command = [sys.executable, str(ROOT / 'train.py'), *map(str, small), '--epochs', '1000', '--workers', str(workers)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(tmp_path / 'run' / 'last.pth.tar', process)
+    # to the loader's processes too, as torchrun, most schedulers and terminals do
+    os.killpg(process.pid, number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 0 and 'Stopped by SIGTERM; saved, go on with --resume' in error
+    assert process.returncode == 0
+    assert f'Stopped by {name}; saved, go on with --resume {tmp_path / "run"}' in error
+    assert ('press it again to stop at once' in error) == (number == signal.SIGINT)
     assert 'Traceback' not in error and load_checkpoint(tmp_path / 'run')['epoch'] >= 0
+
+
+SLOW = """
+import os, sys, time
+from pathlib import Path
+from timm_mlcsd.data.checked import CheckedImages
+from timm_mlcsd.engine import finite, train, validate
+
+read, see = CheckedImages._read, finite.Watch.see
+
+
+def slowly_read(self, index):
+    if os.environ['SLOW'] == 'read':
+        Path(os.environ['STARTED']).touch()
+        time.sleep(2)
+    return read(self, index)
+
+
+def slowly_see(self, batch, loss):
+    if os.environ['SLOW'] == 'update' and Path(os.environ['LAST']).exists():
+        Path(os.environ['STARTED']).touch()
+        time.sleep(30)
+    see(self, batch, loss)
+
+
+CheckedImages._read, finite.Watch.see = slowly_read, slowly_see
+{'train': train.main, 'validate': validate.main}[sys.argv.pop(1)]()
+"""
+
+
+def start_slowly(what, slow, argv, tmp_path):
+    """A script in a process group of its own, in the middle of its work."""
+    (tmp_path / 'slow.py').write_text(SLOW)
+    environment = dict(SLOW=slow, STARTED=str(tmp_path / 'started'), LAST=str(tmp_path / 'run' / 'last.pth.tar'))
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / 'slow.py'), what, *map(str, argv)],
+        env={**os.environ, **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(tmp_path / 'started', process)
+    time.sleep(0.3)
+    return process
+
+
+def test_a_second_ctrl_c_stops_at_once(small, tmp_path):
+    process = start_slowly('train', 'update', [*small, '--workers', 1], tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    began = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    # an update takes 30 seconds
+    assert process.returncode == 130 and time.monotonic() - began < 20
+    assert 'Traceback' not in error and 'Stopped by' not in error
+    assert load_checkpoint(tmp_path / 'run')['epoch'] == 0
+    assert not [p.name for p in (tmp_path / 'run').iterdir() if p.name[0] == '.']
+    assert run(train.main, [*small, '--resume', tmp_path / 'run']) == 0
+
+
+@pytest.mark.parametrize('what, workers', [('validate', 2), ('validate', 0), ('dry-run', 2)])
+def test_ctrl_c_elsewhere_ends_without_a_traceback(what, workers, small, trained, tmp_path):
+    if what == 'validate':
+        argv = [small[0], '--checkpoint', trained, '--split', 'test']
+    else:
+        argv = [*small, '--dry-run']
+    argv += ['--workers', workers, '--batch-size', 2]
+    process = start_slowly('validate' if what == 'validate' else 'train', 'read', argv, tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in error and 'KeyboardInterrupt' not in error
+
+
+def test_ctrl_c_in_the_middle_of_a_save(tmp_path):
+    saver = checkpoint.CheckpointSaver(tmp_path)
+    saver.save_last(dict(epoch=0, weights=torch.zeros(100_000)))
+    before = (tmp_path / 'last.pth.tar').read_bytes()
+
+    class Interrupts:
+        def __reduce__(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        saver.save_last(dict(epoch=1, weights=torch.ones(100_000), bad=Interrupts()))
+    assert (tmp_path / 'last.pth.tar').read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ['last.pth.tar']
+
+
+def test_a_background_job_that_ignores_ctrl_c_goes_on_ignoring_it():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with epoch.Termination() as termination:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not termination.wished
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert termination.wished and termination.by == 'SIGTERM'
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_unfinished_epoch_goes_on_with_the_same_batches_only(small, tmp_path, capsys, monkeypatch):

@@ -250,7 +250,7 @@ def test_initial_checkpoint_of_a_plain_backbone(small, tmp_path):
     plain = timm.create_model('mlcsd_resnet18', num_classes=3, exits=1, small_input=True, channels=(8, 8, 8, 8))
     path = tmp_path / 'plain.pth'
     torch.save(plain.backbone.state_dict(), path)
-    assert run(train.main, [*small, '--initial-checkpoint', path, '--lr', 0, '--min-lr', 0]) == 0
+    assert run(train.main, [*small, '--initial-checkpoint', path, '--lr', 1e-30, '--min-lr', 0]) == 0
     state = load_checkpoint(tmp_path / 'run')['state_dict']
     assert all(torch.equal(p, state[f'backbone.{n}']) for n, p in plain.backbone.named_parameters())
 

@@ -194,13 +194,13 @@ def checked_images(dataset: Any) -> Optional[NamesBroken]:
 
 
 @contextmanager
-def _sigterm_blocked() -> Iterator[None]:
-    """SIGTERM waits, and never ends processes that are started meanwhile: where it goes to all of a job, the loader's
-    must live until the one that trains has saved."""
+def _signals_blocked() -> Iterator[None]:
+    """SIGTERM and Ctrl-C wait, and never end processes that are started meanwhile: where they go to all of a job, the
+    loader's must live until the one that trains has saved."""
     if not hasattr(signal, 'pthread_sigmask'):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield
     finally:
@@ -246,7 +246,7 @@ class CheckedLoader:
         is_first = True
         while True:
             try:
-                with _sigterm_blocked() if is_first else nullcontext():
+                with _signals_blocked() if is_first else nullcontext():
                     batch = next(batches)
                 is_first = False
             except StopIteration:

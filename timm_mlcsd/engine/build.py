@@ -181,8 +181,6 @@ def build_criterion(args: argparse.Namespace, model: MultiExitModel, num_samples
             '--jsd-loss/--aug-splits compare augmented copies of each image across the batch, while the teachers of '
             'self-distillation and their targets are per image; leave them out.'
         )
-    if not 0.0 <= args.smoothing < 1.0:
-        raise UserError(f'--smoothing {args.smoothing} must be at least 0 and less than 1.')
     with blame('the loss cannot be made'):
         cls_loss = create_classification_loss(
             'bce' if args.bce_loss else 'ce',

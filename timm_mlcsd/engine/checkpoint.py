@@ -137,6 +137,8 @@ def _one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as e:  # PyTorch makes a RuntimeError of a full disk
+        if isinstance(e.__context__, KeyboardInterrupt):  # and one of Ctrl-C
+            raise e.__context__ from None
         raise UserError(
             f'the checkpoint {str(path)!r} cannot be written: {shortened(e)}. Earlier ones are kept; make room and go '
             f'on with --resume {path.parent}'

@@ -3,12 +3,14 @@
 import argparse
 import difflib
 import os
+import re
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
-from ..arguments import ScriptParser
+from ..arguments import KeyValues, ScriptParser, exits
 from ..errors import UserError
+from .combinations import check_combinations
 
 __all__ = ['parse_args']
 
@@ -24,22 +26,32 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
     given, rest = config_parser.parse_known_args(argv)
     # two passes, so that a list at the end of the file can't take the command line's DIR for one of its values
     from_config = parser.parse_args(_config_to_argv(parser, given.config)) if given.config else None
+    configured = from_config and from_config.data_dir
+    if from_config:
+        from_config.data_dir = None
     args = parser.parse_args(rest, namespace=from_config)
-    args.data_dir = args.data or args.data_dir
+    if args.data and args.data_dir and args.data != args.data_dir:
+        raise UserError(f'the data is named twice, as {args.data!r} and as --data-dir {args.data_dir!r}: give one.')
+    args.data_dir = args.data or args.data_dir or configured
     if args.data_dir:
         args.data_dir = os.path.expanduser(args.data_dir)
+    del args.config, args.data
+    check_combinations(args)
     if args.input_size:
         args.in_chans = args.input_size[0]
-    for name in ('mean', 'std'):
-        value = getattr(args, name)
-        if value and len(value) not in (1, args.in_chans or 3):
-            raise UserError(f'--{name} has {len(value)} values for {args.in_chans or 3} channels.')
-    del args.config, args.data
     return args
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """YAML whose keys are there once; of two, PyYAML takes the last without a word."""
+class _Written(str):
+    """A number as it is written, also inside of lists and dicts."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class _FlagLoader(yaml.SafeLoader):
+    """YAML whose keys are there once (PyYAML takes the last of two), and whose numbers are text, as those on a command
+    line are: YAML makes 8 of 010, 90 of 1:30 and 1.1 of a run with the name 1.10."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
         merge = 'tag:yaml.org,2002:merge'
@@ -48,6 +60,17 @@ class _OnceLoader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f'it has {key!r} twice', node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_written(self, node: yaml.ScalarNode) -> _Written:
+        return _Written(self.construct_scalar(node))
+
+
+for _kind in ('int', 'float'):
+    _FlagLoader.add_constructor(f'tag:yaml.org,2002:{_kind}', _FlagLoader.construct_written)
+# numbers that YAML 1.1 takes for words
+_FlagLoader.add_implicit_resolver(
+    'tag:yaml.org,2002:float', re.compile(r'[-+]?[0-9]+[eE][-+]?[0-9]+$'), [*'-+0123456789']
+)
 
 
 def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
@@ -60,7 +83,7 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
             flags.update((name, (spelt[-1], action)) for name in names)
     try:
         with open(path) as f:
-            config = yaml.load(f, _OnceLoader) or {}
+            config = yaml.load(f, _FlagLoader) or {}
     except OSError as e:
         raise UserError(f'--config {path!r} cannot be read: {e.strerror}.') from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
@@ -68,6 +91,7 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
     if not isinstance(config, dict):
         raise UserError(f'--config {path!r} must hold "flag: value" lines.')
     argv: List[str] = []
+    given: Dict[str, Any] = {}
     for key, value in config.items():
         dest = str(key).replace('-', '_')
         if dest not in flags:
@@ -76,6 +100,10 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
                 f'--config {path!r}: no flag has the name {key!r}'
                 + (f'; near names: {", ".join(near)}.' if near else '; --help lists them.')
             )
+        name = flags[dest][1].dest
+        if name in given:
+            raise UserError(f'--config {path!r}: {given[name]!r} and {key!r} are the same flag: give one of them.')
+        given[name] = key
         argv += _spell(*flags[dest], value, path)
     return argv
 
@@ -90,10 +118,18 @@ def _spell(flag: str, action: argparse.Action, value: Any, path: str) -> List[st
         return [flag] if value else off
     if isinstance(value, bool) and action.nargs == '?':
         return [flag] if value else []
-    if isinstance(value, dict):
+    if isinstance(value, dict) and isinstance(action, KeyValues):
         return [flag, *(f'{k}={v!r}' for k, v in value.items())]
-    if isinstance(value, (list, tuple)):
-        if action.nargs is None:
-            return [flag, ','.join(str(v) for v in value)]
+    if isinstance(value, list) and action.type is exits:
+        return [flag, ','.join(str(v) for v in value)]
+    if isinstance(value, list) and action.nargs not in (None, '?'):
         return [flag, *(str(v) for v in value)]
+    if isinstance(value, (bool, dict, list)):
+        raise UserError(f'--config {path!r}: {action.dest} takes {_wanted(action)}, not {value!r}.')
     return [f'{flag}={value}']
+
+
+def _wanted(action: argparse.Action) -> str:
+    if isinstance(action, KeyValues):
+        return 'key: value pairs'
+    return 'one value (quote it if it is text)' if action.nargs in (None, '?') else 'a list of values'

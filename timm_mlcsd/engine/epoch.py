@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import math
+import os
 import random
 import signal
 import threading
@@ -26,34 +27,51 @@ _logger = logging.getLogger(__name__)
 # of float16's gradients, which start at 65,536 times their size
 SMALLEST_SCALE = 1e-3
 
+_CTRL_C = 'SIGINT (Ctrl-C)'
+
 
 class Stopped(Exception):
     """Somebody wants the process to end; what was reached is saved."""
 
 
 class Termination:
-    """Turns SIGTERM into a wish that the loops look for: a machine about to go sends one, or with torchrun two.
+    """Turns SIGTERM and SIGINT into a wish that the loops look for: a machine about to go sends the one, with torchrun
+    twice, and Ctrl-C is the other. A second Ctrl-C ends the process at once.
 
     Attributes:
-        wished: Whether it has come.
+        wished: Whether one has come.
+        by: Its name.
     """
 
     def __init__(self):
         self.wished = False
+        self.by: Optional[str] = None
+        self._before: Dict[int, Any] = {}
 
     def __enter__(self) -> 'Termination':
         # signals are the main thread's alone
-        self._own = threading.current_thread() is threading.main_thread()
-        if self._own:
-            self._before = signal.signal(signal.SIGTERM, self._wish)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                # a shell lets its background jobs ignore Ctrl-C
+                if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._wish)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._own:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
-    def _wish(self, *_: Any) -> None:
+    def _wish(self, number: int, *_: Any) -> None:
+        is_interrupt = number == signal.SIGINT
+        # torchrun passes it on, and ends its processes itself when they take too long
+        if is_interrupt and self.by == _CTRL_C and 'TORCHELASTIC_RUN_ID' not in os.environ:
+            raise KeyboardInterrupt
         self.wished = True
+        self.by = self.by or (_CTRL_C if is_interrupt else 'SIGTERM')
+        if is_interrupt and int(os.environ.get('RANK', 0)) == 0:
+            # print and logging must not be called from here
+            os.write(2, b'\nCtrl-C: saving after this update; press it again to stop at once, without\n')
 
 
 class Progress(NamedTuple):

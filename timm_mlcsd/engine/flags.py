@@ -7,21 +7,27 @@ from ..adaptive import AGGREGATES, METHODS, SCORES
 from ..arguments import (
     KeyValues,
     ScriptParser,
+    budget,
     epochs,
     exits,
+    fraction,
+    image_side,
+    integer,
     interpolation,
-    non_negative_float,
     non_negative_int,
+    number,
     positive_float,
     positive_int,
-    probability,
     seed,
 )
 from ..losses import CWEM_SUPERVISIONS, DISTILL_RAMPS, DISTILLS
 from ..losses import METHODS as DISTILL_METHODS
 from ..models import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS
+from .recipe_flags import add_recipe_flags
 
 __all__ = ['train_parser', 'validate_parser']
+
+loss_weight = number(at_least=0, at_most=1e6)
 
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -42,23 +48,32 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument('--input-key', default=None, help='column with the images, where data has columns')
     group.add_argument('--target-key', default=None, help='column with the labels, where data has columns')
     group.add_argument(
-        '--img-size', type=positive_int, default=None, metavar='N', help='height and width (default: model)'
-    )
-    group.add_argument('--in-chans', type=positive_int, default=None, metavar='N', help='image channels (default: 3)')
-    group.add_argument(
-        '--input-size', type=positive_int, nargs=3, default=None, metavar='N', help='channels, height, width'
+        '--img-size', type=image_side, default=None, metavar='N', help='height and width (default: model)'
     )
     group.add_argument(
-        '--crop-pct', type=positive_float, default=None, help='share of the image in the evaluation crop'
+        '--in-chans', type=integer(1, 1024), default=None, metavar='N', help='image channels (default: 3)'
     )
-    group.add_argument('--mean', type=float, nargs='+', default=None, help='channel means (default: model)')
-    group.add_argument('--std', type=float, nargs='+', default=None, help='channel standard deviations')
+    group.add_argument(
+        '--input-size', type=image_side, nargs=3, default=None, metavar='N', help='channels, height, width'
+    )
+    group.add_argument(
+        '--crop-pct',
+        type=number(at_least=0.1, at_most=1),
+        default=None,
+        help='share of the image in the evaluation crop',
+    )
+    group.add_argument(
+        '--mean', type=number(at_least=-10, at_most=10), nargs='+', default=None, help='channel means (default: model)'
+    )
+    group.add_argument(
+        '--std', type=number(at_least=1e-4, at_most=10), nargs='+', default=None, help='channel standard deviations'
+    )
     group.add_argument('--interpolation', type=interpolation, default='', help='to resize with (default: of the model)')
     group.add_argument('-b', '--batch-size', type=positive_int, default=128, metavar='N')
     group.add_argument(
         '-j',
         '--workers',
-        type=non_negative_int,
+        type=integer(0, 1024),
         default=min(4, os.cpu_count() or 1),
         metavar='N',
         help='loader processes',
@@ -114,7 +129,11 @@ def train_parser() -> argparse.ArgumentParser:
         help='length of streamed data that does not tell',
     )
     group.add_argument(
-        '--epoch-repeats', type=non_negative_float, default=0.0, metavar='N', help='passes per epoch, streamed data'
+        '--epoch-repeats',
+        type=number(at_least=0, at_most=1e6),
+        default=0.0,
+        metavar='N',
+        help='passes per epoch, streamed data',
     )
     group.add_argument(
         '--val-split',
@@ -123,9 +142,13 @@ def train_parser() -> argparse.ArgumentParser:
         help='split that chooses the best epoch (default: held out of the train split, see --val-fraction)',
     )
     group.add_argument(
-        '--val-fraction', type=float, default=0.1, metavar='F', help='share of the train split that is held out'
+        '--val-fraction',
+        type=number(above=0, below=1),
+        default=0.1,
+        metavar='F',
+        help='share of the train split that is held out',
     )
-    group.add_argument('--val-seed', type=non_negative_int, default=0, metavar='N', help='seed of that choice')
+    group.add_argument('--val-seed', type=seed, default=0, metavar='N', help='seed of that choice')
     group.add_argument('-vb', '--validation-batch-size', type=positive_int, default=None, metavar='N')
 
     group = parser.add_argument_group('Model')
@@ -162,12 +185,14 @@ def train_parser() -> argparse.ArgumentParser:
         metavar='EPOCHS',
         help='train the exits and leave the backbone, and so the last exit, as it is: for so many epochs, or always',
     )
-    group.add_argument('--num-classes', type=positive_int, default=None, metavar='N', help='(default: of the data)')
+    group.add_argument(
+        '--num-classes', type=integer(1, 10_000_000), default=None, metavar='N', help='(default: of the data)'
+    )
     group.add_argument('--gp', default=None, metavar='POOL', help="the backbone's global pool")
     group.add_argument('--grad-checkpointing', action='store_true', help='recompute blocks in the backward pass')
-    group.add_argument('--drop', type=probability, default=None, metavar='PCT', help='dropout rate')
-    group.add_argument('--drop-path', type=probability, default=None, metavar='PCT', help='drop path rate')
-    group.add_argument('--drop-block', type=probability, default=None, metavar='PCT', help='drop block rate')
+    group.add_argument('--drop', type=fraction, default=None, metavar='PCT', help='dropout rate')
+    group.add_argument('--drop-path', type=fraction, default=None, metavar='PCT', help='drop path rate')
+    group.add_argument('--drop-block', type=fraction, default=None, metavar='PCT', help='drop block rate')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
 
     group = parser.add_argument_group('Distillation')
@@ -177,7 +202,7 @@ def train_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         '--alpha',
-        type=float,
+        type=loss_weight,
         default=None,
         help='weight of that distillation, L_KD (default: '
         + ', '.join(f'{m.weight:g} for {name}' for name, m in DISTILL_METHODS.items())
@@ -185,14 +210,14 @@ def train_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         '--pool-momentum',
-        type=float,
+        type=fraction,
         default=0.0,
         metavar='M',
         help='mix teachers from a running mean of the logits over the epochs, image by image: share of the old mean',
     )
-    group.add_argument('--beta', type=float, default=10.0, help='weight of the feature distillation L_HT')
-    group.add_argument('--gamma', type=float, default=1.0, help='weight of the classification loss L_CLS')
-    group.add_argument('--temperature', type=float, default=4.0)
+    group.add_argument('--beta', type=loss_weight, default=10.0, help='weight of the feature distillation L_HT')
+    group.add_argument('--gamma', type=loss_weight, default=1.0, help='weight of the classification loss L_CLS')
+    group.add_argument('--temperature', type=number(at_least=0.01, at_most=1000), default=4.0)
     group.add_argument(
         '--distill-warmup-epochs',
         type=non_negative_int,
@@ -207,106 +232,10 @@ def train_parser() -> argparse.ArgumentParser:
         help="accuracy: scale each exit's distillation by its running training accuracy; none: full strength from the "
         'first batch on, the loss of the paper',
     )
-    group.add_argument('--exit-weights', type=float, nargs='+', default=None, metavar='W', help='one per exit')
+    group.add_argument('--exit-weights', type=loss_weight, nargs='+', default=None, metavar='W', help='one per exit')
     group.add_argument('--cwem-supervision', default='ce', choices=CWEM_SUPERVISIONS, help='what trains the CWEM')
 
-    group = parser.add_argument_group('Optimizer')
-    group.add_argument('--opt', default='sgd', metavar='NAME')
-    group.add_argument('--opt-eps', type=float, default=None)
-    group.add_argument('--opt-betas', type=float, nargs='+', default=None)
-    group.add_argument('--momentum', type=float, default=0.9)
-    group.add_argument('--weight-decay', type=float, default=2e-5)
-    group.add_argument('--clip-grad', type=float, default=None, metavar='NORM')
-    group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
-    group.add_argument('--layer-decay', type=float, default=None)
-    group.add_argument('--layer-decay-min-scale', type=float, default=0.0)
-    group.add_argument(
-        '--exit-lr-mult',
-        type=positive_float,
-        default=1.0,
-        metavar='X',
-        help='learning rate of the exits, and of what the loss trains, as a multiple',
-    )
-    group.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
-    group.add_argument(
-        '--skip-nonfinite',
-        type=non_negative_int,
-        default=0,
-        metavar='N',
-        help='leave out updates with a loss that is not finite, up to N batches in a row; looks at every loss, which '
-        'makes a GPU wait (default: stop at the next look, every --log-interval batches)',
-    )
-    group.add_argument('--grad-accum-steps', type=positive_int, default=1, metavar='N')
-
-    group = parser.add_argument_group('Schedule')
-    group.add_argument('--epochs', type=positive_int, default=300, metavar='N')
-    group.add_argument('--sched', default='cosine', metavar='NAME')
-    group.add_argument('--sched-on-updates', action='store_true', help='step on updates instead of epochs')
-    group.add_argument('--lr', type=float, default=None, help='learning rate (default: from --lr-base)')
-    group.add_argument('--lr-base', type=float, default=0.1, help='learning rate of a batch of --lr-base-size')
-    group.add_argument('--lr-base-size', type=positive_int, default=256, metavar='N')
-    group.add_argument(
-        '--lr-base-scale',
-        default='',
-        choices=('', 'linear', 'sqrt'),
-        help='how the rate grows with the batch (default: sqrt for Adam-like optimizers and LAMB, else linear)',
-    )
-    group.add_argument('--lr-noise', type=float, nargs='+', default=None)
-    group.add_argument('--lr-noise-pct', type=float, default=0.67)
-    group.add_argument('--lr-noise-std', type=float, default=1.0)
-    group.add_argument('--lr-cycle-mul', type=float, default=1.0)
-    group.add_argument('--lr-cycle-decay', type=float, default=0.5)
-    group.add_argument('--lr-cycle-limit', type=positive_int, default=1)
-    group.add_argument('--lr-k-decay', type=float, default=1.0)
-    group.add_argument('--warmup-lr', type=float, default=1e-5)
-    group.add_argument('--min-lr', type=float, default=0.0)
-    group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270])
-    group.add_argument('--decay-epochs', type=float, default=90)
-    group.add_argument('--decay-rate', '--dr', type=float, default=0.1)
-    group.add_argument('--warmup-epochs', type=non_negative_int, default=5)
-    group.add_argument('--warmup-prefix', action='store_true')
-    group.add_argument('--cooldown-epochs', type=non_negative_int, default=0)
-
-    group = parser.add_argument_group('Augmentation')
-    group.add_argument('--no-aug', action='store_true')
-    group.add_argument(
-        '--train-crop-mode',
-        default=None,
-        choices=('rrc', 'rkrc', 'rkrr', 'pad4'),
-        help="timm's crops, or pad4: 4 pixels at every side, then a random crop, as is usual for CIFAR",
-    )
-    group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0])
-    group.add_argument('--ratio', type=float, nargs=2, default=[3.0 / 4.0, 4.0 / 3.0])
-    group.add_argument('--hflip', type=probability, default=0.5)
-    group.add_argument('--vflip', type=probability, default=0.0)
-    group.add_argument('--color-jitter', type=float, default=0.4)
-    group.add_argument('--color-jitter-prob', type=probability, default=None)
-    group.add_argument('--grayscale-prob', type=probability, default=0.0)
-    group.add_argument('--gaussian-blur-prob', type=probability, default=0.0)
-    group.add_argument('--aa', default=None, metavar='NAME', help='AutoAugment policy')
-    group.add_argument('--reprob', type=probability, default=0.0, help='random erasing probability')
-    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'))
-    group.add_argument('--recount', type=positive_int, default=1)
-    group.add_argument('--train-interpolation', type=interpolation, default='random')
-    group.add_argument('--mixup', type=non_negative_float, default=0.0)
-    group.add_argument('--cutmix', type=non_negative_float, default=0.0)
-    group.add_argument('--cutmix-minmax', type=float, nargs=2, default=None)
-    group.add_argument('--mixup-prob', type=probability, default=1.0)
-    group.add_argument('--mixup-switch-prob', type=probability, default=0.5)
-    group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
-    group.add_argument('--mixup-off-epoch', type=non_negative_int, default=0, metavar='N')
-    group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
-    group.add_argument('--bce-loss', action='store_true')
-    group.add_argument('--bce-sum', action='store_true')
-    group.add_argument('--bce-target-thresh', type=float, default=None)
-    group.add_argument('--jsd-loss', action='store_true', help='refused: see --aug-splits')
-    group.add_argument('--aug-splits', type=int, default=0, help='refused: teachers and targets are per image')
-
-    group = parser.add_argument_group('EMA')
-    group.add_argument('--model-ema', action='store_true', help='keep and evaluate an average of the weights')
-    group.add_argument('--model-ema-decay', type=float, default=0.9998)
-    group.add_argument('--model-ema-warmup', action='store_true')
-
+    add_recipe_flags(parser)
     _add_device_flags(parser)
 
     group = parser.add_argument_group('Processes', 'torchrun --nproc-per-node N train.py ... trains with N')
@@ -379,13 +308,22 @@ def validate_parser() -> argparse.ArgumentParser:
         help='let images leave early, by a policy fitted to what training held out or by --policy; report on --split',
     )
     group.add_argument(
-        '--budget', metavar='B', help='mean cost per image: MMACs, or a percentage of the plain backbone (60%%)'
+        '--budget',
+        type=budget,
+        metavar='B',
+        help='mean cost per image: MMACs, or a percentage of the plain backbone (60%%)',
     )
     group.add_argument(
-        '--latency-budget', type=float, metavar='MS', help='mean milliseconds per image, measured here at batch 1'
+        '--latency-budget',
+        type=positive_float,
+        metavar='MS',
+        help='mean milliseconds per image, measured here at batch 1',
     )
     group.add_argument(
-        '--max-drop', type=float, metavar='P', help='the least cost that loses at most P points of accuracy'
+        '--max-drop',
+        type=number(at_least=-100, at_most=100),
+        metavar='P',
+        help='the least cost that loses at most P points of accuracy',
     )
     group.add_argument('--score', choices=SCORES, help='how sure an exit is (default: confidence)')
     group.add_argument('--aggregate', choices=AGGREGATES, help='what an exit answers (default: last)')

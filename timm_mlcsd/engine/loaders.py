@@ -183,7 +183,7 @@ def _prepare_workers(loader: DataLoader) -> None:
     if not loader.num_workers:
         return
     if os.name == 'posix':
-        # while it starts it would lift what `CheckedLoader` does about SIGTERM
+        # while it starts it would lift what `CheckedLoader` does about signals
         resource_tracker.ensure_running()
     # before Python 3.12 a fork hangs for ever if a thread of torch.distributed enters Python at that moment
     forks = sys.version_info < (3, 12) and multiprocessing.get_start_method() == 'fork'

@@ -10,7 +10,7 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 
 from ..adaptive import AdaptiveModel, ExitPolicy
-from ..arguments import ScriptParser, positive_int
+from ..arguments import ScriptParser, positive_int, probability
 from ..data import ClassNames, Preprocessing, class_label
 from ..errors import UserError, blame, printable, run_script, shortened
 from ..models import MultiExitModel
@@ -44,7 +44,7 @@ def predict_parser() -> ScriptParser:
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
     parser.add_argument(
         '--threshold',
-        type=float,
+        type=probability,
         metavar='P',
         help='leave at the first exit whose top probability is at least this (default: the exit policy beside the '
         'weights decides; without one the last exit answers)',
@@ -103,8 +103,6 @@ def predict(args: argparse.Namespace) -> List[Answer]:
     Raises:
         UserError: The network or the flags don't fit, or images cannot be read; the others are answered first.
     """
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise UserError(f'--threshold {args.threshold} must lie between 0 and 1.')
     network = load_network(args.network, args.use_ema)
     model, names = network.model, network.class_names
     if not model.num_classes:

@@ -1,11 +1,12 @@
 """Where a run lives, and how it goes on."""
 
 import argparse
+import contextlib
 import logging
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 import torch
 from timm.utils import NativeScaler
@@ -15,56 +16,100 @@ from ..data import ClassNames, class_label, image_name, same_names
 from ..errors import UserError, blame, printable
 from ..task import MLCSDTask
 from .checkpoint import load_newest
+from .claim import claimed, new_folder
 from .epoch import Progress
 from .fsdp import load_sharded
 from .held_out import is_same_data
-from .world import World
+from .world import ALONE, World
 
-__all__ = ['AUTO', 'check_same_run', 'find_run', 'resume']
+__all__ = ['AUTO', 'check_same_run', 'find_checkpoint', 'resume', 'run_folder']
 
 _logger = logging.getLogger(__name__)
 
 AUTO = 'auto'
 
 
-def find_run(args: argparse.Namespace) -> Tuple[Path, Optional[Dict[str, Any]], bool]:
-    """The folder of a run, the checkpoint that it goes on from, None for a new one, and whether to take weights alone.
+@contextlib.contextmanager
+def run_folder(args: argparse.Namespace, world: World = ALONE) -> Iterator[Path]:
+    """The folder of a run, which no other run has meanwhile; with ``--dry-run`` it is neither made nor locked.
 
-    A run with ``--resume PATH`` goes on where that checkpoint lies; any other gets a folder of its own. With
-    ``--resume auto``, and where torchrun may start the processes anew, ``--experiment`` goes on if it has begun, whole:
-    ``--no-resume-opt`` is about what another run has left.
+    A run with ``--resume PATH`` goes on where that checkpoint lies, ``--experiment`` names a folder, and any other run
+    gets a new one. All processes call it; the first one's folder is that of all.
 
     Raises:
-        UserError: The folder holds a run that nobody wants to go on with, or cannot be found again.
+        UserError: Another run has it, it cannot be written, or it could not be found again.
     """
-    may_restart = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) > 0
     finds_itself = os.path.isdir(args.resume) and not args.no_resume_opt
-    if not args.experiment and (args.resume == AUTO or (may_restart and not finds_itself)):
+    if not args.experiment and (args.resume == AUTO or (_may_restart() and not finds_itself)):
         why = '--resume auto' if args.resume == AUTO else 'a job that torchrun may start again (--max-restarts)'
         raise UserError(f'{why} must find its checkpoint again: give the run a name with --experiment NAME.')
-    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace("/", "_")}'
-    folder = Path(args.output) / name
+    if args.dry_run:
+        yield _named(args) or Path(args.output) / _new_name(args)
+        return
+    with contextlib.ExitStack() as stack:
+        folder = error = None
+        if world.is_first:
+            try:
+                named = _named(args)
+                folder = named or new_folder(Path(args.output), _new_name(args))
+                stack.enter_context(claimed(folder, is_new=named is None))
+            except UserError as e:
+                error = str(e)
+        folder, error = world.gather((folder, error))[0]
+        if error:
+            raise UserError(error)
+        yield folder
+
+
+def _named(args: argparse.Namespace) -> Optional[Path]:
+    """The folder that the flags name; None where they name none.
+
+    Raises:
+        UserError: There is no checkpoint to resume from.
+    """
+    if args.experiment:
+        return Path(args.output) / args.experiment
+    if not args.resume:
+        return None
+    given = Path(args.resume)
+    folder = given if given.is_dir() else given.parent
+    if not any(folder.glob('*.pth.tar')):
+        load_newest(given)  # says what is wrong
+    return folder
+
+
+def _may_restart() -> bool:
+    """Whether torchrun may start the processes anew."""
+    return int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) > 0
+
+
+def _new_name(args: argparse.Namespace) -> str:
+    return f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace("/", "_")}'
+
+
+def find_checkpoint(args: argparse.Namespace, folder: Path) -> Tuple[Optional[Dict[str, Any]], bool]:
+    """The checkpoint that a run in `folder` goes on from, None for a new run, and whether to take weights alone.
+
+    With ``--resume auto``, and where torchrun may start the processes anew, ``--experiment`` goes on if it has begun,
+    whole: ``--no-resume-opt`` is about what another run has left.
+
+    Raises:
+        UserError: The folder holds a run that nobody wants to go on with, or the checkpoint cannot be read.
+    """
     # a rehearsal leaves it alone
-    has_begun = any(folder.glob('*.pth.tar')) and not args.dry_run
-    if has_begun and (args.resume == AUTO or may_restart):
+    has_begun = bool(args.experiment) and any(folder.glob('*.pth.tar')) and not args.dry_run
+    if has_begun and (args.resume == AUTO or _may_restart()):
         if args.resume not in ('', AUTO):
             _logger.warning(f'Going on with {folder}, which has begun, not with --resume {args.resume}')
-        return folder, load_newest(folder), False
-    if args.resume and args.resume != AUTO:
-        checkpoint, given = load_newest(args.resume), Path(args.resume)
-        resumed = given if given.is_dir() else given.parent
-        if not args.experiment or folder.resolve() == resumed.resolve():
-            return resumed, checkpoint, args.no_resume_opt
-        return _new(folder, has_begun), checkpoint, args.no_resume_opt
-    return _new(folder, has_begun), None, False
-
-
-def _new(folder: Path, has_begun: bool) -> Path:
-    if has_begun:
+        return load_newest(folder), False
+    given = Path(args.resume) if args.resume not in ('', AUTO) else None
+    checkpoint = load_newest(given) if given else None
+    is_own = given is not None and (given if given.is_dir() else given.parent).resolve() == folder.resolve()
+    if has_begun and not is_own:
         raise UserError(
             f'{str(folder)!r} holds a run already: go on with --resume {folder}, or name another --experiment.'
         )
-    return folder
+    return checkpoint, checkpoint is not None and args.no_resume_opt
 
 
 def check_same_run(
@@ -89,8 +134,8 @@ def check_same_run(
             continue  # of the images held out now, the weights have seen none
         before = checkpoint.get(key)
         if key in ('val_indices', 'val_keys'):
-            # checkpoints did not always have the keys
-            if (key, before) != ('val_keys', None) and not _equal(before, value):
+            is_older = key == 'val_keys' and before is None  # than the keys
+            if not is_older and not _equal(before, value):
                 raise UserError(_other_held_out(before, value, val_data))
             same = True
         elif key == 'class_names':

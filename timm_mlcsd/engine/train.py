@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Optional, Sequence
 
+import torch
 from timm.utils import random_seed
 from torch.utils.data import Dataset, IterableDataset
 
@@ -22,9 +23,9 @@ from .finite import NotFinite
 from .flags import train_parser
 from .logs import LOGS
 from .record import RunRecord
-from .resume import find_run
+from .resume import find_checkpoint, run_folder
 from .training import EpochResult, Training
-from .world import end_process, join_world
+from .world import World, end_process, join_world
 
 __all__ = ['main', 'train']
 
@@ -50,36 +51,44 @@ def train(args: argparse.Namespace) -> Path:
     device = resolve_device(args)
     world = join_world(device)
     random_seed(args.seed)
-    folder, checkpoint, weights_only = find_run(args)
+    with run_folder(args, world) as folder:
+        _train(args, device, world, folder)
+    world.leave()
+    return folder
+
+
+def _train(args: argparse.Namespace, device: torch.device, world: World, folder: Path) -> None:
+    """Train, or rehearse that, in a folder that is this run's alone."""
+    checkpoint, weights_only = find_checkpoint(args, folder)
     training = Training(args, device, world, checkpoint, weights_only)
     del checkpoint  # as large as all that trains
     if args.dry_run:
         rehearse(training)
-        world.leave()
-        return folder
+        return
     record = RunRecord(args, folder, training.start_epoch, training.best) if world.is_first else None
     _logger.info(
         f'{args.model}: {training.model.num_exits} exits, {training.num_classes} classes, {len(training.train_data)} '
         f'images to train on, {_number(training.val_data)} to choose the best epoch, {world.size} process(es), output '
         f'in {folder}'
     )
+    termination = Termination()
     try:
-        _run(training, record)
+        with termination:
+            _run(training, record, termination)
     except NotFinite as e:
         raise UserError(f'{e}: {_way_out(e, folder, world.is_first)}') from e
     except Stopped:
-        _logger.info(f'Stopped by SIGTERM; saved, go on with --resume {folder}')
+        by = next(filter(None, world.gather(termination.by)), 'a signal')
+        _logger.info(f'Stopped by {by}; saved, go on with --resume {folder}')
     else:
         where = f', in {folder / BEST}' if (folder / BEST).exists() else ' before this run was resumed'
         _logger.info(f'Best validation mean top-1 {training.best:.2f}{where}')
     finally:
         if record:
             record.logs.close()
-    world.leave()
-    return folder
 
 
-def _run(training: Training, record: Optional[RunRecord]) -> None:
+def _run(training: Training, record: Optional[RunRecord], termination: Termination) -> None:
     """Train epoch by epoch and record them; `record` is the first process's.
 
     Raises:
@@ -88,31 +97,30 @@ def _run(training: Training, record: Optional[RunRecord]) -> None:
     args, world = training.args, training.world
     # under FSDP no process can look alone
     drawn = any(getattr(args, f'log_{name}') for name in LOGS) and (record is not None or args.fsdp)
-    with Termination() as termination:
-        for epoch in range(training.start_epoch, training.num_epochs):
+    for epoch in range(training.start_epoch, training.num_epochs):
 
-            def save(progress: Progress, epoch: int = epoch) -> None:
-                by_rank = world.gather(progress.on_cpu()._asdict())
-                state = training.state(epoch=epoch - 1, progress=by_rank)
-                if record:
-                    record.saver.save_last(state)
-
-            began, best = time.perf_counter(), training.best
-            result = training.run_epoch(epoch, save, termination)
-            weights = training.mixing_weights() if drawn else None
-            state = training.state(
-                epoch=epoch,
-                metric=result.evaluation.mean_top1,
-                results=[metrics._asdict() for metrics in result.evaluation.exits],
-                measured_on=f'the {result.evaluation.num_samples} images that chose the epoch',
-            )
+        def save(progress: Progress, epoch: int = epoch) -> None:
+            by_rank = world.gather(progress.on_cpu()._asdict())
+            state = training.state(epoch=epoch - 1, progress=by_rank)
             if record:
-                record.add(epoch, result, weights)
-                record.saver.save(state, epoch, result.evaluation.mean_top1)
-            minutes = (training.num_epochs - epoch - 1) * (time.perf_counter() - began) / 60
-            _logger.info(_line(epoch, result, training.best > best, minutes))
-            if world.any(termination.wished) and epoch + 1 < training.num_epochs:
-                raise Stopped
+                record.saver.save_last(state)
+
+        began, best = time.perf_counter(), training.best
+        result = training.run_epoch(epoch, save, termination)
+        weights = training.mixing_weights() if drawn else None
+        state = training.state(
+            epoch=epoch,
+            metric=result.evaluation.mean_top1,
+            results=[metrics._asdict() for metrics in result.evaluation.exits],
+            measured_on=f'the {result.evaluation.num_samples} images that chose the epoch',
+        )
+        if record:
+            record.add(epoch, result, weights)
+            record.saver.save(state, epoch, result.evaluation.mean_top1)
+        minutes = (training.num_epochs - epoch - 1) * (time.perf_counter() - began) / 60
+        _logger.info(_line(epoch, result, training.best > best, minutes))
+        if world.any(termination.wished) and epoch + 1 < training.num_epochs:
+            raise Stopped
 
 
 def _number(images: Dataset) -> str:

@@ -14,6 +14,7 @@ t_i and g_i are constants for L_KD and L_HT: students never pull their teacher. 
 W_i (`TEACHERS`), other ways to learn from them are other L_KD (`METHODS`).
 """
 
+import math
 from typing import Dict, List, Optional, Sequence, Union
 
 import torch
@@ -116,10 +117,10 @@ class MLCSDLoss(nn.Module):
         if alpha is None:
             alpha = (METHODS[method] if isinstance(method, str) else method).weight
         for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
-            if not value >= 0:
-                raise ValueError(f'{name}={value} must not be negative; 0 switches the term off.')
-        if not temperature > 0:
-            raise ValueError(f'temperature={temperature} must be positive.')
+            if not 0 <= value < math.inf:
+                raise ValueError(f'{name}={value} must be finite and not negative; 0 switches the term off.')
+        if not 0 < temperature < math.inf:
+            raise ValueError(f'temperature={temperature} must be positive and finite.')
         if isinstance(cls_loss, JsdCrossEntropy):
             raise ValueError(
                 'cls_loss=JsdCrossEntropy compares augmented copies of each image across the batch, while the '
@@ -129,8 +130,10 @@ class MLCSDLoss(nn.Module):
             exit_weights = [1.0] * num_exits
         if len(exit_weights) != num_exits:
             raise ValueError(f'exit_weights has {len(exit_weights)} numbers for {num_exits} exits.')
-        if not all(w >= 0 for w in exit_weights):
-            raise ValueError(f'exit_weights={list(exit_weights)} must not be negative.')
+        if not all(0 <= w < math.inf for w in exit_weights):
+            raise ValueError(f'exit_weights={list(exit_weights)} must be finite and not negative.')
+        if not any(exit_weights):
+            raise ValueError(f'exit_weights={list(exit_weights)} leaves no exit to train: give one above 0.')
         dims = [feature_dim] * num_exits if isinstance(feature_dim, int) else list(feature_dim)
         if len(dims) != num_exits:
             raise ValueError(f'feature_dim has {len(dims)} numbers for {num_exits} exits.')

@@ -1,0 +1,104 @@
+"""Numbers on the command lines: what every flag takes and refuses."""
+
+import argparse
+
+import pytest
+
+from timm_mlcsd.adaptive.export import export_parser
+from timm_mlcsd.arguments import Number, exits, integer, number
+from timm_mlcsd.engine.flags import train_parser, validate_parser
+from timm_mlcsd.engine.predict import predict_parser
+from timm_mlcsd.engine.push import push_parser
+from timm_mlcsd.errors import UserError
+
+NOT_NUMBERS = ['nan', 'inf', '-inf', '1e308', '-1e308', '1e999', '1' * 400, '1' * 5000, '']
+NOT_NUMBERS += ['1_000', ' 5', '5 ', '\u0663', '\uff15', 'True', 'None', '0x10', '1,5', '--', '1e']
+PARSERS = [train_parser(), validate_parser(), predict_parser(), export_parser(), push_parser()]
+NUMBERS = [(parser, action) for parser in PARSERS for action in parser._actions if isinstance(action.type, Number)]
+
+
+def test_no_flag_reads_numbers_in_another_way():
+    assert len(NUMBERS) > 80
+    assert not [a.dest for parser in PARSERS for a in parser._actions if a.type in (int, float)]
+
+
+@pytest.mark.parametrize('parser, action', NUMBERS, ids=[f'{p.prog}{a.option_strings[-1]}' for p, a in NUMBERS])
+def test_every_number_flag_refuses_what_is_not_a_number(parser, action):
+    flag = action.option_strings[-1]
+    count = action.nargs if isinstance(action.nargs, int) else 1
+    # so that what is required is there
+    others = ['x', 'y'] if parser.prog != 'train.py' else []
+    for text in NOT_NUMBERS:
+        with pytest.raises(UserError) as raised:
+            values = [f'{flag}={text}'] if count == 1 else [flag, *[text] * count]
+            parser.parse_args([*others, *values])
+        message = str(raised.value)
+        assert message.startswith('argument ') and flag in message and len(message) < 250 and '\n' not in message
+    with pytest.raises(argparse.ArgumentTypeError, match=r'^expected an? .*, got .*'):
+        action.type('nan')
+
+
+@pytest.mark.parametrize(
+    'flags, refused, taken',
+    [
+        ('lr lr-base clip-grad opt-eps exit-lr-mult', '-1 0 -0.0', '1e-5 1 5'),
+        ('min-lr warmup-lr weight-decay', '-1 -1e-9', '0 1e-5'),
+        (
+            'momentum pool-momentum smoothing model-ema-decay opt-betas bce-target-thresh drop drop-path',
+            '-0.1 1 2',
+            '0 0.9',
+        ),
+        ('alpha beta gamma exit-weights', '-1 1e7', '0 1 10'),
+        ('temperature', '0 -4 1e-9 1e9', '1 4 20'),
+        ('std', '0 -1 123.675', '0.0039 0.25 1'),
+        ('mean', '123.675', '-1 0 0.5'),
+        ('val-fraction', '-1 0 1 2', '0.1 0.99'),
+        ('crop-pct', '0 0.001 2', '0.875 1'),
+        ('hflip vflip reprob mixup-prob', '-0.1 1.1', '0 1'),
+        ('scale ratio', '0 -1', '0.08 1'),
+        ('layer-decay lr-cycle-decay', '0 1.1', '0.75 1'),
+        ('lr-noise-pct', '0 1', '0.67'),
+        ('decay-rate', '0 -1', '0.1'),
+        ('batch-size epochs img-size recount checkpoint-hist grad-accum-steps', '0 -1 1.0 1e3', '1 007 +5'),
+        ('img-size input-size', '65536', '16 1024'),
+        ('workers', '-1 100000', '0 8'),
+        ('decay-milestones', '0 -5 1.5', '30'),
+        ('seed val-seed', '-1 2147483648 4294967296', '0 2147483647'),
+    ],
+)
+def test_domains(flags, refused, taken):
+    types = {s[2:]: a.type for a in train_parser()._actions for s in a.option_strings}
+    for flag in flags.split():
+        for text in refused.split():
+            with pytest.raises(argparse.ArgumentTypeError):
+                types[flag](text)
+        for text in taken.split():
+            assert types[flag](text) == float(text)
+
+
+def test_adaptive_goals_and_thresholds():
+    def refuses(parser, *argv):
+        with pytest.raises(UserError, match=f'argument {argv[-2]}: expected '):
+            parser.parse_args([str(a) for a in argv])
+
+    for budget in ('nan', '0', '-1', '1_0%', '%', '60 %', '\u0663'):
+        refuses(validate_parser(), '--budget', budget) if budget[0] != '-' else None
+    refuses(validate_parser(), '--latency-budget', 0)
+    refuses(validate_parser(), '--max-drop', 'nan')
+    for threshold in ('nan', '1.1', '-0.1'):
+        refuses(predict_parser(), 'network', 'image', '--threshold', threshold)
+    refuses(predict_parser(), 'network', 'image', '--topk', 0)
+
+
+def test_bounds_are_told():
+    assert str(number(above=0)) == 'a number above 0'
+    assert str(number(at_least=0, below=1)) == 'a number at least 0 and below 1'
+    assert str(number()) == 'a finite number'
+    assert str(integer(1, 10_000_000)) == 'an integer from 1 to 10000000'
+
+
+def test_exits():
+    assert exits('4') == 4 and exits('layer1.0,layer2.1') == ['layer1.0', 'layer2.1']
+    for text in ('0', '-1', '\u0663', '1' * 400):
+        with pytest.raises(argparse.ArgumentTypeError, match='expected an integer from 1 to 1000'):
+            exits(text)

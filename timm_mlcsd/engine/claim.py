@@ -1,0 +1,89 @@
+"""A run's folder belongs to one living run: made exclusively, and locked until the process ends."""
+
+import contextlib
+import importlib.util
+import os
+import socket
+from pathlib import Path
+from typing import Iterator, Optional
+
+from ..errors import UserError, blame
+
+__all__ = ['LOCK', 'claimed', 'new_folder']
+
+LOCK = '.lock'
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make a folder that was not there: with `name`, or with the first of -1, -2, ... behind it that is free.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    with blame(f'--output {str(parent)!r} cannot be written'):
+        parent.mkdir(parents=True, exist_ok=True)
+        number = 0
+        while True:
+            folder = parent / (f'{name}-{number}' if number else name)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return folder
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, is_new: bool = False) -> Iterator[None]:
+    """Keep a folder to this process. It is made if it is not there; one that is new is removed again where nothing came
+    into it.
+
+    The lock is the kernel's, so that it ends with the process, however that ends; the loader's processes do not inherit
+    it. Where there are no such locks (Windows, some network file systems) any process may have the folder.
+
+    Raises:
+        UserError: Another process has it, or it cannot be written.
+    """
+    path = folder / LOCK
+    is_new = is_new or not folder.exists()
+    with blame(f'the folder {str(folder)!r} cannot be written'):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            if is_new:
+                folder.rmdir()  # fails unless it is empty
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(path: Path) -> Optional[int]:
+    """The open file, locked; None where there are no locks."""
+    if importlib.util.find_spec('fcntl') is None:
+        return None
+    import fcntl
+
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = os.read(file, 200).decode(errors='replace').strip()
+            os.close(file)
+            raise UserError(
+                f'{str(path.parent)!r} is in use by {holder or "another process"}, which is still running: wait for it '
+                f'or stop it, or name another --experiment.'
+            ) from None
+        except OSError:  # a file system without locks
+            os.close(file)
+            return None
+        # the one who had it may have removed the file meanwhile
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                os.truncate(file, 0)
+                os.write(file, f'process {os.getpid()} on {socket.gethostname()}\n'.encode())
+                return file
+        os.close(file)
