@@ -10,13 +10,14 @@ from timm_mlcsd.adaptive import (
     ExitPolicy,
     budgeted_curve,
     calibrate,
+    confidence_bins,
     evaluate_policy,
     expected_calibration_error,
     fit_temperatures,
     fit_weights,
     thresholds_for_exit_rates,
 )
-from timm_mlcsd.cost import ExitCost
+from timm_mlcsd.cost import ExitCost, ExitTime
 
 INF = math.inf
 
@@ -60,7 +61,9 @@ def test_exits_without_a_share_or_without_samples_stay_off():
     assert thresholds_for_exit_rates(ties, [0.25, 0.25, 0.5]).thresholds == pytest.approx((0.8, INF))
 
 
-@pytest.mark.parametrize('rates', [[0.5, 0.5], [0.5, 0.2, 0.2], [1.5, -0.5, 0], [float('nan')] * 3])
+@pytest.mark.parametrize(
+    'rates', [[0.5, 0.5], [0.5, 0.2, 0.2], [1.5, -0.5, 0], [float('nan')] * 3, '100', [True, False, False]]
+)
 def test_rates_that_are_none(rates):
     with pytest.raises(ValueError, match='must be 3 shares, one per exit, that sum to 1'):
         thresholds_for_exit_rates(torch.zeros(3, 2, 2), rates)
@@ -142,7 +145,10 @@ def test_the_search_gains_much_over_the_sweep():
         (dict(), 'give one of the two'),
         (dict(budget=1, max_drop=1), 'give one of the two'),
         (dict(budget=2, method='magic'), "method='magic' is unknown; choose one of optimal"),
-        (dict(budget=2, score='luck'), "score='luck' is unknown"),
+        (dict(budget=2, score='luck'), "score: expected one of confidence, .*got 'luck'"),
+        (dict(budget=math.nan), 'budget=nan: expected a number'),
+        (dict(budget=True), 'budget=True: expected a number'),
+        (dict(max_drop='1'), "max_drop='1': expected a number"),
     ],
 )
 def test_what_cannot_be_calibrated(kwargs, message):
@@ -153,7 +159,12 @@ def test_what_cannot_be_calibrated(kwargs, message):
 @pytest.mark.parametrize(
     'change, message',
     [
-        (lambda z, y: (z.index_fill(1, torch.tensor([7]), float('nan')), y), 'NaN, first at exit 0, sample 7'),
+        (lambda z, y: (z.index_fill(1, torch.tensor([7]), float('nan')), y), 'not finite, first at exit 0, sample 7'),
+        (lambda z, y: (z.index_fill(1, torch.tensor([7]), INF), y), 'exit 0, sample 7, where the largest is inf'),
+        (lambda z, y: (z.index_fill(1, torch.tensor([7]), -INF), y), 'exit 0, sample 7, where the largest is -inf'),
+        (lambda z, y: (z > 0, y), 'type torch.bool; expected real numbers'),
+        (lambda z, y: ([*z[:3], z[3, 1:]], y), r'expected one tensor \[samples, classes\] per exit'),
+        (lambda z, y: (z, y > 0), 'expected 300 integers'),
         (lambda z, y: (z[:, :0], y[:0]), 'expected .exits, samples, classes., none of them 0'),
         (lambda z, y: (z, y[1:]), 'expected 300 integers'),
         (lambda z, y: (z, y.float()), 'expected 300 integers'),
@@ -166,7 +177,22 @@ def test_data_that_does_not_fit(change, message):
         evaluate_policy(*change(*made_up()), COSTS, ExitPolicy([0.5] * 3))
 
 
-@pytest.mark.parametrize('costs', [[1, 2, 3], [1, 2, 3, 2], [1, 2, 3, float('nan')]])
+@pytest.mark.parametrize(
+    'costs',
+    [
+        [1, 2, 3],
+        [1, 2, 3, 2],
+        [1, 2, 3, float('nan')],
+        [1, 2, 3, INF],
+        [-1, 2, 3, 4],
+        [False, True, True, True],
+        '1234',
+        [[1], [2], [3], [4]],
+        [ExitCost(1, 0, 1, 0, 1), 2, 3, 4],
+        [ExitCost(1, 0, math.nan, 0, 1)] * 4,
+        [ExitTime(1.0, -1.0)] * 4,
+    ],
+)
 def test_costs_that_do_not_fit(costs):
     with pytest.raises(ValueError, match='costs'):
         evaluate_policy(*made_up(), costs, ExitPolicy([0.5] * 3))
@@ -226,3 +252,52 @@ def test_fits_what_comes_from_inference_mode():
         logits, targets = torch.randn(2, 50, 3, dtype=torch.float64), torch.arange(50) % 3
         inside = fit_temperatures(logits, targets), fit_weights(logits, targets)
     assert inside == (fit_temperatures(logits.clone(), targets.clone()), fit_weights(logits.clone(), targets.clone()))
+
+
+@pytest.mark.parametrize('value, largest', [(INF, 'inf'), (math.nan, 'nan')])
+def test_nothing_is_fitted_to_logits_that_are_not_finite(value, largest):
+    logits, targets = made_up(3)
+    logits[1, 4, 2] = value
+    for fit in (
+        fit_temperatures,
+        fit_weights,
+        confidence_bins,
+        expected_calibration_error,
+        lambda z, y: calibrate(z, y, COSTS[:3], max_drop=1),
+        lambda z, y: budgeted_curve((z, y), (z, y), COSTS[:3]),
+        lambda z, y: thresholds_for_exit_rates(z, [0.5, 0.25, 0.25]),
+        lambda z, y: evaluate_policy(z, y, COSTS[:3], ExitPolicy([0.5, 0.5])),
+    ):
+        with pytest.raises(ValueError, match=f'exit 1, sample 4, where the largest is {largest}'):
+            fit(logits, targets)
+
+
+def test_classes_that_cannot_be_are_as_if_they_were_not_there():
+    logits, targets = made_up(3)
+    wider = torch.cat([logits, torch.full((3, 300, 1), -INF)], -1)
+    assert fit_temperatures(wider, targets) == pytest.approx(fit_temperatures(logits, targets), rel=1e-6)
+    for ours, theirs in zip(fit_weights(wider, targets), fit_weights(logits, targets)):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    ours, theirs = (calibrate(z, targets, COSTS[:3], max_drop=1, aggregate='mean') for z in (wider, logits))
+    assert ours.thresholds == pytest.approx(theirs.thresholds, rel=1e-6)
+    with pytest.raises(ValueError, match='label is -inf, first at exit 0, sample 0'):
+        fit_temperatures(wider, targets.fill_(10))
+
+
+def test_logits_that_temperatures_make_infinite_are_refused():
+    logits, targets = made_up(2)
+    logits[0, 3] *= 1e37
+    policy = ExitPolicy([0.5], temperatures=[1e-4, 1.0])
+    with pytest.raises(ValueError, match='first at exit 0, sample 3'):
+        evaluate_policy(logits, targets, [1, 2], policy)
+
+
+def test_reliability_wants_temperatures_and_bins_that_fit():
+    logits, targets = made_up(3)
+    with pytest.raises(ValueError, match='temperatures: expected a list of 3 positive numbers'):
+        confidence_bins(logits, targets, [1.0, 1.0])
+    with pytest.raises(ValueError, match=r'temperatures: expected a number from 0\.0001 to 10000, got 0'):
+        fit_weights(logits, targets, [1.0, 0, 1.0])
+    with pytest.raises(ValueError, match='bins=0'):
+        confidence_bins(logits, targets, bins=0)
+    assert confidence_bins(logits, targets, torch.ones(3)) == confidence_bins(logits, targets)

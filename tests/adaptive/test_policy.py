@@ -1,10 +1,14 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import timm
 import torch
 
+import timm_mlcsd  # noqa: F401
 from timm_mlcsd.adaptive import SCORES, ExitPolicy, evaluate_policy, fit_weights
+from timm_mlcsd.models import weights_digest
 
 INF = math.inf
 
@@ -83,27 +87,6 @@ def test_file_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['exit_policy.json']
 
 
-@pytest.mark.parametrize(
-    'content, message',
-    [
-        ('', 'cannot be read as JSON'),
-        ('[1]', 'no exit policy: it has no list of thresholds'),
-        ('{"thresholds": [0.5]}', 'version None; this release reads version 1'),
-        ('{"version": 2, "thresholds": [0.5]}', 'version 2'),
-        ('{"version": 1, "thresholds": [0.5], "treshold": 3}', 'unknown entries: treshold'),
-        ('{"version": 1, "thresholds": 7}', 'no list of thresholds'),
-        ('{"version": 1, "thresholds": ["x"]}', 'must be a list of numbers'),
-        ('{"version": 1, "thresholds": [NaN]}', 'or inf to turn the exit off'),
-        ('{"version": 1, "thresholds": [0.5], "score": "luck"}', "score='luck' is unknown; choose one of confidence"),
-    ],
-)
-def test_files_that_are_no_policies(content, message, tmp_path):
-    path = tmp_path / 'exit_policy.json'
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        ExitPolicy.load(path)
-
-
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match='there is no such file; calibrate a policy'):
         ExitPolicy.load(tmp_path)
@@ -112,19 +95,39 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize(
     'kwargs, message',
     [
-        (dict(aggregate='best'), "aggregate='best' is unknown"),
-        (dict(temperatures=[1]), 'must be 2 positive numbers'),
-        (dict(temperatures=[1, 0]), 'must be 2 positive numbers'),
-        (dict(aggregate='fitted'), 'fit_weights fits them'),
-        (dict(weights=[[1], [1, 1]]), "not with 'last'"),
-        (dict(aggregate='fitted', weights=[[1], [1]]), '2 rows of 1 to 2 positive numbers'),
-        (dict(exit_names=['a']), '1 names for 2 exits'),
-        (dict(thresholds=[-INF]), 'must be a number'),
+        (dict(aggregate='best'), "aggregate: expected one of last, mean, fitted, got 'best'"),
+        (dict(temperatures=[1]), 'temperatures: expected a list of 2 positive numbers'),
+        (dict(temperatures=[1, 0]), 'temperatures: expected a number from 0.0001 to 10000, got 0'),
+        (dict(temperatures=[1, True]), 'temperatures: expected a number .*, got True'),
+        (dict(aggregate='fitted'), 'weights: expected those that fit_weights gives'),
+        (dict(weights=[[1], [1, 1]]), "weights: expected none with aggregate='last'"),
+        (dict(aggregate='fitted', weights=[[1], [1]]), r'weights\[1\]: expected a list of 2 positive numbers'),
+        (dict(aggregate='fitted', weights=[[1], [1, 1e308]]), r'weights\[1\]: expected a number'),
+        (dict(exit_names=['a']), 'exit_names: expected a list of 2 entries'),
+        (dict(exit_names='ab'), "exit_names: expected a list of 2 entries, got 'ab'"),
+        (dict(thresholds=[-INF]), r"thresholds\[0\]: expected a number from -1e\+09 to 1e\+09, or 'off', got -inf"),
+        (dict(thresholds=[math.nan]), 'got nan'),
+        (dict(thresholds=['0.5']), "got '0.5'"),
+        (dict(thresholds='123'), "thresholds: expected a list of 0 to 999 numbers, got '123'"),
+        (dict(thresholds={0.5: 1}), 'thresholds: expected a list'),
+        (dict(thresholds=0.5), 'thresholds: expected a list'),
+        (dict(thresholds=[10**400]), r'thresholds\[0\]: expected a number'),
+        (dict(thresholds=[10**5000]), r'thresholds\[0\]: expected a number.*got a int'),
+        (dict(weights_digest='sha256:12'), 'weights_digest: expected sha256: and 64 hexadecimal digits'),
+        (dict(calibration_images=True), 'calibration_images: expected an integer'),
+        (dict(calibration_images=1.5), 'calibration_images: expected an integer'),
+        (dict(calibration_data=7), 'calibration_data: expected a text'),
     ],
 )
-def test_arguments_that_contradict_each_other(kwargs, message):
+def test_arguments_that_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ExitPolicy(**{'thresholds': [0.5], **kwargs})
+
+
+def test_arrays_and_tensors_are_lists():
+    policy = ExitPolicy([0.5, 0.25, INF], temperatures=[1, 2, 3, 4])
+    assert ExitPolicy(torch.tensor([0.5, 0.25, INF]), temperatures=np.arange(1, 5)) == policy
+    assert ExitPolicy((t for t in (np.float32(0.5), 0.25, INF)), temperatures=range(1, 5)) == policy
 
 
 def test_policy_of_another_network():
@@ -146,3 +149,61 @@ def test_fitted_weights_answer_better_than_any_exit():
     # three equally good exits with independent errors: all count
     assert mixed.accuracy > max(alone) + 5 and min(weights[-1]) > 0.5
     assert policy.num_exits == 3
+
+
+def small_network():
+    torch.manual_seed(0)
+    return timm.create_model('mlcsd_test_resnet', exits=2, num_classes=3).eval()
+
+
+def test_a_policy_belongs_to_the_weights_that_it_was_fitted_to(tmp_path):
+    model = small_network()
+    policy = ExitPolicy([0.5]).for_weights(model, 'my pictures, val', 36)
+    assert policy.weights_digest == weights_digest(model)
+    policy.save(tmp_path)
+    assert ExitPolicy.load(tmp_path) == policy
+    policy.check_weights(small_network())  # the same weights in another object
+    policy.check_weights(torch.compile(model))
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-3
+    message = r'fitted to other weights .*data my pictures, val, images 36.*--save-policy.*policy.without_digest\(\)'
+    with pytest.raises(ValueError, match=message):
+        policy.check_weights(model)
+    policy.without_digest().check_weights(model)
+    assert policy.with_thresholds([0.7]).weights_digest == policy.weights_digest
+
+
+def test_files_without_a_digest_stay_as_they_were(tmp_path):
+    ExitPolicy([0.5, INF]).save(tmp_path)
+    content = json.loads((tmp_path / 'exit_policy.json').read_text())
+    # what every release so far has written
+    assert content == {
+        'format': 'timm_mlcsd exit policy',
+        'version': 1,
+        'thresholds': [0.5, 'off'],
+        'score': 'confidence',
+        'temperatures': None,
+        'aggregate': 'last',
+        'weights': None,
+        'exit_names': None,
+    }
+    ExitPolicy.load(tmp_path).check_weights(small_network())
+
+
+def test_the_name_of_the_data_may_hold_anything():
+    policy = ExitPolicy([0.5]).for_weights(small_network(), 'a\x1b[31m' + 'b' * 1000, 3)
+    assert policy.calibration_data.startswith('a\\x1b[31mb') and len(policy.calibration_data) == 300
+
+
+@pytest.mark.parametrize('score', SCORES)
+def test_no_sample_leaves_with_an_answer_that_is_not_finite(score):
+    logits = torch.tensor([[INF, 0, 0], [math.nan, 0, 0], [-INF] * 3, [5, -INF, 0]]).expand(3, 4, 3)
+    policy = ExitPolicy([-1e9, -1e9], score=score)
+    scores = run(policy, logits)[1]
+    assert (scores[:, :3] == -INF).all() and (scores[:, 3] >= 0).all()
+
+
+def test_patience_begins_again_after_an_answer_that_is_not_finite():
+    logits = torch.tensor([[[5.0, 0]], [[INF, 0]], [[5, 0]], [[5, 0]]])
+    scores = run(ExitPolicy([9, 9, 9], score='patience'), logits)[1]
+    assert scores[:, 0].tolist() == [1, -INF, 1, 2]

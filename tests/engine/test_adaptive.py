@@ -168,7 +168,7 @@ def test_mistakes(flags, mine, tmp_path, capsys):
     assert '--save-policy: no policy is fitted' in failure([*flags, '--save-policy'], capsys)
     assert 'must end in .html' in failure([*flags, '--max-drop', 0, '--report', tmp_path / 'page.pdf'], capsys)
     (tmp_path / 'bad.json').write_text('{}')
-    assert 'is no exit policy' in failure([*flags, '--policy', tmp_path / 'bad.json'], capsys)
+    assert "expected 'timm_mlcsd exit policy'" in failure([*flags, '--policy', tmp_path / 'bad.json'], capsys)
     assert not (mine / 'exit_policy.json').exists()
 
 

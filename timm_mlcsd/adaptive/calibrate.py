@@ -5,7 +5,7 @@ from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from .evaluate import Costs, Logits, PolicyResult, Samples, as_logits
+from .evaluate import Costs, Logits, PolicyResult, Samples, as_logits, is_number
 from .policy import ExitPolicy
 from .search import Goal, best_thresholds
 
@@ -41,8 +41,8 @@ def thresholds_for_exit_rates(logits: Logits, rates: Sequence[float], **kwargs: 
         ValueError: The rates are not K shares that sum to 1.
     """
     logits = as_logits(logits)
-    rates = [float(rate) for rate in rates]
-    if len(rates) != len(logits) or not all(0 <= r <= 1 for r in rates) or abs(sum(rates) - 1) > 1e-6:
+    rates = rates.tolist() if isinstance(rates, torch.Tensor) else list(rates)
+    if len(rates) != len(logits) or not all(is_number(r) and 0 <= r <= 1 for r in rates) or abs(sum(rates) - 1) > 1e-6:
         raise ValueError(f'rates={rates} must be {len(logits)} shares, one per exit, that sum to 1.')
     opened = ExitPolicy([0.0] * (len(logits) - 1), **kwargs)
     samples = Samples(logits, torch.zeros(logits.shape[1], dtype=torch.long))
@@ -114,6 +114,9 @@ def calibrate(
     """
     if (budget is None) == (max_drop is None):
         raise ValueError(f'budget={budget}, max_drop={max_drop}: give one of the two.')
+    for name, value in (('budget', budget), ('max_drop', max_drop)):
+        if value is not None and (not is_number(value) or math.isnan(value)):
+            raise ValueError(f'{name}={value!r}: expected a number.')
     if method not in METHODS:
         raise ValueError(f'method={method!r} is unknown; choose one of {", ".join(METHODS)}.')
     samples = Samples(logits, targets)

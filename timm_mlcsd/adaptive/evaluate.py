@@ -1,6 +1,8 @@
 """What a policy does to a set of samples whose logits at all exits are known."""
 
-from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
+import math
+import numbers
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple, Union
 
 import torch
 
@@ -11,6 +13,7 @@ __all__ = ['Costs', 'Logits', 'PolicyResult', 'Samples', 'as_logits', 'as_target
 
 Logits = Union[torch.Tensor, Sequence[torch.Tensor]]
 Costs = Union[Sequence[float], Sequence[ExitCost], Sequence[ExitTime]]
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class PolicyResult(NamedTuple):
@@ -34,18 +37,38 @@ class PolicyResult(NamedTuple):
 def as_logits(logits: Logits) -> torch.Tensor:
     """Logits of K exits on N samples as one tensor [K, N, C], float32 at least.
 
+    A class that cannot be may have -inf; the largest logit of every sample must be a finite number.
+
     Raises:
         ValueError: There are none, or they are not numbers.
     """
-    logits = logits if isinstance(logits, torch.Tensor) else torch.stack(tuple(logits))
+    if not isinstance(logits, torch.Tensor):
+        try:
+            logits = torch.stack([torch.as_tensor(z) for z in logits])
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise ValueError(f'logits: expected one tensor [samples, classes] per exit, all alike: {e}') from None
+    if logits.is_complex() or logits.dtype == torch.bool:
+        raise ValueError(f'logits have type {logits.dtype}; expected real numbers.')
     if logits.ndim != 3 or 0 in logits.shape:
         raise ValueError(
             f'logits have shape {tuple(logits.shape)}; expected [exits, samples, classes], none of them 0.'
         )
-    if logits.isnan().any():
-        exit_, sample = (int(i) for i in logits.isnan().any(-1).nonzero()[0])
-        raise ValueError(f'logits are NaN, first at exit {exit_}, sample {sample}.')
+    check_finite(logits)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def check_finite(logits: torch.Tensor) -> None:
+    """Raise a ValueError where the largest logit of a sample, in [K, N, C], is not a finite number.
+
+    At run time such a sample doesn't leave (`ExitPolicy.answer`); what is fitted or counted would be wrong.
+    """
+    largest = logits.amax(-1)
+    if not largest.isfinite().all():
+        exit_, sample = (int(i) for i in (~largest.isfinite()).nonzero()[0])
+        raise ValueError(
+            f'logits are not finite, first at exit {exit_}, sample {sample}, where the largest is '
+            f'{largest[exit_, sample].item()}; expected numbers, and -inf only for a class that cannot be.'
+        )
 
 
 def as_targets(targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -55,13 +78,13 @@ def as_targets(targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         ValueError: Another number of them, or labels of other classes.
     """
     targets = torch.as_tensor(targets, device=logits.device)
-    if targets.shape != logits.shape[1:2] or targets.is_floating_point():
+    if targets.shape != logits.shape[1:2] or targets.dtype not in INTEGERS:
         raise ValueError(
             f'targets have shape {tuple(targets.shape)} and type {targets.dtype}; expected {logits.shape[1]} integers.'
         )
     if targets.min() < 0 or targets.max() >= logits.shape[2]:
         raise ValueError(f'targets are in {int(targets.min())}..{int(targets.max())} for {logits.shape[2]} classes.')
-    return targets
+    return targets.long()
 
 
 def costs_of(costs: Costs, policy: ExitPolicy) -> torch.Tensor:
@@ -73,22 +96,31 @@ def costs_of(costs: Costs, policy: ExitPolicy) -> torch.Tensor:
         policy: The policy.
 
     Raises:
-        ValueError: There are not K of them, or they don't increase.
+        ValueError: There are not K of them, or they are not finite numbers that don't decrease.
     """
-    costs = list(costs)
+    costs = costs.tolist() if isinstance(costs, torch.Tensor) else list(costs)
     if len(costs) != policy.num_exits:
         raise ValueError(f'{len(costs)} costs for {policy.num_exits} exits.')
-    if isinstance(costs[0], ExitCost):
+    parts = None
+    if all(isinstance(c, ExitCost) for c in costs):
         parts = [(c.stage_macs, c.head_macs) for c in costs]
-    elif isinstance(costs[0], ExitTime):
-        parts = costs
-    else:
-        total = torch.as_tensor(costs, dtype=torch.float64)
-        if not (total.isfinite().all() and (total.diff() >= 0).all() and total[0] >= 0):
+    elif all(isinstance(c, ExitTime) for c in costs):
+        parts = [tuple(c) for c in costs]
+    flat = costs if parts is None else [number for part in parts for number in part]
+    if not all(is_number(number) and 0 <= number < math.inf for number in flat):
+        raise ValueError(f'costs={costs}: expected finite numbers of at least 0, or ExitCost, or ExitTime.')
+    if parts is None:
+        total = torch.tensor([float(c) for c in costs], dtype=torch.float64)
+        if not (total.diff() >= 0).all():
             raise ValueError(f'costs={costs} must be cumulative: numbers that do not decrease.')
         return total
     own = [stage + (head if policy.is_on(k) else 0) for k, (stage, head) in enumerate(parts)]
     return torch.tensor(own, dtype=torch.float64).cumsum(0)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, and not a truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 class Samples:
@@ -99,7 +131,7 @@ class Samples:
         targets: Labels [N].
 
     Raises:
-        ValueError: NaN, empty, or sizes that don't fit each other.
+        ValueError: Logits that are not finite, empty, or sizes that don't fit each other.
     """
 
     def __init__(self, logits: Logits, targets: torch.Tensor):
@@ -126,6 +158,8 @@ class Samples:
             if on[k]:
                 answer, scores[k], memory = policy.answer(k, self.logits[k], memory)
                 predictions[k] = answer.argmax(-1)
+                if (scores[k] == -torch.inf).any():  # after temperatures and weights; at run time nobody would leave
+                    check_finite(answer[None])
         return scores, predictions
 
     def evaluate(self, policy: ExitPolicy, costs: Costs) -> PolicyResult:
@@ -156,7 +190,7 @@ def evaluate_policy(logits: Logits, targets: torch.Tensor, costs: Costs, policy:
         policy: The policy.
 
     Raises:
-        ValueError: NaN, empty, or sizes that don't fit each other.
+        ValueError: Logits that are not finite, empty, or sizes that don't fit each other.
 
     Examples:
         ```python

@@ -1,13 +1,15 @@
 """One graph per stage, for places without timm: ONNX with a runner of its own, or ``torch.export`` programs.
 
 ``python -m timm_mlcsd.adaptive.export output/train/RUN exported`` writes a folder whose ``runner.py`` needs numpy and
-onnxruntime only.
+onnxruntime, and Pillow to read image files.
 """
 
+import hashlib
 import importlib.util
 import json
 import logging
 import platform
+import re
 import shutil
 import tempfile
 import warnings
@@ -21,18 +23,20 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..arguments import ScriptParser
 from ..cost import exit_costs
-from ..errors import UserError, run_script, shortened
-from ..models import MultiExitModel
+from ..errors import UserError, install_hint, run_script, shortened
+from ..models import MultiExitModel, weights_digest
 from ..network import load_network
 from ..version import __version__
-from .exported import FORMAT, MANIFEST, VERSION, read_manifest
+from .exported import MANIFEST, read_manifest
+from .file_checks import MANIFEST_FORMAT, SUFFIXES, VERSION, check_manifest
 from .policy import ExitPolicy
 
 __all__ = ['FORMATS', 'export_stages', 'main']
 
-FORMATS = ('onnx', 'torch')
-SUFFIXES = {'onnx': 'onnx', 'torch': 'pt2'}
+FORMATS = tuple(SUFFIXES)
 RUNNER = 'runner.py'
+GRAPH = re.compile(r'stage_\d+\.(onnx|onnx\.data|pt2)')
+COMPILED_RUNNER = re.compile(r'runner\.[\w-]+\.pyc')
 # the same operations in another order, or fused: float32 logits move by some roundings
 TOLERANCE = 1e-3
 
@@ -66,27 +70,29 @@ def export_stages(
     """Write every stage with its head as a graph of its own, for batches of any size, and check each against the model.
 
     The folder holds the graphs, ``manifest.json`` (stages, costs, policy, preprocessing, versions) and, for ONNX,
-    ``runner.py``, which needs numpy and onnxruntime alone. Exits that the policy turns off get no head.
+    ``runner.py``, which needs numpy and onnxruntime, and Pillow to read image files. Exits that the policy turns off
+    get no head.
 
     Args:
         model: A resumable network.
         policy: When samples leave.
-        directory: Where to write: a new folder, or one of an earlier export, which is replaced.
+        directory: Where to write: a new folder, or one of an earlier export, which is replaced if nothing else lies
+            in it and its ``runner.py`` is as it was written.
         format: ``onnx`` (extra ``[onnx]``), or ``torch`` for `AdaptiveModel.from_pretrained`.
-        data_config: Preprocessing with ``input_size`` (C, H, W), the size that the graphs are for; default: the
-            model's own.
-        class_names: One per class.
+        data_config: Preprocessing with ``input_size`` (C, H, W), the size that the graphs are for; what it leaves out
+            is the model's own.
+        class_names: One per class, None for a class without a name.
 
     Raises:
-        ValueError: The network has no stages, the policy is another network's, the folder holds something else, or a
-            graph computes something else than the model. Nothing is written then.
+        ValueError: The network has no stages, the policy is another network's or was fitted to other weights, the
+            folder holds something else, or a graph computes something else than the model. Nothing is written then.
     """
     if format not in FORMATS:
         raise ValueError(f'format={format!r} is unknown; choose one of {", ".join(FORMATS)}.')
     if format == 'onnx':
         missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if importlib.util.find_spec(name) is None]
         if missing:
-            raise ValueError(f'format=\'onnx\' needs {", ".join(missing)}: pip install "timm_mlcsd[onnx]".')
+            raise ValueError(f'format=\'onnx\' needs {", ".join(missing)}: {install_hint("onnx")}.')
     if not model.num_classes:
         raise ValueError('the network has no classes (num_classes=0), so no exit can be sure of one.')
     dtype = next(model.parameters()).dtype
@@ -95,13 +101,14 @@ def export_stages(
     if not model.resumable:
         raise ValueError(f'the network has no stages to export: {model.why_not_resumable}.')
     policy.check(model.num_exits, model.exit_names)
-    directory = Path(directory)
-    if directory.exists() and not _is_replaceable(directory):
-        raise ValueError(f'{str(directory)!r} holds something else than an earlier export; choose a new folder.')
-    data_config = data_config or timm.data.resolve_data_config({}, model=model)
+    policy.check_weights(model)
+    directory = Path(directory).resolve()  # a link stays one
+    if directory.exists():
+        _check_replaceable(directory)
+    data_config = {**timm.data.resolve_data_config({}, model=model), **(data_config or {})}
     input_size = tuple(data_config['input_size'])
     manifest = dict(
-        format=FORMAT,
+        format=MANIFEST_FORMAT,
         version=VERSION,
         kind=format,
         architecture=model.default_cfg['architecture'],
@@ -109,6 +116,7 @@ def export_stages(
         class_names=None if class_names is None else list(class_names),
         data_config=data_config,
         policy=policy.to_dict(),
+        weights_digest=weights_digest(model),
         versions=dict(timm_mlcsd=__version__, timm=timm.__version__, torch=torch.__version__),
     )
     manifest['versions']['python'] = platform.python_version()
@@ -117,9 +125,11 @@ def export_stages(
         partial = Path(folder) / 'partial'
         partial.mkdir()
         manifest['stages'] = _write_stages(model, policy, input_size, partial, format)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n', encoding='utf-8')
         if format == 'onnx':
             shutil.copyfile(Path(__file__).with_name('onnx_runner.py'), partial / RUNNER)
+            manifest['runner_digest'] = _digest(partial / RUNNER)
+        check_manifest(manifest, 'the export')
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n', encoding='utf-8')
         old = Path(folder) / 'old'
         if directory.exists():
             directory.rename(old)
@@ -131,19 +141,39 @@ def export_stages(
             raise
 
 
-def _is_replaceable(directory: Path) -> bool:
-    """Whether a folder is empty, or holds an earlier export and nothing else."""
+def _check_replaceable(directory: Path) -> None:
+    """Raise a ValueError where a folder holds anything but what an earlier export wrote.
+
+    What counts is what this release writes, not what the folder's own manifest names.
+    """
+    refusal = f'{str(directory)!r} holds something else than an earlier export'
     if not directory.is_dir():
-        return False
-    found = {path.name for path in directory.iterdir()}
-    if MANIFEST not in found:
-        return not found
+        raise ValueError(f'{str(directory)!r} is not a folder; choose a new folder.')
+    found = sorted(directory.iterdir())
+    if not found:
+        return
     try:
-        stages = read_manifest(directory)['stages']
-        ours = {MANIFEST, RUNNER, '__pycache__', *(stage['file'] for stage in stages)}
-    except (ValueError, KeyError, TypeError):
-        return False
-    return all(name in ours or name.removesuffix('.data') in ours for name in found)
+        manifest = read_manifest(directory)
+    except ValueError as e:
+        raise ValueError(f'{refusal}; choose a new folder. {e}') from None
+    for path in found:
+        is_ours = path.name in (MANIFEST, RUNNER) or GRAPH.fullmatch(path.name)
+        if path.name == '__pycache__' and path.is_dir() and not path.is_symlink():
+            is_ours = all(COMPILED_RUNNER.fullmatch(p.name) and _is_plain_file(p) for p in path.iterdir())
+        elif not _is_plain_file(path):
+            is_ours = False
+        if not is_ours:
+            raise ValueError(f'{refusal}: {path.name!r}; choose a new folder, or move that away.')
+        if path.name == RUNNER and _digest(path) != manifest.get('runner_digest'):
+            raise ValueError(f'{str(path)!r} is not as it was exported; choose a new folder, or move the file away.')
+
+
+def _is_plain_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _digest(path: Path) -> str:
+    return f'sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}'
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Exported stages: what lies in the folder that `export_stages` writes, and how PyTorch runs it."""
 
-import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -9,38 +8,28 @@ from torch.export.passes import move_to_device_pass
 from torch.fx.graph import CodeGen
 
 from ..cost import ExitCost
+from .file_checks import check_manifest, read_json
 from .policy import ExitPolicy
 
 __all__ = ['MANIFEST', 'ExportedModel', 'read_manifest']
 
 MANIFEST = 'manifest.json'
-FORMAT = 'timm_mlcsd exported stages'
-VERSION = 1
 
 
 def read_manifest(directory: Union[str, Path]) -> Dict[str, Any]:
     """What a folder of exported stages says of itself.
 
     Raises:
-        ValueError: It is no such folder.
+        ValueError: It is no such folder, or its manifest isn't one that an export writes.
     """
     path = Path(directory) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
+    if not path.is_file():
         raise ValueError(
-            f'{str(directory)!r} holds no exported stages ({e}); python -m timm_mlcsd.adaptive.export makes them.'
-        ) from None
-    if not isinstance(manifest, dict) or manifest.get('format') != FORMAT or manifest.get('version') != VERSION:
-        raise ValueError(f'{str(path)!r} is not of format {FORMAT!r}, version {VERSION}.')
-    known = {'kind', 'num_classes', 'class_names', 'data_config', 'policy', 'stages'}
-    stages = manifest.get('stages')
-    if not known <= set(manifest) or not isinstance(stages, list) or not all(isinstance(s, dict) for s in stages):
-        raise ValueError(f'{str(path)!r} is broken: it needs {", ".join(sorted(known))}.')
-    needed = {'file', 'exit', 'answers', 'inputs', 'outputs', *ExitCost._fields}
-    for k, stage in enumerate(stages):
-        if not needed <= set(stage) or Path(str(stage['file'])).name != stage['file']:
-            raise ValueError(f'{str(path)!r} is broken: stage {k} needs {", ".join(sorted(needed))}.')
+            f'{str(directory)!r} holds no exported stages ({MANIFEST}); python -m timm_mlcsd.adaptive.export makes '
+            f'them.'
+        )
+    manifest = read_json(path)
+    check_manifest(manifest, repr(str(path)))
     return manifest
 
 
@@ -78,7 +67,8 @@ class ExportedModel:
         self.exit_names: List[str] = [stage['exit'] for stage in stages]
         self.num_classes: int = manifest['num_classes']
         self.data_config: Dict[str, Any] = manifest['data_config']
-        self.class_names: Optional[List[str]] = manifest['class_names']
+        self.class_names: Optional[List[Optional[str]]] = manifest.get('class_names')
+        self.weights_digest: Optional[str] = manifest.get('weights_digest')
         self.costs = [ExitCost(**{name: stage[name] for name in ExitCost._fields}) for stage in stages]
         self.policy = ExitPolicy.from_dict(manifest['policy'], MANIFEST)
         self._answers = [stage['answers'] for stage in stages]

@@ -4,18 +4,19 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
+import numpy as np
 import torch
+from timm.utils import unwrap_model
 
+from ..errors import printable
 from ..files import replacing
 from ..hub import POLICY
+from ..models import weights_digest
+from .file_checks import AGGREGATES, POLICY_FORMAT, SCORES, VERSION, check_policy, read_json
 
 __all__ = ['AGGREGATES', 'SCORES', 'ExitPolicy', 'Memory', 'score_of']
-
-SCORES = ('confidence', 'entropy', 'margin', 'patience')
-AGGREGATES = ('last', 'mean', 'fitted')
-VERSION = 1
 
 
 class Memory(NamedTuple):
@@ -49,9 +50,13 @@ class ExitPolicy:
             exits so far (``mean``; ``fitted`` with weights of its own).
         weights: For ``fitted``: row k has the weights of exits 0..k in the answer of exit k.
         exit_names: The network's ``exit_names``, so that the policy of another network is noticed.
+        weights_digest: `timm_mlcsd.models.weights_digest` of the weights that the policy was fitted to; with others it
+            is refused. None for a policy that was not fitted. `for_weights` sets it and the next two.
+        calibration_data: Name of the data that it was fitted to.
+        calibration_images: Number of images in it.
 
     Raises:
-        ValueError: The arguments contradict each other.
+        ValueError: An argument is out of its range, or the arguments contradict each other.
 
     Examples:
         ```python
@@ -65,43 +70,20 @@ class ExitPolicy:
     aggregate: str = 'last'
     weights: Optional[Tuple[Tuple[float, ...], ...]] = None
     exit_names: Optional[Tuple[str, ...]] = None
+    weights_digest: Optional[str] = None
+    calibration_data: Optional[str] = None
+    calibration_images: Optional[int] = None
 
     def __post_init__(self):
-        def numbers(name: str, values: Any) -> Tuple[float, ...]:
-            try:
-                return tuple(float(v) for v in values)
-            except (TypeError, ValueError):
-                raise ValueError(f'{name}={values!r} must be a list of numbers.') from None
-
-        def put(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
-        put('thresholds', numbers('thresholds', self.thresholds))
-        if any(math.isnan(t) or t == -math.inf for t in self.thresholds):
-            raise ValueError(f'thresholds={list(self.thresholds)}: each must be a number, or inf to turn the exit off.')
-        for name, known in (('score', SCORES), ('aggregate', AGGREGATES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f'{name}={getattr(self, name)!r} is unknown; choose one of {", ".join(known)}.')
-        if self.temperatures is not None:
-            put('temperatures', numbers('temperatures', self.temperatures))
-            if len(self.temperatures) != self.num_exits or not all(0 < t < math.inf for t in self.temperatures):
-                raise ValueError(
-                    f'temperatures={list(self.temperatures)} must be {self.num_exits} positive numbers, one per exit.'
-                )
-        if (self.aggregate == 'fitted') != (self.weights is not None):
-            raise ValueError(
-                f'weights go with aggregate=\'fitted\', not with {self.aggregate!r}; fit_weights fits them.'
-            )
-        if self.weights is not None:
-            put('weights', tuple(numbers('weights', row) for row in self.weights))
-            if [len(row) for row in self.weights] != list(range(1, self.num_exits + 1)) or any(
-                not 0 < w < math.inf for row in self.weights for w in row
-            ):
-                raise ValueError(f'weights must be {self.num_exits} rows of 1 to {self.num_exits} positive numbers.')
-        if self.exit_names is not None:
-            put('exit_names', tuple(self.exit_names))
-            if len(self.exit_names) != self.num_exits:
-                raise ValueError(f'exit_names has {len(self.exit_names)} names for {self.num_exits} exits.')
+        content = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        if isinstance(content['thresholds'], list):
+            content['thresholds'] = ['off' if t == math.inf else t for t in content['thresholds']]
+        content = check_policy({'format': POLICY_FORMAT, 'version': VERSION, **content}, 'ExitPolicy')
+        for name, value in content.items():
+            if name == 'weights' and value is not None:
+                value = map(tuple, value)
+            is_list = name in ('thresholds', 'temperatures', 'weights', 'exit_names')
+            object.__setattr__(self, name, tuple(value) if is_list and value is not None else value)
 
     @property
     def num_exits(self) -> int:
@@ -128,6 +110,47 @@ class ExitPolicy:
                 f'{", ".join(exit_names)}.'
             )
 
+    def for_weights(self, model: Any, data: Optional[str] = None, images: Optional[int] = None) -> 'ExitPolicy':
+        """The same policy bound to a network's weights.
+
+        Args:
+            model: The network that it was fitted to, or exported stages of it.
+            data: Name of the data that it was fitted to.
+            images: Number of images in it.
+        """
+        data = printable(str(data))[:300] if data else None
+        return replace(self, weights_digest=_digest_of(model), calibration_data=data, calibration_images=images)
+
+    def without_digest(self) -> 'ExitPolicy':
+        """The same policy for any weights."""
+        return replace(self, weights_digest=None)
+
+    def check_weights(self, model: Any) -> None:
+        """Raise a ValueError where the policy was fitted to other weights than a network's.
+
+        A policy without a digest is accepted.
+
+        Args:
+            model: The network, or exported stages of it.
+        """
+        if self.weights_digest is None:
+            return
+        digest = _digest_of(model)
+        if digest == self.weights_digest:
+            return
+        fitted_on = ''.join(
+            f', {what} {value}'
+            for what, value in (('data', self.calibration_data), ('images', self.calibration_images))
+            if value is not None
+        )
+        theirs = 'not known, the folder was exported by an earlier release' if digest is None else digest[:15]
+        raise ValueError(
+            f'the policy was fitted to other weights (digest {self.weights_digest[:15]}{fitted_on}) than the network '
+            f'has ({theirs}): fit one to these with validate.py --adaptive --save-policy, load the weights that it was '
+            f'fitted to, or use policy.without_digest() (in the file: remove "weights_digest") if you know that it '
+            f'fits.'
+        )
+
     def answer(
         self, k: int, logits: torch.Tensor, memory: Optional[Memory] = None
     ) -> Tuple[torch.Tensor, torch.Tensor, Memory]:
@@ -140,7 +163,8 @@ class ExitPolicy:
 
         Returns:
             The answer as logits [B, C] (its softmax is what the policy believes), the score [B], and the memory for
-            the next exit. float32 at least.
+            the next exit. float32 at least. The score is -inf, so that no threshold is reached, where the largest of
+            a sample's answers is not a finite number; -inf alone is a class that cannot be.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperatures is not None:
@@ -151,13 +175,16 @@ class ExitPolicy:
             log_probs = (*log_probs, logits.log_softmax(-1))
             weights = self._weights(k)
             logits = sum(w * p for w, p in zip(weights, log_probs)).log_softmax(-1)
+        is_number = logits.amax(-1).isfinite()
         if self.score != 'patience':
-            return logits, score_of(logits, self.score), Memory(log_probs)
+            return logits, score_of(logits, self.score).where(is_number, -math.inf), Memory(log_probs)
         prediction = logits.argmax(-1)
         agreeing = torch.ones_like(prediction)
         if memory.prediction is not None:
             agreeing += torch.where(prediction == memory.prediction, memory.agreeing, 0)
-        return logits, agreeing.to(logits.dtype), Memory(log_probs, prediction, agreeing)
+        agreeing = agreeing * is_number
+        score = agreeing.to(logits.dtype).where(is_number, -math.inf)
+        return logits, score, Memory(log_probs, prediction, agreeing)
 
     def _weights(self, k: int) -> Sequence[float]:
         """Weights of the exits up to k that are on; what the others would have had is shared among them."""
@@ -178,7 +205,9 @@ class ExitPolicy:
     def to_dict(self) -> Dict[str, Any]:
         """What `save` writes: plain values, ``off`` for the threshold ``inf``."""
         thresholds = ['off' if t == math.inf else t for t in self.thresholds]
-        return {'format': 'timm_mlcsd exit policy', 'version': VERSION, **asdict(self), 'thresholds': thresholds}
+        content = {'format': POLICY_FORMAT, 'version': VERSION, **asdict(self), 'thresholds': thresholds}
+        late = ('weights_digest', 'calibration_data', 'calibration_images')  # files without them stay as they were
+        return {name: value for name, value in content.items() if value is not None or name not in late}
 
     @classmethod
     def load(cls, path: Union[str, Path]) -> 'ExitPolicy':
@@ -189,35 +218,36 @@ class ExitPolicy:
         """
         path = Path(path)
         path = path / POLICY if path.is_dir() else path
-        try:
-            content = json.loads(path.read_text(encoding='utf-8'))
-        except FileNotFoundError:
-            raise ValueError(f'{str(path)!r}: there is no such file; calibrate a policy and save it there.') from None
-        except (OSError, ValueError) as e:
-            raise ValueError(f'{str(path)!r} cannot be read as JSON: {e}') from None
-        return cls.from_dict(content, str(path))
+        if not path.exists():
+            raise ValueError(f'{str(path)!r}: there is no such file; calibrate a policy and save it there.')
+        return cls.from_dict(read_json(path), repr(str(path)))
 
     @classmethod
     def from_dict(cls, content: Dict[str, Any], source: str = 'policy') -> 'ExitPolicy':
         """The policy in what `to_dict` gives.
 
+        Args:
+            content: It.
+            source: Where it comes from, for messages.
+
         Raises:
-            ValueError: It isn't one.
+            ValueError: It isn't one; the message names the source and the field.
         """
-        if not isinstance(content, dict) or not isinstance(content.get('thresholds'), list):
-            raise ValueError(f'{source} is no exit policy: it has no list of thresholds.')
-        if content.get('version') != VERSION:
-            raise ValueError(f'{source} has version {content.get("version")!r}; this release reads version {VERSION}.')
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(content) - known - {'format', 'version'})
-        if unknown:
-            raise ValueError(f'{source} has unknown entries: {", ".join(unknown)}.')
-        arguments = {name: value for name, value in content.items() if name in known}
-        try:
-            arguments['thresholds'] = [math.inf if t == 'off' else t for t in arguments['thresholds']]
-            return cls(**arguments)
-        except (TypeError, ValueError) as e:
-            raise ValueError(f'{source}: {e}') from None
+        return cls(**check_policy(content, source))
+
+
+def _plain(value: Any, depth: int = 3) -> Any:
+    """Tensors, arrays and other ordered collections as lists of Python's own values; anything else as it is."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping, Set)) or not depth:
+        return value
+    return [_plain(v, depth - 1) for v in value]
+
+
+def _digest_of(model: Any) -> Optional[str]:
+    """Of a network's weights, or as the manifest of exported stages has it."""
+    return weights_digest(unwrap_model(model)) if isinstance(model, torch.nn.Module) else model.weights_digest
 
 
 def score_of(logits: torch.Tensor, score: str) -> torch.Tensor:

@@ -40,13 +40,15 @@ class AdaptiveModel:
     but how long the stages took, so that threads may share it.
 
     Args:
-        model: A resumable multi-exit network, which is put in evaluation mode, or exported stages.
-        policy: When samples leave.
+        model: A resumable multi-exit network, which is put in evaluation mode and must stay in it, or exported stages.
+        policy: When samples leave. Samples whose logits are not finite at an exit do not leave there
+            (`ExitPolicy.answer`).
         costs: What leaving at each exit costs: `ExitCost`, or K cumulative numbers (measured milliseconds, say);
             default: multiply-adds at the image size that the network was made for.
 
     Raises:
-        ValueError: The network cannot stop on the way, or the policy is another network's.
+        ValueError: The network cannot stop on the way, or the policy is another network's or was fitted to other
+            weights.
 
     Examples:
         ```python
@@ -68,8 +70,10 @@ class AdaptiveModel:
         else:
             model.eval()
             costs = exit_costs(model, model.probe_size) if costs is None else costs
+        policy.check_weights(model)
         self.model = model
         self.policy = policy
+        self._modules = [] if isinstance(model, ExportedModel) else list(model.modules())
         self.costs = costs_of(costs, policy).tolist()
         self._run_exit: List[Callable[[Any], Tuple[Any, Optional[torch.Tensor]]]] = [
             partial(model.run_exit, k, answers=policy.is_on(k)) for k in range(model.num_exits)
@@ -114,6 +118,7 @@ class AdaptiveModel:
 
         Raises:
             ValueError: The batch is empty.
+            RuntimeError: The network, or a part of it, is in training mode.
         """
         return self._run(x)
 
@@ -131,16 +136,26 @@ class AdaptiveModel:
 
         Raises:
             ValueError: The deadline is not a number, or the batch is empty.
+            RuntimeError: The network, or a part of it, is in training mode.
         """
         if deadline_s != deadline_s:
             raise ValueError(f'deadline_s={deadline_s} is not a number of seconds.')
         return self._run(x, time.perf_counter() + deadline_s)
 
-    @torch.no_grad()
     def iter_exits(self, x: torch.Tensor) -> Iterator[Tuple[int, torch.Tensor]]:
-        """Yield (k, answers [B, C]) exit by exit, without exits that are off, whatever the thresholds say."""
+        """Yield (k, answers [B, C]) exit by exit, without exits that are off, whatever the thresholds say.
+
+        Raises:
+            RuntimeError: The network, or a part of it, is in training mode.
+        """
+        self._check_mode()  # here: a generator would begin with it at the first exit
+        return self._iter_exits(x)
+
+    @torch.no_grad()
+    def _iter_exits(self, x: torch.Tensor) -> Iterator[Tuple[int, torch.Tensor]]:
         state, memory = x, None
         for k, run in enumerate(self._run_exit):
+            self._check_mode()
             state, logits = run(state)
             if logits is not None:
                 answer, _, memory = self.policy.answer(k, logits, memory)
@@ -154,7 +169,16 @@ class AdaptiveModel:
         ]
         return self
 
+    def _check_mode(self) -> None:
+        """Raise a RuntimeError in training mode: dropout and the batch's statistics would change the answers, and the
+        batch would change the network."""
+        if any(module.training for module in self._modules):
+            name = next((name for name, module in self.model.named_modules() if module.training), '')
+            what = f'its module {name!r}' if name else 'the network'
+            raise RuntimeError(f'{what} is in training mode; call model.eval() before the adaptive model answers.')
+
     def _run(self, x: torch.Tensor, deadline: Optional[float] = None) -> Prediction:
+        self._check_mode()
         if x.ndim != 4 or not len(x):
             raise ValueError(f'images have shape {tuple(x.shape)}; expected [B, C, H, W], B at least 1.')
         batch = _Batch(len(x))

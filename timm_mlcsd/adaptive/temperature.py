@@ -6,7 +6,11 @@ from typing import Callable, List, Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 
-from .evaluate import Logits, as_logits, as_targets
+from .evaluate import Logits, as_logits, as_targets, check_finite
+from .file_checks import check_scales
+
+# far below every logit, and finite, so that gradients are 0 and not NaN
+IMPOSSIBLE = -1e200
 
 __all__ = ['confidence_bins', 'expected_calibration_error', 'fit_temperatures', 'fit_weights']
 
@@ -43,7 +47,7 @@ def fit_weights(
     """
     logits, targets = _own_copies(logits, targets)
     if temperatures is not None:
-        logits = logits / torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)[:, None, None]
+        logits = logits / logits.new_tensor(_checked(temperatures, logits))[:, None, None]
     log_probs = logits.log_softmax(-1)
 
     def loss(log_weights: torch.Tensor) -> torch.Tensor:
@@ -55,10 +59,26 @@ def fit_weights(
 
 
 def _own_copies(logits: Logits, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """In float64, and for autograd to keep, also where the originals come from inference mode."""
+    """In float64, and for autograd to keep, also where the originals come from inference mode.
+
+    Raises:
+        ValueError: They don't fit each other, or a label is a class that an exit's logits say cannot be.
+    """
     logits = as_logits(logits)
     targets = as_targets(targets, logits)
-    return logits.to(torch.float64, copy=True), targets.clone()
+    of_labels = logits.gather(-1, targets.expand(len(logits), -1)[..., None])[..., 0]
+    if of_labels.isinf().any():
+        exit_, sample = (int(i) for i in of_labels.isinf().nonzero()[0])
+        raise ValueError(
+            f'the logit of the label is -inf, first at exit {exit_}, sample {sample}: no temperature or weight makes '
+            f'it likely; leave the sample out.'
+        )
+    return logits.to(torch.float64, copy=True).clamp_min(IMPOSSIBLE), targets.clone()
+
+
+def _checked(temperatures: Sequence[float], logits: torch.Tensor) -> List[float]:
+    temperatures = temperatures.tolist() if isinstance(temperatures, torch.Tensor) else temperatures
+    return check_scales('temperatures', temperatures, len(logits))
 
 
 def _minimise(
@@ -98,8 +118,11 @@ def confidence_bins(
     """
     logits = as_logits(logits)
     targets = as_targets(targets, logits)
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+        raise ValueError(f'bins={bins!r}: expected an integer of at least 1.')
     found = []
-    for z, t in zip(logits, temperatures or [1.0] * len(logits)):
+    for z, t in zip(logits, [1.0] * len(logits) if temperatures is None else _checked(temperatures, logits)):
+        check_finite((z / t)[None])
         confidence, prediction = (z / t).softmax(-1).max(-1)
         index = (confidence * bins).ceil().long().clamp(1, bins) - 1
         columns = torch.stack([torch.ones_like(confidence), prediction == targets, confidence]).double()
