@@ -46,5 +46,5 @@ def trained(folder, small_flags, tmp_path_factory):
     """One run that learns the colours."""
     out = tmp_path_factory.mktemp('trained')
     where = ['--output', out, '--experiment', 'run', '--checkpoint-hist', 2]
-    assert run(train.main, [folder, *small_flags, *where, '--epochs', 6, '--model-ema']) == 0
+    assert run(train.main, [folder, *small_flags, *where, '--epochs', 6, '--model-ema', '--model-ema-decay', 0.5]) == 0
     return out / 'run'

@@ -123,7 +123,7 @@ def test_timing_leaves_the_network_as_it_is(trained, flags, monkeypatch):
         validate, 'run_adaptive', lambda args, model, *rest: seen.append(model) or run_adaptive(args, model, *rest)
     )
     assert run(validate.main, [*flags, '--latency-budget', 50]) == 0
-    assert_same(seen[0].state_dict(), load_checkpoint(trained)['state_dict'])
+    assert_same(seen[0].state_dict(), load_checkpoint(trained / 'model_best.pth.tar')['state_dict'])
 
 
 def test_a_folder_that_knows_its_channels_and_classes(tmp_path, capsys):
@@ -216,3 +216,35 @@ def test_names_of_classes_cannot_break_out_of_the_page(tmp_path):
 def test_torch_and_logits_agree(flags, capsys):
     assert run(validate.main, [*flags, '--budget', '97%']) == 0
     assert 'on all but 0 of 12 images' in capsys.readouterr().out
+
+
+def test_own_images_in_one_folder_get_a_policy(folder, small_flags, tmp_path, capsys):
+    """Nothing but the held-out images can be fitted to and reported on: a half for each."""
+    argv = [folder / 'train', *small_flags, '--val-fraction', 0.5, '--epochs', 2, '--output', tmp_path]
+    assert run(train.main, [*argv, '--experiment', 'run']) == 0
+    flags = ['--checkpoint', tmp_path / 'run', '--workers', 0, '--adaptive', '--max-drop', 50]
+    assert '--held-out evaluates those, with --adaptive too' in failure(flags, capsys)
+    assert run(validate.main, [*flags, '--held-out', '--save-policy']) == 0
+    out = capsys.readouterr().out
+    assert '12 images of the other half of the held-out part of train' in out
+    assert 'fitted to 12 images of one half of the held-out part of train' in out
+    policy = ExitPolicy.load(tmp_path / 'run')
+    assert policy.calibration_images == 12 and policy.weights_digest.startswith('sha256:')
+    # the policy knows what it was fitted to
+    fitted = ['--checkpoint', tmp_path / 'run', '--workers', 0, '--adaptive', '--held-out']
+    assert 'was fitted to one half of the held-out part of train' in failure(fitted, capsys)
+
+
+def test_a_policy_of_other_weights_is_refused(mine, flags, folder, capsys):
+    photo = folder / 'test' / 'red' / '0.png'
+    assert run(validate.main, [*flags, '--max-drop', 50, '--save-policy']) == 0
+    assert run(predict.main, [mine, photo]) == 0 and run(validate.main, flags) == 0
+    capsys.readouterr()
+    last = mine / 'last.pth.tar'
+    for argv, main in (
+        ([last, photo], predict.main),
+        (['--checkpoint', last, *flags[2:]], validate.main),
+        ([mine, photo, '--use-ema'], predict.main),
+    ):
+        assert 'weights' in failure(argv, capsys, main)
+    assert run(predict.main, [last, photo, '--no-policy']) == 0

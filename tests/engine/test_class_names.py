@@ -68,9 +68,9 @@ def gaps(folder, small_flags, tmp_path_factory):
     """A run whose classes have the indices 1, 3 and 4 of 6."""
     out = tmp_path_factory.mktemp('gaps')
     (out / 'map.pkl').write_bytes(pickle.dumps(dict(red=1, green=4, blue=3)))
-    argv = [folder, *small_flags, '--class-map', out / 'map.pkl', '--num-classes', 6, '--epochs', 6]
+    argv = [folder, *small_flags, '--class-map', out / 'map.pkl', '--num-classes', 6, '--epochs', 12]
     assert run(train.main, [*argv, '--output', out, '--experiment', 'run']) == 0
-    return out / 'run'
+    return out / 'run' / 'last.pth.tar'  # five images choose the best epoch too early
 
 
 NAMES = [None, 'red', None, 'blue', 'green', None]
@@ -92,7 +92,7 @@ def test_gaps_stay_gaps(gaps, folder, capsys):
     assert run(predict.main, [gaps, *photos(folder), '--topk', 1]) == 0
     labels = labels_of(capsys.readouterr().out)
     right = sum(label == path.parent.name for label, path in zip(labels, photos(folder)))
-    assert 100 * right / 12 == pytest.approx(top1, abs=0.01) and right >= 10
+    assert 100 * right / 12 == pytest.approx(top1, abs=0.02) and right >= 10
     assert run(predict.main, [gaps, photos(folder)[0], '--topk', 6]) == 0
     shown = capsys.readouterr().out
     assert all(re.search(rf'[ ,]{label} [\d.]+%', shown) for label in ('0', 'red', '2', 'blue', 'green', '5'))

@@ -17,13 +17,14 @@ def photo(folder):
 
 
 def test_labels_of_a_photo(trained, photo, capsys):
-    assert run(predict.main, [trained, photo, '--topk', 2]) == 0
+    last = trained / 'last.pth.tar'
+    assert run(predict.main, [last, photo, '--topk', 2]) == 0
     header, _, row = capsys.readouterr().out.splitlines()
     assert header.split() == ['Image', 'Labels', 'Exit', 'ms']
     labels = row.split('  ')[1].split(', ')
     assert labels[0].startswith('red ') and len(labels) == 2
     assert row.split()[-2] == 'Ex4' and float(row.split()[-1]) > 0
-    assert run(predict.main, [trained, photo, '--threshold', 0]) == 0
+    assert run(predict.main, [last, photo, '--threshold', 0]) == 0
     assert ' Ex1 ' in capsys.readouterr().out
 
 

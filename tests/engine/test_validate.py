@@ -29,7 +29,7 @@ def test_validate_reports_every_exit(trained, folder, tmp_path, capsys):
     assert [float(r['top1']) for r in rows] == [e['top1'] for e in results['exits']]
 
     # the numbers are those of the network: recomputed from its logits
-    checkpoint = load_checkpoint(trained)
+    checkpoint = load_checkpoint(trained / 'model_best.pth.tar')
     model = timm.create_model(checkpoint['arch'], **checkpoint['model_args']).eval()
     model.load_state_dict(checkpoint['state_dict'])
     from torchvision.datasets import ImageFolder
@@ -58,7 +58,7 @@ def test_validate_on_the_held_out_part(trained, tmp_path):
 def test_validate_a_folder_for_the_hub(trained, tmp_path):
     from timm.models import save_for_hf
 
-    checkpoint = load_checkpoint(trained)
+    checkpoint = load_checkpoint(trained / 'model_best.pth.tar')
     model = timm.create_model(checkpoint['arch'], **checkpoint['model_args'])
     model.load_state_dict(checkpoint['state_dict'])
     save_for_hf(model, tmp_path / 'hub', model_args=checkpoint['model_args'], safe_serialization=True)

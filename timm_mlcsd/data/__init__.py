@@ -18,6 +18,7 @@ from .folders import (
     check_class_folders,
     check_folder_has_split,
     image_endings,
+    is_divided,
     is_hidden,
     leave_out_what_is_no_data,
 )
@@ -61,6 +62,7 @@ __all__ = [
     'hold_out',
     'image_endings',
     'image_name',
+    'is_divided',
     'is_hidden',
     'leave_out_what_is_no_data',
     'load_class_map',

@@ -23,6 +23,7 @@ __all__ = [
     'check_class_folders',
     'check_folder_has_split',
     'image_endings',
+    'is_divided',
     'is_hidden',
     'leave_out_what_is_no_data',
 ]
@@ -183,6 +184,12 @@ def _image_endings_of_pillow() -> Set[str]:
     return {ending for ending, format in Image.EXTENSION.items() if format in Image.OPEN} | _OTHER_IMAGE_ENDINGS
 
 
+def is_divided(root: str) -> bool:
+    """Whether a folder of images has folders for splits."""
+    known = {name for names in SPLIT_FOLDERS for name in names}
+    return Path(root).is_dir() and any(path.is_dir() and path.name in known for path in Path(root).iterdir())
+
+
 def check_folder_has_split(root: str, split: str, needs_folder: bool) -> None:
     """Refuse a split that a folder of splits doesn't have; timm would take all its images, whatever their split."""
     folders = {p.name for p in Path(root).iterdir() if p.is_dir()} if Path(root).is_dir() else set()
@@ -193,7 +200,8 @@ def check_folder_has_split(root: str, split: str, needs_folder: bool) -> None:
             raise UserError(f'{root!r} has no split {split!r}; it has {", ".join(sorted(folders))}.')
         raise UserError(
             f'{root!r} is not divided into splits: as split {split!r} it would give the images that are trained on. '
-            f'Leave --val-split out to hold images out of it; validate.py --held-out evaluates those.'
+            f'Leave --val-split out to hold images out of it; validate.py --held-out evaluates those, with --adaptive '
+            f'too.'
         )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ..adaptive import ExitPolicy, calibrate, fit_temperatures, fit_weights
 from ..cost import ExitCost, stage_times
+from ..data import is_divided
 from ..errors import UserError, blame
 from ..models import MultiExitModel
 from ..network import Network, policy_place
@@ -16,7 +17,16 @@ from .build import autocast_of
 from .datasets import check_classes, class_names, load_dataset, same_split
 from .held_out import halves_of, held_out, is_data_of, is_same_data, is_trained_on
 
-__all__ = ['Logits', 'backbone_macs', 'check_flags', 'fits_a_policy', 'load_calibration', 'policy_of', 'policy_path']
+__all__ = [
+    'Logits',
+    'backbone_macs',
+    'check_flags',
+    'fits_a_policy',
+    'load_calibration',
+    'policy_of',
+    'policy_path',
+    'reports_on_half',
+]
 
 
 class Logits(NamedTuple):
@@ -97,13 +107,11 @@ def load_calibration(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tu
     split = args.calibration_split
     if split is None and 'val_indices' in checkpoint:
         dataset, name = held_out(args, checkpoint)
-        if args.held_out:
+        if reports_on_half(args):
             return halves_of(dataset)[0], f'one half of {name}'
-        if is_trained_on(args, checkpoint, args.split):
-            raise UserError(
-                f'--split {args.split}: the policy is fitted to images of it, and it was trained on; report on others: '
-                f'--split test say, or --held-out for one half of the held-out images with the policy of the other.'
-            )
+        if args.held_out or is_trained_on(args, checkpoint, args.split):
+            flag = '--held-out' if args.held_out else f'--split {args.split}'
+            raise UserError(f'{flag}: the policy is fitted to these images; report on others, {_others(args)}.')
         return dataset, name
     split = split or checkpoint.get('val_split')
     if split is None:
@@ -188,6 +196,19 @@ def policy_path(args: argparse.Namespace) -> Path:
     if path is None:
         raise UserError(f'--save-policy: {args.model!r} is no place to write to; name a FILE.')
     return path
+
+
+def reports_on_half(args: argparse.Namespace) -> bool:
+    """Whether one half of the held-out images is reported on and the other fitted to: where there is no other split."""
+    alone = not args.dataset and not is_divided(args.data_dir)
+    return args.held_out and alone and fits_a_policy(args) and not args.calibration_split
+
+
+def _others(args: argparse.Namespace) -> str:
+    """Images to report on, for an error."""
+    if args.dataset or is_divided(args.data_dir):
+        return '--split test say'
+    return '--held-out for the half of the held-out images that it is not fitted to'
 
 
 def fits_a_policy(args: argparse.Namespace) -> bool:

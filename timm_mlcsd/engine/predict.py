@@ -90,7 +90,7 @@ def _policy(args: argparse.Namespace, network: Network) -> Optional[ExitPolicy]:
         raise UserError(f'--threshold: the network answers at its last exit only: {model.why_not_resumable}.')
     if args.threshold is not None:
         return ExitPolicy([args.threshold] * (model.num_exits - 1))
-    with blame(f'the exit policy {network.policy_file} cannot be used (--no-policy does without)'):
+    with blame('the exit policy cannot be used, --no-policy does without it'):
         policy = ExitPolicy.load(network.policy_file)
         policy.check(model.num_exits, model.exit_names)
         policy.check_weights(model)

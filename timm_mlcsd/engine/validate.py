@@ -21,7 +21,7 @@ from ..network import Network, load_network
 from ..report import format_table, plot_accuracy_against_cost, write_page
 from .adaptive import run_adaptive, tables
 from .build import autocast_of, compiled, data_config_of, resolve_device
-from .calibration import Logits, check_flags, fits_a_policy, policy_of, policy_path
+from .calibration import Logits, check_flags, policy_of, policy_path, reports_on_half
 from .config import parse_args
 from .datasets import check_classes, class_names, load_dataset
 from .evaluate import Evaluation, evaluate, exit_logits
@@ -171,7 +171,7 @@ def load_split(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[An
     if 'val_indices' not in checkpoint:
         raise UserError('--held-out needs a checkpoint whose training held images out of its train split.')
     dataset, name = held_out(args, checkpoint)
-    if fits_a_policy(args) and not args.calibration_split:
+    if reports_on_half(args):
         return halves_of(dataset)[1], f'the other half of {name}'
     return dataset, name
 
