@@ -330,6 +330,13 @@ def test_arguments_that_the_runner_refuses(small, kwargs, message):
         runner_in(root / 'onnx').AdaptiveModel(root / 'onnx', **kwargs)
 
 
+def test_graphs_of_another_number_of_classes(earlier):
+    manifest = json.loads((earlier / 'manifest.json').read_text())
+    (earlier / 'manifest.json').write_text(json.dumps(dict(manifest, num_classes=7, class_names=None)))
+    with pytest.raises(ValueError, match=r'stage_0\.onnx: expected logits of 7 classes at exit 0'):
+        runner_in(earlier).AdaptiveModel(earlier)
+
+
 def test_images_of_another_size(small):
     root, *_ = small
     with pytest.raises(ValueError, match=r'shape \(1, 3, 40, 32\); expected \[B, 3, 32, 32\]'):
