@@ -1,10 +1,12 @@
 """Exported stages answer as the network does, also where there is no PyTorch."""
 
 import copy
+import dataclasses
 import importlib.util
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from test_runtime import images_for, logits_of, make, on_the_edge, spread
 from timm_mlcsd.adaptive import AGGREGATES, SCORES, AdaptiveModel, ExitPolicy, evaluate_policy, fit_weights
 from timm_mlcsd.adaptive.export import export_stages, main
 from timm_mlcsd.cost import exit_costs
+from timm_mlcsd.models import weights_digest
 
 FAMILIES = {
     'resnet18': dict(exits=3),
@@ -109,7 +112,7 @@ def test_the_folder_needs_neither_torch_nor_timm(small, tmp_path):
     root, model, _, policy = small
     Image.new('RGB', (50, 40), (250, 20, 20)).save(tmp_path / 'photo.png')
     blocked = 'import sys; sys.modules.update(torch=None, timm=None, timm_mlcsd=None)'
-    code = f'{blocked}; sys.path.insert(0, "."); import runner; runner.main(sys.argv[1:])'
+    code = f'{blocked}; sys.path.insert(0, "."); import runner; sys.exit(runner.main(sys.argv[1:]))'
     run = subprocess.run(
         [sys.executable, '-c', code, str(tmp_path / 'photo.png')], cwd=root / 'onnx', capture_output=True, text=True
     )
@@ -184,8 +187,169 @@ def test_hostile_manifests(small, tmp_path):
     elsewhere = dict(manifest['stages'][0], file='../../etc/stage_0.pt2')
     for wrong in ({}, [], dict(manifest, stages=3), dict(manifest, stages=[{}]), dict(manifest, stages=[elsewhere])):
         (tmp_path / 'out' / 'manifest.json').write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=r'is broken|is not of format'):
+        with pytest.raises(ValueError, match=r'manifest\.json.*(expected|broken|thresholds for)'):
             AdaptiveModel.from_pretrained(tmp_path / 'out', trusted=True)
+
+
+@pytest.mark.parametrize('format', ['onnx', 'torch'])
+def test_policy_and_weights_belong_together(small, format, tmp_path):
+    root, model, images, policy = small
+    digest = weights_digest(model)
+    assert json.loads((root / format / 'manifest.json').read_text())['weights_digest'] == digest
+    load(root / format, format, policy=given(policy.for_weights(model), format))(images)
+    other = dataclasses.replace(policy, weights_digest=digest[:-4] + '0000')
+    with pytest.raises(ValueError, match='fitted to other weights'):
+        load(root / format, format, policy=given(other, format))
+    with pytest.raises(ValueError, match='fitted to other weights'):
+        export_stages(model, other, tmp_path / 'out', format, data_config=config_for(images))
+    named = dataclasses.replace(policy, exit_names=list('abcd'))
+    with pytest.raises(ValueError, match='for exits at a, b, c, d; the network has them at layer1'):
+        load(root / format, format, policy=given(named, format))
+    # a folder of an earlier release doesn't say which weights it holds
+    shutil.copytree(root / format, tmp_path / 'old')
+    manifest = json.loads((root / format / 'manifest.json').read_text())
+    del manifest['weights_digest']
+    (tmp_path / 'old' / 'manifest.json').write_text(json.dumps(manifest))
+    load(tmp_path / 'old', format)(images)
+    with pytest.raises(ValueError, match='fitted to other weights'):
+        load(tmp_path / 'old', format, policy=given(policy.for_weights(model), format))
+    assert not (tmp_path / 'out').exists()
+
+
+def given(policy, format):
+    return policy if format == 'torch' else policy.to_dict()
+
+
+@pytest.fixture
+def earlier(small, tmp_path):
+    """An earlier export."""
+    return shutil.copytree(small[0] / 'onnx', tmp_path / 'earlier')
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.is_dir() or p.read_bytes() for p in folder.rglob('*')}
+
+
+def add(name, text='mine'):
+    def change(folder):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+    return change
+
+
+def named_by_the_manifest(name):
+    def change(folder):
+        (folder / name).write_text('mine')
+        manifest = json.loads((folder / 'manifest.json').read_text())
+        manifest['stages'][0]['file'] = name
+        (folder / 'manifest.json').write_text(json.dumps(manifest))
+
+    return change
+
+
+def link(folder):
+    (folder / 'stage_9.onnx').symlink_to(folder / 'manifest.json')
+
+
+@pytest.mark.parametrize(
+    'change, culprit',
+    [
+        (add('notes.txt'), 'notes.txt'),
+        (add('stage_1.txt'), 'stage_1.txt'),
+        (add('my_stage_1.onnx'), 'my_stage_1.onnx'),
+        (add('stage_1.onnx.data.bak'), 'stage_1.onnx.data.bak'),
+        (add('.hidden'), '.hidden'),
+        (add('photos/ant.png'), 'photos'),
+        (add('stage_7.onnx/ant.png'), 'stage_7.onnx'),
+        (add('__pycache__/mine.cpython-311.pyc'), '__pycache__'),
+        (add('__pycache__/runner.py'), '__pycache__'),
+        (named_by_the_manifest('thesis.tex'), 'something else than an earlier export'),
+        (named_by_the_manifest('runner.py'), 'something else than an earlier export'),
+        (link, 'stage_9.onnx'),
+        (add('runner.py', 'print("mine")'), 'is not as it was exported'),
+    ],
+)
+def test_what_an_export_did_not_write_stays(small, earlier, change, culprit):
+    _, model, images, policy = small
+    change(earlier)
+    before = contents(earlier)
+    with pytest.raises(ValueError, match=re.escape(culprit)):
+        export_stages(model, policy, earlier, 'torch', data_config=config_for(images))
+    assert contents(earlier) == before and [p.name for p in earlier.parent.iterdir()] == ['earlier']
+
+
+def test_an_earlier_export_is_replaced_whole(small, earlier, tmp_path):
+    _, model, images, policy = small
+    add('__pycache__/runner.cpython-311.pyc')(earlier)
+    add('stage_3.onnx.data')(earlier)
+    (tmp_path / 'link').symlink_to(earlier)
+    export_stages(model, policy, tmp_path / 'link', 'torch', data_config=config_for(images))
+    assert (tmp_path / 'link').is_symlink()
+    assert sorted(contents(earlier)) == ['manifest.json', *(f'stage_{k}.pt2' for k in range(4))]
+
+
+def test_class_names_and_preprocessing_that_do_not_fit(small, tmp_path):
+    _, model, images, policy = small
+    for change, message in (
+        (dict(class_names=list('abc')), 'class_names: expected a list of 5'),
+        (dict(class_names=['a', 'b', 'c', 'd', '']), r'class_names\[4\]'),
+        (dict(data_config=config_for(images, crop_pct=0.001)), 'crop_pct'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_stages(model, policy, tmp_path / 'out', 'torch', **{'data_config': config_for(images), **change})
+    assert not list(tmp_path.iterdir())
+    export_stages(
+        model,
+        policy,
+        tmp_path / 'out',
+        'torch',
+        data_config=dict(input_size=(3, 32, 32)),
+        class_names=['a', None, 'c', None, 'e'],
+    )
+    exported = AdaptiveModel.from_pretrained(tmp_path / 'out', trusted=True).model
+    assert exported.class_names == ['a', None, 'c', None, 'e']
+    assert exported.data_config['mean'] == list(model.default_cfg['mean'])  # what isn't given is the model's own
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(providers='CPUExecutionProvider'), 'providers: expected a list out of'),
+        (dict(providers=[]), 'providers: expected a list'),
+        (dict(providers=['NoSuchProvider']), r"providers: .*got \['NoSuchProvider'\]"),
+        (dict(threads=-1), 'threads: expected an integer from 0'),
+        (dict(threads=True), 'threads: expected an integer'),
+        (dict(policy={}), "policy: format: expected 'timm_mlcsd exit policy'"),
+        (dict(policy='strict'), 'policy: expected an object'),
+    ],
+)
+def test_arguments_that_the_runner_refuses(small, kwargs, message):
+    root, *_ = small
+    with pytest.raises(ValueError, match=message):
+        runner_in(root / 'onnx').AdaptiveModel(root / 'onnx', **kwargs)
+
+
+def test_graphs_of_another_number_of_classes(earlier):
+    manifest = json.loads((earlier / 'manifest.json').read_text())
+    (earlier / 'manifest.json').write_text(json.dumps(dict(manifest, num_classes=7, class_names=None)))
+    with pytest.raises(ValueError, match=r'stage_0\.onnx: expected logits of 7 classes at exit 0'):
+        runner_in(earlier).AdaptiveModel(earlier)
+
+
+def test_images_of_another_size(small):
+    root, *_ = small
+    with pytest.raises(ValueError, match=r'shape \(1, 3, 40, 32\); expected \[B, 3, 32, 32\]'):
+        runner_in(root / 'onnx').AdaptiveModel(root / 'onnx').predict(np.zeros((1, 3, 40, 32)))
+    with pytest.raises(ValueError, match='the stages are for torch'):
+        runner_in(root / 'onnx').AdaptiveModel(root / 'torch')
+
+
+def test_without_the_extra(small, tmp_path, monkeypatch):
+    _, model, _, policy = small
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(ValueError, match=r'needs onnx, onnxscript, onnxruntime: install it from a checkout.*\[onnx\]'):
+        export_stages(model, policy, tmp_path / 'out')
 
 
 def test_numbers_that_are_none(small):
@@ -230,3 +394,9 @@ def test_command(tmp_path, capsys):
     assert torch.equal(found.exit_index, there.exit_index) and torch.equal(found.cost, there.cost)
     torch.testing.assert_close(found.logits, there.logits, **TOLERANCE)
     assert run('/nowhere', tmp_path / 'out')[0] == 2
+    foreign = ExitPolicy([0.5]).for_weights(make(exits=2, num_classes=4), 'pictures', 12)
+    foreign.save(tmp_path / 'net')
+    before = contents(tmp_path / 'out')
+    code, error = run(tmp_path / 'net', tmp_path / 'out', '--format', 'torch')
+    assert code == 2 and 'data pictures, images 12' in error and 'validate.py --adaptive --save-policy' in error
+    assert contents(tmp_path / 'out') == before

@@ -3,13 +3,14 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch._dynamo.testing import CompileCounter
 
 import timm_mlcsd
-from timm_mlcsd.adaptive import AGGREGATES, SCORES, AdaptiveModel, ExitPolicy, evaluate_policy, fit_weights
+from timm_mlcsd.adaptive import AGGREGATES, SCORES, AdaptiveModel, ExitPolicy, evaluate_policy, fit_weights, onnx_runner
 from timm_mlcsd.cost import exit_costs
 
 INF = math.inf
@@ -278,6 +279,107 @@ def test_compiled_stages_answer_alike():
     for batch in (images[:6], images[:2], images[7:]):
         compiled.predict(batch)
     assert counter.frame_count - before <= 2  # an exit that only one image, or none, had reached
+
+
+def test_weights_that_the_policy_was_not_fitted_to(tmp_path):
+    model = make(exits=2)
+    policy = ExitPolicy([0.5]).for_weights(model, 'pictures', 30)
+    images = images_for(model, 2)
+    expected = AdaptiveModel(model, policy, COSTS[:2]).predict(images)
+    timm_mlcsd.save_pretrained(model, tmp_path, data_config=dict(input_size=(3, 32, 32)), policy=policy)
+    assert torch.equal(AdaptiveModel.from_pretrained(tmp_path).predict(images).logits, expected.logits)
+    with torch.no_grad():
+        model.get_classifier().bias[0] += 1
+    with pytest.raises(ValueError, match=r'fitted to other weights .*data pictures, images 30'):
+        AdaptiveModel(model, policy, COSTS[:2])
+    AdaptiveModel(model, policy.without_digest(), COSTS[:2])
+    AdaptiveModel(model, ExitPolicy([0.5]), COSTS[:2])
+    policy.for_weights(model).save(tmp_path)  # of other weights, in the folder
+    with pytest.raises(ValueError, match='fitted to other weights'):
+        AdaptiveModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='fitted to other weights'):
+        AdaptiveModel.from_pretrained(tmp_path, policy.for_weights(model))
+
+
+@pytest.mark.parametrize('part', ['', 'backbone.layer1.0.bn1'])
+@pytest.mark.parametrize('compiled', [False, True])
+def test_training_mode_is_refused_and_changes_nothing(part, compiled):
+    model = make(exits=2)
+    images = images_for(model, 2)
+    adaptive = AdaptiveModel(model, ExitPolicy([2.0]), COSTS[:2])
+    if compiled:
+        adaptive.compile(backend='eager')
+    expected = adaptive.predict(images).logits
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    exits = adaptive.iter_exits(images)
+    next(exits)
+    model.get_submodule(part).train()
+    what = f'its module {part!r}' if part else "its module .*|the network"
+    for answer in (
+        lambda: adaptive.predict(images),
+        lambda: adaptive.predict_anytime(images, 1.0),
+        lambda: adaptive.iter_exits(images),
+        lambda: next(exits),  # begun before
+    ):
+        with pytest.raises(RuntimeError, match=rf'({what}) is in training mode; call model\.eval\(\)'):
+            answer()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    model.eval()
+    assert torch.equal(adaptive.predict(images).logits, expected)
+
+
+class Given(timm_mlcsd.MultiExitModel):
+    """Three exits whose logits are what comes in: images [B, 3, C, 1]."""
+
+    num_exits, exit_names, num_classes, feature_dim, probe_size = 3, ['a', 'b', 'c'], 4, 3, (3, 4, 1)
+
+    def run_stage(self, k, state):
+        return state
+
+    def run_head(self, k, state):
+        return state[:, k, :, 0], None
+
+
+def given_runner(policy):
+    """The exported runner over the same exits, without graphs."""
+    runner = object.__new__(onnx_runner.AdaptiveModel)
+    runner.stages = [{}] * 3
+    runner.manifest = dict(num_classes=4, data_config=dict(input_size=[3, 4, 1]))
+    runner.policy = onnx_runner.check_policy(policy.to_dict(), 'policy')
+    runner.thresholds, runner.is_on = [*runner.policy['thresholds'], -INF], [policy.is_on(k) for k in range(3)]
+    runner.costs = np.arange(3.0)
+    runner._run = lambda k, state: ([state[0].copy()], state[0][:, k, :, 0].copy())
+    return runner
+
+
+@pytest.mark.parametrize('score, aggregate', list(itertools.product(SCORES, AGGREGATES)))
+def test_logits_that_are_not_finite_are_treated_alike_everywhere(score, aggregate):
+    torch.manual_seed(0)
+    x = 2 * torch.randn(40, 3, 4, 1)
+    x[:8, :, 1] = -INF  # a class that cannot be: numbers as usual
+    bad = {20: (0, INF), 21: (1, INF), 22: (0, math.nan), 23: (2, math.nan), 24: (2, INF)}
+    for i, (k, value) in bad.items():
+        x[i, k, 2] = value
+    x[25, 0] = -INF
+    fine = [i for i in range(40) if i not in (*bad, 25)]
+    weights = [[1.0], [0.5, 1.0], [0.2, 0.3, 0.7]] if aggregate == 'fitted' else None
+    policy = ExitPolicy([2, 2] if score == 'patience' else [0.55, 0.5], score, [1.2, 1.0, 0.8], aggregate, weights)
+    found = AdaptiveModel(Given(), policy, range(3)).predict(x)
+    logits, exit_index, _ = map(torch.from_numpy, given_runner(policy).predict(x.numpy()))
+    assert torch.equal(exit_index, found.exit_index)
+    torch.testing.assert_close(logits, found.logits, equal_nan=True, rtol=1e-5, atol=1e-5)  # other exponentials
+    counted = evaluate_policy(x[fine, :, :, 0].transpose(0, 1), torch.zeros(len(fine)).long(), range(3), policy)
+    assert torch.equal(counted.exit_index, exit_index[fine]) and len(counted.exit_index.unique()) > 1
+    assert torch.equal(counted.prediction, logits[fine].argmax(-1))
+    for i in (*bad, 25):
+        with pytest.raises(ValueError, match=r'not finite, first at exit \d, sample 0'):
+            evaluate_policy(x[[i], :, :, 0].transpose(0, 1), torch.zeros(1).long(), range(3), policy)
+    never = policy.with_thresholds([-1e9, -1e9])  # everything that is a number leaves at once
+    found = AdaptiveModel(Given(), never, range(3)).predict(x)
+    assert torch.equal(found.exit_index, torch.from_numpy(given_runner(never).predict(x.numpy()).exit_index))
+    # an answer that is a mean stays broken once an exit was
+    later = 1 if aggregate == 'last' else 2
+    assert found.exit_index.tolist() == [later if i in (20, 22, 25) else 0 for i in range(40)]
 
 
 def test_mistakes():

@@ -28,7 +28,7 @@ from ..models import MultiExitModel, weights_digest
 from ..network import load_network
 from ..version import __version__
 from .exported import MANIFEST, read_manifest
-from .file_checks import MANIFEST_FORMAT, SUFFIXES, VERSION, check_manifest
+from .file_checks import MANIFEST_FORMAT, SUFFIXES, VERSION, check_class_names, check_data_config, check_manifest
 from .policy import ExitPolicy
 
 __all__ = ['FORMATS', 'export_stages', 'main']
@@ -106,6 +106,9 @@ def export_stages(
     if directory.exists():
         _check_replaceable(directory)
     data_config = {**timm.data.resolve_data_config({}, model=model), **(data_config or {})}
+    check_data_config(data_config, 'data_config')
+    class_names = None if class_names is None else list(class_names)
+    check_class_names(class_names, model.num_classes, 'class_names')
     input_size = tuple(data_config['input_size'])
     manifest = dict(
         format=MANIFEST_FORMAT,
@@ -113,7 +116,7 @@ def export_stages(
         kind=format,
         architecture=model.default_cfg['architecture'],
         num_classes=model.num_classes,
-        class_names=None if class_names is None else list(class_names),
+        class_names=class_names,
         data_config=data_config,
         policy=policy.to_dict(),
         weights_digest=weights_digest(model),

@@ -127,6 +127,12 @@ class AdaptiveModel:
             onnxruntime.InferenceSession(str(folder / Path(stage['file']).name), options, providers=list(providers))
             for stage in self.stages
         ]
+        for k, (session, stage) in enumerate(zip(self.sessions, self.stages)):
+            classes = [o.shape[-1] for o in session.get_outputs() if o.name == 'logits']
+            if stage['answers'] and classes != [self.manifest['num_classes']]:
+                raise ValueError(
+                    f'{stage["file"]}: expected logits of {self.manifest["num_classes"]} classes at exit {k}.'
+                )
         self._only_needed = onnxruntime.RunOptions()
         self._only_needed.only_execute_path_to_fetches = True  # a head that was exported and is off
 
@@ -415,14 +421,10 @@ def check_manifest(manifest: Any, source: str) -> None:
         raise ValueError(f'{source} is broken: it has no {", ".join(missing)}.')
     kind = _one_of(f'{source}: kind', manifest['kind'], tuple(SUFFIXES))
     num_classes = _integer(f'{source}: num_classes', manifest['num_classes'], 1, 10**7)
-    class_names = manifest.get('class_names')
-    if class_names is not None:
-        for k, name in enumerate(_list(f'{source}: class_names', class_names, num_classes, num_classes)):
-            if name is not None and not (isinstance(name, str) and name):
-                _refuse(f'{source}: class_names[{k}]', 'a name, or null where the class has none', name)
+    check_class_names(manifest.get('class_names'), num_classes, f'{source}: class_names')
     _check_digest(f'{source}: weights_digest', manifest.get('weights_digest'))
     _check_digest(f'{source}: runner_digest', manifest.get('runner_digest'))
-    _check_data_config(manifest['data_config'], f'{source}: data_config')
+    check_data_config(manifest['data_config'], f'{source}: data_config')
     stages = _list(f'{source}: stages', manifest['stages'], 1, 1000)
     policy = check_policy(manifest['policy'], f'{source}: policy')
     if len(policy['thresholds']) != len(stages) - 1:
@@ -460,7 +462,17 @@ def _check_stage(stage: Any, source: str, file: str, inputs: List[str]) -> List[
     return left
 
 
-def _check_data_config(config: Any, source: str) -> None:
+def check_class_names(names: Any, num_classes: int, where: str) -> None:
+    """Raise a ValueError where class names aren't one per class, None for those without."""
+    if names is None:
+        return
+    for k, name in enumerate(_list(where, names, num_classes, num_classes)):
+        if name is not None and not (isinstance(name, str) and name):
+            _refuse(f'{where}[{k}]', 'a name, or null where the class has none', name)
+
+
+def check_data_config(config: Any, source: str) -> None:
+    """Raise a ValueError where the preprocessing of images has an entry that is out of its range."""
     if not isinstance(config, dict):
         _refuse(source, 'an object', config)
     channels, *sides = _list(f'{source}.input_size', config.get('input_size'), 3, 3)
