@@ -10,6 +10,7 @@ import torch
 
 from ..files import replacing
 from ..hub import POLICY
+from ..models import weights_digest
 
 __all__ = ['AGGREGATES', 'SCORES', 'ExitPolicy', 'Memory', 'score_of']
 
@@ -49,6 +50,9 @@ class ExitPolicy:
             exits so far (``mean``; ``fitted`` with weights of its own).
         weights: For ``fitted``: row k has the weights of exits 0..k in the answer of exit k.
         exit_names: The network's ``exit_names``, so that the policy of another network is noticed.
+        weights_digest: Of the weights that the policy was fitted to, as `timm_mlcsd.models.weights_digest` gives it.
+        calibration_data: Name of the data that it was fitted to.
+        calibration_images: Number of its images.
 
     Raises:
         ValueError: The arguments contradict each other.
@@ -65,6 +69,9 @@ class ExitPolicy:
     aggregate: str = 'last'
     weights: Optional[Tuple[Tuple[float, ...], ...]] = None
     exit_names: Optional[Tuple[str, ...]] = None
+    weights_digest: Optional[str] = None
+    calibration_data: Optional[str] = None
+    calibration_images: Optional[int] = None
 
     def __post_init__(self):
         def numbers(name: str, values: Any) -> Tuple[float, ...]:
@@ -126,6 +133,25 @@ class ExitPolicy:
             raise ValueError(
                 f'the policy is for exits at {", ".join(self.exit_names)}; the network has them at '
                 f'{", ".join(exit_names)}.'
+            )
+
+    def for_weights(
+        self, model: torch.nn.Module, data: Optional[str] = None, images: Optional[int] = None
+    ) -> 'ExitPolicy':
+        """The same policy, bound to the weights of `model`."""
+        data = self.calibration_data if data is None else data
+        images = self.calibration_images if images is None else images
+        return replace(self, weights_digest=weights_digest(model), calibration_data=data, calibration_images=images)
+
+    def without_digest(self) -> 'ExitPolicy':
+        """The same policy for any weights."""
+        return replace(self, weights_digest=None)
+
+    def check_weights(self, model: torch.nn.Module) -> None:
+        """Raise a ValueError where the policy was fitted to other weights."""
+        if self.weights_digest is not None and self.weights_digest != weights_digest(model):
+            raise ValueError(
+                'the policy was fitted to other weights; calibrate again, or use policy.without_digest() if it fits.'
             )
 
     def answer(
