@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..arguments import ScriptParser
 from ..cost import exit_costs
-from ..errors import UserError, run_script, shortened
+from ..errors import UserError, install_hint, run_script, shortened
 from ..models import MultiExitModel
 from ..network import load_network
 from ..version import __version__
@@ -86,7 +86,7 @@ def export_stages(
     if format == 'onnx':
         missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if importlib.util.find_spec(name) is None]
         if missing:
-            raise ValueError(f'format=\'onnx\' needs {", ".join(missing)}: pip install "timm_mlcsd[onnx]".')
+            raise ValueError(f"format='onnx' needs {', '.join(missing)}; {install_hint('onnx')}.")
     if not model.num_classes:
         raise ValueError('the network has no classes (num_classes=0), so no exit can be sure of one.')
     dtype = next(model.parameters()).dtype

@@ -13,7 +13,7 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
 from ..data import CheckedImages, CheckedStream, ConvertedImages, DigitsDataset, TransformSubset, hold_out
-from ..errors import UserError, blame
+from ..errors import UserError, blame, install_hint
 from .folders import SPLIT_FOLDERS, check_class_folders, check_folder_has_split
 
 __all__ = [
@@ -140,7 +140,7 @@ def _check_package(dataset: str, prefix: str) -> None:
     package = dict(hfds='datasets', hfids='datasets', tfds='tensorflow_datasets', wds='webdataset').get(prefix)
     if package and importlib.util.find_spec(package) is None:
         extra = 'hfds' if package == 'datasets' else prefix
-        raise UserError(f'--dataset {dataset} needs the package {package}: pip install "timm_mlcsd[{extra}]".')
+        raise UserError(f'--dataset {dataset} needs the package {package}; {install_hint(extra)}.')
 
 
 def _learn_classes(reader: Any, args: argparse.Namespace) -> None:
