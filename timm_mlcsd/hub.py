@@ -185,7 +185,8 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
     scheme, _, place = name.partition(':')
     on_hub = scheme in HUB
     if on_hub:
-        folder = _download(place, kwargs.get('cache_dir'))
+        with explained(f'{name!r} cannot be loaded'):
+            folder = _download(place, kwargs.get('cache_dir'))
     else:
         folder = Path(place if scheme == 'local-dir' else name)
         if not (folder / CONFIG).is_file():
@@ -198,7 +199,7 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
         check_config(config, shapes)
         model = create_named(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
     except Exception as e:  # files that others made are broken in as many ways as there are files
-        raise UserError(f'{name} cannot be loaded: {shortened(e)}') from e
+        raise UserError(f'{name!r} cannot be loaded: {shortened(e)}') from e
     missing = missing_weights(model, shapes)
     if missing and kwargs.get('pretrained_strict', True):
         raise UserError(f'{name} has no weights for {", ".join(missing[:3])}, {len(missing)} in all.')
@@ -258,17 +259,16 @@ def find_policy(source: Union[str, Path]) -> Optional[Path]:
 
 def _download(place: str, cache_dir: Union[str, Path, None]) -> Path:
     """The folder in the local cache with config and weights of one commit."""
-    with explained(f'hf-hub:{place} cannot be loaded'):
-        repo_id, revision = hf_split(place)
-        folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision, cache_dir=cache_dir)).parent
-        try:
-            hf_hub_download(repo_id, HF_SAFE_WEIGHTS_NAME, revision=folder.name, cache_dir=cache_dir)
-        except Exception as e:
-            if is_not_there(e):
-                raise UserError(
-                    f'hf-hub:{place} has no {HF_SAFE_WEIGHTS_NAME}; weights in other formats are not read.'
-                ) from None
-            raise
+    repo_id, revision = hf_split(place)
+    folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision, cache_dir=cache_dir)).parent
+    try:
+        hf_hub_download(repo_id, HF_SAFE_WEIGHTS_NAME, revision=folder.name, cache_dir=cache_dir)
+    except Exception as e:
+        if is_not_there(e):
+            raise UserError(
+                f"'hf-hub:{place}' has no {HF_SAFE_WEIGHTS_NAME}; weights in other formats are not read."
+            ) from None
+        raise
     return folder
 
 

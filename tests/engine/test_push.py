@@ -98,11 +98,14 @@ def test_mistakes(trained, tmp_path, capsys):
 TOKEN = 'hf_' + 'x' * 34
 # one process, because importing takes longer than all the cases
 CASES = """
-import os, sys, timm, timm_mlcsd, logging
+import sys, time, timm, timm_mlcsd, huggingface_hub.file_download
 from timm_mlcsd import from_pretrained, push_to_hub
 from timm_mlcsd.adaptive import ExitPolicy
 from timm_mlcsd.hub import find_policy
 
+# the Hub's client tries again several times, for minutes
+time.sleep = lambda seconds: None
+huggingface_hub.file_download._ETAG_RETRY_TIMEOUT = 1
 model = timm.create_model('mlcsd_resnet18', num_classes=3, exits=2, channels=(8, 8, 8, 8), small_input=True)
 other = ExitPolicy([0.5]).for_weights(timm.create_model('mlcsd_resnet18', exits=2, num_classes=3))
 CALLS = {
