@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -44,10 +45,24 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != 'HEAD':
             self.wfile.write(body)
 
+    def _refused(self):
+        """Note the request; answer it with the status that its path is to get, if any."""
+        self.server.log.append(f'{self.command} {self.path}')
+        for part, status in self.server.statuses.items():
+            if part in self.path:
+                if status == 'slow':
+                    time.sleep(3)
+                self._body()
+                self._send(status if isinstance(status, int) else 504)
+                return True
+        return False
+
     def _missing(self, code):
         self._send(404, b'', X_Error_Code=code)
 
     def do_POST(self):
+        if self._refused():
+            return None
         repos, parts = self.server.repos, self.path.split('?')[0].strip('/').split('/')
         body = self._body()
         if self.path == '/api/validate-yaml':
@@ -79,7 +94,11 @@ class _Handler(BaseHTTPRequestHandler):
         return self._missing('EntryNotFound')
 
     def do_GET(self):
+        if self._refused():
+            return None
         parts = self.path.split('?')[0].strip('/').split('/')
+        if parts[:2] == ['api', 'whoami-v2']:
+            return self._send(200, dict(name='me', type='user'))
         if parts[0] == 'api' and parts[1] == 'models':
             repo, name = self.server.repos.get('/'.join(parts[2:4])), '/'.join(parts[2:4])
             if repo is None:
@@ -104,10 +123,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def hub_server():
-    """Serve; gives a server with ``address`` and ``repos`` (name -> files and whether it is private)."""
+    """Serve.
+
+    Gives a server with ``address``, ``repos`` (name -> files and whether it is private), ``log`` (requests so far) and
+    ``statuses``, to be filled by the test: part of a path -> the status that such requests get, or 'slow'.
+    """
     server = ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
     server.address = f'http://127.0.0.1:{server.server_port}'
-    server.repos = {}
+    server.repos, server.log, server.statuses = {}, [], {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server

@@ -66,7 +66,7 @@ def test_a_missing_package_is_named(small, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, 'wandb', None)
     for more in ([], ['--dry-run']):
         assert run(train.main, [*small, '--log-wandb', *more]) == 2
-        assert 'pip install "timm_mlcsd[wandb]"' in capsys.readouterr().err
+        assert 'pip install ".[wandb]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('more, images', [([], 8), (['--grad-accum-steps', 3], 24), (['--batch-size', 43], 43)])

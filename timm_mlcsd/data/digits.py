@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..errors import install_hint
+
 __all__ = ['DigitsDataset']
 
 # fixed shares of a fixed shuffle, so that every user's test images are the same
@@ -29,9 +31,7 @@ class DigitsDataset(Dataset):
         try:
             from sklearn.datasets import load_digits
         except ImportError:
-            raise ImportError(
-                'the digits data set ships inside scikit-learn: pip install "timm_mlcsd[digits]".'
-            ) from None
+            raise ImportError(f'the digits data set ships inside scikit-learn; {install_hint("digits")}.') from None
         if split not in _SPLITS:
             raise ValueError(f'digits has no split {split!r}; choose one of {", ".join(_SPLITS)}.')
         digits = load_digits()

@@ -177,7 +177,7 @@ def _check_package(dataset: str, prefix: str) -> None:
     package = dict(hfds='datasets', hfids='datasets', tfds='tensorflow_datasets', wds='webdataset').get(prefix)
     if package and importlib.util.find_spec(package) is None:
         extra = 'hfds' if package == 'datasets' else prefix
-        raise UserError(f'--dataset {dataset} needs the package {package}: {install_hint(extra)}.')
+        raise UserError(f'--dataset {dataset} needs the package {package}; {install_hint(extra)}.')
 
 
 def _learn_classes(reader: Any, args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 
-from ..errors import UserError, blame
+from ..errors import UserError, blame, install_hint
 
 __all__ = ['LOGS', 'Logs', 'check_packages']
 
@@ -121,4 +121,4 @@ def _package(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as e:
-        raise UserError(f'--log-{extra} needs a package: pip install "timm_mlcsd[{extra}]" ({e}).') from None
+        raise UserError(f'--log-{extra} needs a package ({e}); {install_hint(extra)}.') from None

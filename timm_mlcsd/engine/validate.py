@@ -14,7 +14,7 @@ import torch
 from ..adaptive import evaluate_policy
 from ..cost import ExitCost, exit_costs
 from ..data import IMAGE_MODE
-from ..errors import UserError, blame, run_script
+from ..errors import UserError, blame, install_hint, run_script
 from ..hub import SOURCES
 from ..models import MultiExitModel
 from ..network import Network, load_network
@@ -124,7 +124,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
     if args.plot and Path(args.plot).suffix != '.png':
         raise UserError(f'--plot {args.plot!r} must end in .png.')
     if args.plot and importlib.util.find_spec('matplotlib') is None:
-        raise UserError('--plot needs matplotlib: pip install "timm_mlcsd[plot]".')
+        raise UserError(f'--plot needs matplotlib; {install_hint("plot")}.')
     if args.report and Path(args.report).suffix not in ('.html', '.htm'):
         raise UserError(f'--report {args.report!r} must end in .html.')
     policy = str(policy_path(args)) if args.save_policy else None

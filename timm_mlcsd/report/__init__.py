@@ -1,8 +1,8 @@
 """What people read: tables, plots, model cards."""
 
-from .model_card import model_card
+from .model_card import check_license, is_own_card, model_card
 from .page import write_page
 from .plots import plot_accuracy_against_cost
 from .tables import format_table
 
-__all__ = ['format_table', 'model_card', 'plot_accuracy_against_cost', 'write_page']
+__all__ = ['check_license', 'format_table', 'is_own_card', 'model_card', 'plot_accuracy_against_cost', 'write_page']
