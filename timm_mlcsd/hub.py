@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from timm.data.model_config import resolve_input_data_config
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, _get_global_pool, hf_split, save_config_for_hf
 
+from .data import IMAGE_MODE
 from .errors import UserError, shortened
 from .files import replacing_together
 from .hub_errors import explained, has_no_connection, is_not_there, reason_of
@@ -82,7 +83,9 @@ def save_pretrained(
         if policy.weights_digest is None:
             policy = policy.for_weights(model)
     names = label_names(model) if class_names is None else class_list(class_names, model.num_classes)
+    image_mode = (data_config or {}).get(IMAGE_MODE, model.pretrained_cfg.get(IMAGE_MODE))
     data_config = resolve_input_data_config(model, {'input_size': model.probe_size, **(data_config or {})})
+    data_config[IMAGE_MODE] = image_mode
     card = _card(
         model,
         directory.name,
@@ -206,6 +209,8 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
     stored = model.pretrained_cfg['num_classes']
     if model.num_classes not in (0, stored):
         _logger.warning(f'{name} has {stored} classes: the classifiers for {model.num_classes} are new and untrained.')
+    if config.get(IMAGE_MODE):
+        model.pretrained_cfg[IMAGE_MODE] = config[IMAGE_MODE]
     if on_hub:
         model.pretrained_cfg.pop('file', None)
         model.pretrained_cfg.update(source='hf-hub', hf_hub_id=place)
@@ -296,8 +301,10 @@ def _write_config(
     config = read_json(path)
     # timm adds all that its factory was called with
     config['model_args'] = {key: value for key, value in config['model_args'].items() if is_network_argument(key)}
-    for key in ('label_names', 'label_descriptions'):
+    for key in ('label_names', 'label_descriptions', IMAGE_MODE):
         config['pretrained_cfg'].pop(key, None)
+    if data_config.get(IMAGE_MODE):
+        config[IMAGE_MODE] = data_config[IMAGE_MODE]
     if names is not None:
         with_gaps = {str(index): name for index, name in enumerate(names) if name is not None}
         config['label_names'] = with_gaps if None in names else list(names)

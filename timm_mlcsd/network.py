@@ -8,9 +8,11 @@ from typing import Any, Dict, List, NamedTuple, Optional, Union
 import torch
 from timm.data import resolve_data_config
 
+from .data import IMAGE_MODE, pad_names
 from .errors import UserError, blame
-from .hub import CONFIG, POLICY, SOURCES, find_policy, from_pretrained
+from .hub import CONFIG, POLICY, SOURCES, find_policy, from_pretrained, label_names
 from .models import MultiExitModel, create_named
+from .stored import check_model_source, class_list
 
 __all__ = ['BEST', 'LAST', 'Network', 'load_checkpoint', 'load_network', 'policy_place']
 
@@ -54,13 +56,20 @@ def load_network(source: Union[str, Path], use_ema: bool = False) -> Network:
         with blame(f'{source!r} cannot be loaded'):
             model = from_pretrained(source)
             policy_file = find_policy(source)
-        names = model.pretrained_cfg.get('label_names')
-        return Network(model, resolve_data_config({}, model=model), list(names) if names else None, {}, policy_file)
+            names = label_names(model)
+        data_config = resolve_data_config({}, model=model)
+        if model.pretrained_cfg.get(IMAGE_MODE):
+            data_config[IMAGE_MODE] = model.pretrained_cfg[IMAGE_MODE]
+        return Network(model, data_config, names, {}, policy_file)
     checkpoint = load_checkpoint(_best_of_run(source))
     model = _model_of(checkpoint, source, use_ema).eval()
     policy_file = policy_place(source)
     policy_file = policy_file if policy_file.is_file() else None
-    return Network(model, checkpoint['data_config'], checkpoint.get('class_names'), checkpoint, policy_file)
+    with blame(f'{source!r} cannot be used'):
+        names = checkpoint.get('class_names')
+        # checkpoints did not always name all classes
+        names = class_list(pad_names(names, model.num_classes) if isinstance(names, list) else names, model.num_classes)
+    return Network(model, checkpoint['data_config'], names, checkpoint, policy_file)
 
 
 def _best_of_run(source: str) -> Path:
@@ -90,6 +99,8 @@ def _model_of(checkpoint: Dict[str, Any], source: str, use_ema: bool = False) ->
     if key not in checkpoint:
         raise UserError(f'--use-ema: {source!r} was trained without --model-ema and has no averaged weights.')
     with blame(f'{source!r} cannot be made again'):
+        shapes = {name: tuple(t.shape) for name, t in checkpoint[key].items()}
+        check_model_source(checkpoint['arch'], checkpoint['model_args'], checkpoint['data_config'], shapes)
         model = create_named(checkpoint['arch'], **checkpoint['model_args'])
     with blame(f'{source!r} does not fit {checkpoint["arch"]}'):
         model.load_state_dict(checkpoint[key])

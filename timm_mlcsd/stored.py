@@ -14,6 +14,7 @@ import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from .data import IMAGE_MODE, IMAGE_MODES
 from .errors import printable, shortened
 from .models import MultiExitModel, create_named
 
@@ -35,7 +36,7 @@ MAX_TEXT = 1000
 MAX_DEPTH = 8
 MAX_JSON_BYTES = 64 * 2**20
 
-_DATA_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+_DATA_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode', IMAGE_MODE)
 # what timm's factory takes beside a network's own arguments: where weights lie, and how and where the network runs
 _NOT_OF_A_NETWORK = (
     'backbone',
@@ -123,7 +124,7 @@ def check_config(config: Any, shapes: Shapes) -> None:
             raise ValueError(
                 f'pretrained_cfg.{key}={_shown(cfg[key])}: expected none; the weights are those beside the config.'
             )
-    _check_data_config(cfg, 'pretrained_cfg')
+    _check_data_config({**cfg, IMAGE_MODE: config.get(IMAGE_MODE)}, 'pretrained_cfg')
     _check_channels(model_args, cfg)
     for key, known in (('architecture', architecture), ('fixed_input_size', None)):
         value = cfg.get(key)
@@ -306,7 +307,7 @@ def _check_data_config(config: Any, where: str = 'data_config') -> None:
             raise ValueError(f'{where}.{key}={_shown(values)}: expected one number, or one per channel ({channels}).')
         for value in values:
             _check_number(value, f'{where}.{key}', bounds)
-    for key, known in (('interpolation', INTERPOLATIONS), ('crop_mode', CROP_MODES)):
+    for key, known in (('interpolation', INTERPOLATIONS), ('crop_mode', CROP_MODES), (IMAGE_MODE, IMAGE_MODES)):
         if config.get(key) is not None and config[key] not in known:
             raise ValueError(f'{where}.{key}={_shown(config[key])}: expected one of {", ".join(known)}.')
 
