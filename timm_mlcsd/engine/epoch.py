@@ -65,13 +65,15 @@ class Termination:
     def _wish(self, number: int, *_: Any) -> None:
         is_interrupt = number == signal.SIGINT
         # torchrun passes it on, and ends its processes itself when they take too long
-        if is_interrupt and self.by == _CTRL_C and 'TORCHELASTIC_RUN_ID' not in os.environ:
+        alone = 'TORCHELASTIC_RUN_ID' not in os.environ
+        if is_interrupt and self.by == _CTRL_C and alone:
             raise KeyboardInterrupt
         self.wished = True
         self.by = self.by or (_CTRL_C if is_interrupt else 'SIGTERM')
         if is_interrupt and int(os.environ.get('RANK', 0)) == 0:
             # print and logging must not be called from here
-            os.write(2, b'\nCtrl-C: saving after this update; press it again to stop at once, without\n')
+            again = '; press it again to stop at once, without' if alone else ''
+            os.write(2, f'\nCtrl-C: saving after this update{again}\n'.encode())
 
 
 class Progress(NamedTuple):
