@@ -28,6 +28,7 @@ __all__ = [
     'positive_int',
     'probability',
     'seed',
+    'train_interpolation',
 ]
 
 # what every seed, counter and tensor size takes
@@ -203,10 +204,15 @@ def budget(text: str) -> str:
 
 def interpolation(text: str) -> str:
     """How images are resized, in timm's words; empty for the model's way."""
-    known = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random')
+    known = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
     if text and text not in known:
         raise argparse.ArgumentTypeError(f'expected one of {", ".join(known)}, got {_short(text)}')
     return text
+
+
+def train_interpolation(text: str) -> str:
+    """How images are resized in training, where ``random`` takes another way each time."""
+    return text if text == 'random' else interpolation(text)
 
 
 def exits(text: str) -> Union[int, List[str]]:

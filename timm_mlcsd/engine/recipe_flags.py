@@ -6,13 +6,13 @@ from ..arguments import (
     KeyValues,
     fraction,
     integer,
-    interpolation,
     non_negative_float,
     non_negative_int,
     number,
     positive_float,
     positive_int,
     probability,
+    train_interpolation,
 )
 
 __all__ = ['add_recipe_flags']
@@ -108,7 +108,7 @@ def _add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--reprob', type=probability, default=0.0, help='random erasing probability')
     group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'))
     group.add_argument('--recount', type=positive_int, default=1)
-    group.add_argument('--train-interpolation', type=interpolation, default='random')
+    group.add_argument('--train-interpolation', type=train_interpolation, default='random')
     group.add_argument('--mixup', type=number(at_least=0, at_most=1000), default=0.0)
     group.add_argument('--cutmix', type=number(at_least=0, at_most=1000), default=0.0)
     group.add_argument('--cutmix-minmax', type=probability, nargs=2, default=None)

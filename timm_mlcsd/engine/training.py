@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from ..data import IndexedTargets, checked_images, class_label, pad_names
 from ..errors import UserError, blame, printable
+from ..stored import check_model_source
 from ..task import MLCSDTask
 from .build import (
     autocast_of,
@@ -84,6 +85,8 @@ class Training:
             class_names=self.class_names,
             **self.split_record,
         )
+        with blame('the flags make a network that could not be loaded again'):
+            check_model_source(self.identity['arch'], self.identity['model_args'], self.data_config)
         self.start_epoch, self.best, self.progress = 0, float('-inf'), None
         if checkpoint:
             same_data = is_same_data(args, checkpoint)
