@@ -38,7 +38,7 @@ def test_stages_in_a_row_are_the_backbone(arch, exits, small_input):
         assert [torch.equal(z, y) for (_, z), y in zip(model.iter_exits(x), output.logits)] == [True] * exits
     assert all(z.shape == (2, 7) for z in output.logits)
     size = 8 if small_input else 2
-    assert all(f.shape == (2, model.feature_dim, size, size) for f in output.features)
+    assert all(f.shape == (2, model.exit_feature_dim, size, size) for f in output.features)
 
     model.train()
     output = model(x)

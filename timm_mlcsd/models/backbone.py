@@ -131,14 +131,14 @@ class MultiExitBackbone(MultiExitModel):
         exits = list(exits) if isinstance(exits, (list, tuple)) else self.num_exits
         self.exit_args = dict(exits=exits, exit_head=exit_head, exit_pool=exit_pool, small_input=small_input)
         last = plan.tapped[-1].layout
-        self.feature_dim = last.channels
+        self.exit_feature_dim = last.channels
         self.reduction = self.probe_size[-1] // last.width
         weight = next(backbone.parameters())
         self.heads = nn.ModuleList(
             [
                 ExitHead(
                     _widths_below(place, plan.places[: plan.taps[-1] + 1]),
-                    self.feature_dim,
+                    self.exit_feature_dim,
                     backbone.num_classes,
                     exit_head,
                     exit_pool,

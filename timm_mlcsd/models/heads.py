@@ -121,7 +121,7 @@ class ExitHead(nn.Module):
 
     Args:
         widths: The n + 1 widths from the tap to the common feature.
-        feature_dim: Width D of the common feature; a 1x1 conv adapts where ``widths`` ends elsewhere.
+        exit_feature_dim: Width D of the common feature; a 1x1 conv adapts where ``widths`` ends elsewhere.
         num_classes: C, 0 for pooled features.
         kind: Reduction layers, one of `EXIT_HEADS`.
         pool: Global pool, one of `EXIT_POOLS`.
@@ -133,7 +133,7 @@ class ExitHead(nn.Module):
     def __init__(
         self,
         widths: Sequence[int],
-        feature_dim: int,
+        exit_feature_dim: int,
         num_classes: int,
         kind: str,
         pool: str,
@@ -148,12 +148,12 @@ class ExitHead(nn.Module):
             raise ValueError(f'exit_head={kind!r} is unknown; choose one of {", ".join(EXIT_HEADS)}.')
         if pool not in EXIT_POOLS:
             raise ValueError(f'exit_pool={pool!r} is unknown; choose one of {", ".join(EXIT_POOLS)}.')
-        self.feature_dim = feature_dim
+        self.exit_feature_dim = exit_feature_dim
         self.reduce = EXIT_HEADS[kind](widths, style, **dd)
         if style.first:
             self.reduce.insert(0, style.norm(widths[0], **dd))
-        if widths[-1] != feature_dim:
-            self.reduce.extend(_conv_norm_act(widths[-1], feature_dim, 1, style=style, **dd))
+        if widths[-1] != exit_feature_dim:
+            self.reduce.extend(_conv_norm_act(widths[-1], exit_feature_dim, 1, style=style, **dd))
         self.pool = SelectAdaptivePool2d(pool_type=pool, flatten=True)
         for module in self.reduce.modules():
             if isinstance(module, nn.Conv2d):
@@ -162,7 +162,7 @@ class ExitHead(nn.Module):
 
     def reset_classifier(self, num_classes: int, device=None, dtype=None) -> None:
         """Make a new linear layer for `num_classes`, none for 0; in the mode that the head is in."""
-        fc = nn.Linear(self.feature_dim, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        fc = nn.Linear(self.exit_feature_dim, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
         self.fc = fc.train(self.training)
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -139,7 +139,7 @@ class NativeMultiExit(MultiExitModel):
         self.probe_size = (in_chans, *((224, 224) if stem_kind == 'imagenet' else (32, 32)))
         self.reduction = reduction
         dims = [CIFAR_HEAD_WIDTH if stem_kind == 'cifar' else width for width in widths]
-        self.feature_dim = dims[0] if len(set(dims)) == 1 else dims
+        self.exit_feature_dim = dims[0] if len(set(dims)) == 1 else dims
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
             dict(num_chs=dim, reduction=4 * reduction, module=f'heads.{k}.reduce') for k, dim in enumerate(dims)
@@ -243,8 +243,8 @@ class NativeMultiExit(MultiExitModel):
         self.stages, self.heads = self.stages[: last + 1], self.heads[: last + 1]
         self.num_exits = last + 1
         self.exit_names, self.feature_info = self.exit_names[: last + 1], self.feature_info[: last + 1]
-        if not isinstance(self.feature_dim, int):
-            self.feature_dim = self.feature_dim[: last + 1]
+        if not isinstance(self.exit_feature_dim, int):
+            self.exit_feature_dim = self.exit_feature_dim[: last + 1]
         self.num_features = self.head_hidden_size = self.feature_info[-1]['num_chs']
         if prune_head:
             self.reset_classifier(0)
