@@ -110,7 +110,7 @@ def _last_exit(model: MultiExitBackbone, images: torch.Tensor) -> Any:
 
 def _trains(model: MultiExitBackbone, images: torch.Tensor) -> Any:
     model.train()
-    criterion = MLCSDLoss(model.num_exits, model.feature_dim)
+    criterion = MLCSDLoss(model.num_exits, model.exit_feature_dim)
     criterion(model(images), torch.tensor([1, 2])).backward()
     named = (*model.named_parameters(), *criterion.named_parameters())
     bad = [n for n, p in named if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]

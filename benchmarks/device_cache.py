@@ -36,7 +36,7 @@ def main() -> None:
     channels = [args.width * 2**i for i in range(4)]
     model = timm.create_model('mlcsd_resnet18', num_classes=100, small_input=True, exit_head='slic', channels=channels)
     model.to(device, memory_format=torch.channels_last)
-    criterion = MLCSDLoss(model.num_exits, model.feature_dim).to(device)
+    criterion = MLCSDLoss(model.num_exits, model.exit_feature_dim).to(device)
     optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.01, momentum=0.9)
     images = torch.randint(256, (args.batch_size * args.steps, 32, 32, 3), dtype=torch.uint8, device=device)
     targets = torch.randint(100, (len(images),), device=device)

@@ -59,7 +59,7 @@ def make_steps(args: argparse.Namespace) -> Tuple[Dict[str, Callable[[], None]],
         return step
 
     plain, multi = make(1), make(args.exits)
-    criterion = MLCSDLoss(multi.num_exits, multi.feature_dim).to(device)
+    criterion = MLCSDLoss(multi.num_exits, multi.exit_feature_dim).to(device)
     outputs = []
     compiled = torch.compile if args.compile else lambda function: function
     run_plain, run_multi, run_backbone, run_loss = (compiled(m) for m in (plain, multi, multi.backbone, criterion))

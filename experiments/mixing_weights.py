@@ -30,7 +30,7 @@ def mixing_weights(
     state = checkpoint.get('task_state_ema' if use_ema else 'task_state', {}).get('criterion', {})
     if checkpoint['args']['distill'] != 'all-for-all' or not state:
         return None
-    criterion = MLCSDLoss(model.num_exits, model.feature_dim).to(next(model.parameters()).device).eval()
+    criterion = MLCSDLoss(model.num_exits, model.exit_feature_dim).to(next(model.parameters()).device).eval()
     # whatever else the loss remembers mixes nothing
     criterion.load_state_dict({name: t for name, t in state.items() if name in criterion.state_dict()})
     model.eval()

@@ -13,7 +13,7 @@ def make(**kwargs):
     model = timm.create_model(
         'mlcsd_resnet18', num_classes=5, exits=4, small_input=True, channels=(8, 8, 16, 16), exit_head='slic'
     )
-    return MLCSDTask(model, MLCSDLoss(model.num_exits, model.feature_dim, **kwargs), verbose=False)
+    return MLCSDTask(model, MLCSDLoss(model.num_exits, model.exit_feature_dim, **kwargs), verbose=False)
 
 
 def batch():
@@ -100,7 +100,7 @@ def test_ema_averages_model_and_criterion():
 def test_ema_does_not_average_what_is_remembered_of_images(kind):
     torch.manual_seed(0)
     model = timm.create_model('mlcsd_resnet18', num_classes=5, exits=3, small_input=True, channels=(8, 8, 8, 8))
-    criterion = MLCSDLoss(3, model.feature_dim, num_samples=20, num_classes=5, **kind)
+    criterion = MLCSDLoss(3, model.exit_feature_dim, num_samples=20, num_classes=5, **kind)
     task = MLCSDTask(model, criterion, verbose=False)
     task.setup_ema(decay=0.5)
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
@@ -145,5 +145,5 @@ def test_compiled_task_gives_the_same_loss():
 
 def test_goes_where_the_model_is():
     model = timm.create_model('mlcsd_resnet18', num_classes=5, exits=4, channels=(8, 8, 16, 16)).to('meta')
-    task = MLCSDTask(model, MLCSDLoss(4, model.feature_dim), verbose=False)
+    task = MLCSDTask(model, MLCSDLoss(4, model.exit_feature_dim), verbose=False)
     assert {p.device.type for p in task.parameters()} == {'meta'} and task.device.type == 'meta'

@@ -59,7 +59,7 @@ class MLCSDTask(TrainingTask):
     Examples:
         ```python
         model = timm.create_model('mlcsd_resnet18', num_classes=100)
-        task = MLCSDTask(model, MLCSDLoss(model.num_exits, model.feature_dim))
+        task = MLCSDTask(model, MLCSDLoss(model.num_exits, model.exit_feature_dim))
         optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.05)
         result = task(images, target)
         result['loss'].backward()

@@ -115,7 +115,7 @@ def test_what_nobody_needs_does_not_run():
 class HandsOn(timm_mlcsd.MultiExitModel):
     """Two exits; the state holds the images themselves, and their halves."""
 
-    num_exits, exit_names, num_classes, feature_dim, probe_size = 2, ['a', 'b'], 3, 3, (3, 4, 4)
+    num_exits, exit_names, num_classes, exit_feature_dim, probe_size = 2, ['a', 'b'], 3, 3, (3, 4, 4)
 
     def run_stage(self, k, state):
         return (state, state / 2) if k == 0 else state

@@ -219,7 +219,7 @@ def _remember(rank):
     for kind in ({'method': 'crd'}, {'pool_momentum': 0.5}):
         torch.manual_seed(0)
         model = create_multi_exit('resnet18', exits=3, num_classes=5, small_input=True, channels=(8, 8, 8, 8))
-        criterion = MLCSDLoss(3, model.feature_dim, num_samples=40, num_classes=5, **kind)
+        criterion = MLCSDLoss(3, model.exit_feature_dim, num_samples=40, num_classes=5, **kind)
         task = MLCSDTask(model, criterion, verbose=False)
         fresh = {name: t.clone() for name, t in criterion.named_buffers()}
         task.prepare_distributed()

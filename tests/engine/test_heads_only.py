@@ -111,7 +111,7 @@ def test_exits_learn_at_a_multiple_of_the_rate(sched, layer_decay):
         args = parse_args(train_parser(), [str(f) for f in flags])
         torch.manual_seed(0)
         model = create_multi_exit('resnet18', exits=3, num_classes=5)
-        task = MLCSDTask(model, MLCSDLoss(3, model.feature_dim))
+        task = MLCSDTask(model, MLCSDLoss(3, model.exit_feature_dim))
         optimizer = create_optimizer(args, task, model)
         create_scheduler(args, optimizer, 10)
         names = {id(p): name for name, p in task.trainable_module.named_parameters()}
@@ -139,7 +139,7 @@ def test_it_is_not_forgotten_by_a_resumed_run(plain, small, tmp_path, capsys):
 @pytest.mark.parametrize('how', ['reduce', 'broadcast'])
 def test_frozen_statistics_do_not_go_round(monkeypatch, how):
     model = create_multi_exit('resnet18', exits=4, **ARGS)
-    task = MLCSDTask(model, MLCSDLoss(4, model.feature_dim), verbose=False)
+    task = MLCSDTask(model, MLCSDLoss(4, model.exit_feature_dim), verbose=False)
     model.freeze_backbone()
     task.train()
     gone_round = []

@@ -1,5 +1,7 @@
 """A wrapped backbone is the backbone, bit for bit, with exits on the way."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -38,7 +40,7 @@ def test_stages_in_a_row_are_the_backbone(arch, exits, small_input):
         assert [torch.equal(z, y) for (_, z), y in zip(model.iter_exits(x), output.logits)] == [True] * exits
     assert all(z.shape == (2, 7) for z in output.logits)
     size = 8 if small_input else 2
-    assert all(f.shape == (2, model.feature_dim, size, size) for f in output.features)
+    assert all(f.shape == (2, model.exit_feature_dim, size, size) for f in output.features)
 
     model.train()
     output = model(x)
@@ -114,7 +116,7 @@ def test_exits_upon_exits_are_refused():
 
 
 def test_other_modules_are_refused():
-    with pytest.raises(ValueError, match='Sequential is no timm model with features: it has no default_cfg'):
+    with pytest.raises(ValueError, match='Sequential is not a timm model with features: it has no default_cfg'):
         create_multi_exit(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
@@ -309,7 +311,8 @@ def test_instance_is_wrapped_not_copied():
 def test_weights_go_from_plain_to_multi_exit_and_back(tmp_path):
     plain = timm.create_model('resnet18', num_classes=7, channels=(8, 16, 24, 32)).eval()
     x = torch.randn(2, 3, 64, 64)
-    for i, source in enumerate((plain, create_multi_exit(plain, exits=1), create_multi_exit(plain, exits=8))):
+    copies = [copy.deepcopy(plain) for _ in range(2)]
+    for i, source in enumerate((plain, create_multi_exit(copies[0], exits=1), create_multi_exit(copies[1], exits=8))):
         path = tmp_path / f'{i}.pth'
         torch.save(dict(state_dict=source.state_dict()), path)
         for weights in (source.state_dict(), path):

@@ -54,7 +54,7 @@ def test_classifiers(name):
     model.eval()
     with torch.no_grad():
         assert model(images).shape == (2, model.head_hidden_size)
-        assert {z.shape[1] for z in model.forward_exits(images).logits[:-1]} == {model.feature_dim}
+        assert {z.shape[1] for z in model.forward_exits(images).logits[:-1]} == {model.exit_feature_dim}
         model.reset_classifier(5)
         assert not any(module.training for module in model.modules())
         assert {z.shape for z in model.forward_exits(images).logits} == {(2, 5)}

@@ -42,14 +42,14 @@ def test_stages_in_a_row_are_the_backbone(name):
                 else:
                     # kernels may sum in another order for another batch: a few float32 roundings
                     torch.testing.assert_close(logits, expected.logits[k][:1], rtol=1e-4, atol=1e-4)
-    assert {f.shape[1] for f in expected.features} == {model.feature_dim}
+    assert {f.shape[1] for f in expected.features} == {model.exit_feature_dim}
 
 
 @pytest.mark.parametrize('name', ['test_vit', 'test_vit_relpos', 'test_mambaout', 'test_convnext', 'levit_128s'])
 def test_one_training_step_reaches_every_parameter(name):
     model, images = make(name)
     model.train()
-    criterion = MLCSDLoss(model.num_exits, model.feature_dim)
+    criterion = MLCSDLoss(model.num_exits, model.exit_feature_dim)
     criterion(model(images), torch.tensor([0, 1, 2])).backward()
     for part in (model, criterion):
         assert [n for n, p in part.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []

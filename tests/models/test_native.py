@@ -64,7 +64,7 @@ def test_sizes_are_the_public_implementations(name, size, kwargs, expected):
 def test_widths_differ_with_the_imagenet_stem():
     model = timm.create_model('mlcsd_ranet', stem='imagenet', num_classes=5, **SMALL['mlcsd_ranet'])
     assert model.default_cfg['input_size'] == model.probe_size == (3, 224, 224)
-    dims = model.feature_dim
+    dims = model.exit_feature_dim
     assert len(dims) == model.num_exits and len(set(dims)) > 1
     output = model(torch.randn(2, 3, 64, 64))
     assert [f.shape[1] for f in output.features] == dims
@@ -75,7 +75,7 @@ def test_widths_differ_with_the_imagenet_stem():
 
 @pytest.mark.parametrize('distill', ['none', 'one-for-all', 'all-for-all'])
 def test_every_parameter_learns(model, distill):
-    criterion = MLCSDLoss(model.num_exits, model.feature_dim, distill=distill)
+    criterion = MLCSDLoss(model.num_exits, model.exit_feature_dim, distill=distill)
     criterion(model(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for m in (model, criterion) for p in m.parameters())
 
@@ -201,7 +201,7 @@ def test_pruned_model_is_consistent(model):
     model.prune_intermediate_layers([0, 1], prune_head=False)
     output = model(torch.randn(2, 3, 32, 32))
     assert len(output.logits) == model.num_exits == len(model.exit_names) == len(model.feature_info) == 2
-    MLCSDLoss(model.num_exits, model.feature_dim)(output, torch.tensor([0, 1])).backward()
+    MLCSDLoss(model.num_exits, model.exit_feature_dim)(output, torch.tensor([0, 1])).backward()
 
 
 def test_input_size_of_an_overlay_wins():

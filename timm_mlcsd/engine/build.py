@@ -191,7 +191,7 @@ def build_criterion(args: argparse.Namespace, model: MultiExitModel, num_samples
         )
         criterion = MLCSDLoss(
             model.num_exits,
-            model.feature_dim,
+            model.exit_feature_dim,
             alpha=args.alpha,
             beta=args.beta,
             gamma=args.gamma,

@@ -72,7 +72,7 @@ class MLCSDLoss(nn.Module):
 
     Examples:
         ```python
-        criterion = MLCSDLoss(model.num_exits, model.feature_dim, distill_ramp='accuracy')
+        criterion = MLCSDLoss(model.num_exits, model.exit_feature_dim, distill_ramp='accuracy')
         optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.05, momentum=0.9)
         for images, target in loader:
             loss = criterion(model.train()(images), target)

@@ -2,19 +2,23 @@
 
 import logging
 import math
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+from contextlib import ExitStack
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from weakref import WeakSet
 
 import timm
 import torch
 import torch.nn as nn
 from timm.layers import to_2tuple
-from timm.models import get_model_input_config, get_model_traits, group_parameters
+from timm.models import get_model_input_config, get_model_traits
 
-from .heads import ExitHead, head_style
+from .contract import BackboneContract, check_pool
+from .heads import ExitHead, check_kinds, head_style
 from .multi_exit import MultiExitModel, MultiExitOutput
-from .plan import plan_stages
+from .plan import Plan, plan_stages
 from .probe import Place
 from .programs import ChainProgram, GraphProgram
+from .small_input import has_small_input
 
 __all__ = ['DEFAULT_EXIT_HEAD', 'DEFAULT_EXIT_POOL', 'MultiExitBackbone', 'create_multi_exit']
 
@@ -22,6 +26,9 @@ _logger = logging.getLogger(__name__)
 
 DEFAULT_EXIT_HEAD = 'slic_dw'
 DEFAULT_EXIT_POOL = 'max'
+
+# the backbones that belong to a multi-exit network
+_WRAPPED: 'WeakSet[nn.Module]' = WeakSet()
 
 
 def create_multi_exit(
@@ -59,10 +66,7 @@ def create_multi_exit(
     """
     if 'pretrained' in kwargs:
         raise ValueError('pretrained is not for the backbone; pass pretrained_backbone=True, or a tag.')
-    if kwargs.get('global_pool') == '':
-        raise ValueError(
-            "global_pool='' leaves the last exit's maps as they are; name a pool of timm's, avg or max say."
-        )
+    check_pool(kwargs.get('global_pool'), kwargs.get('num_classes'))
     img_size = kwargs.get('img_size')
     if isinstance(backbone, str):
         name = backbone
@@ -80,12 +84,13 @@ def create_multi_exit(
     return MultiExitBackbone(backbone, exits, exit_head, exit_pool, small_input, img_size=img_size)
 
 
-class MultiExitBackbone(MultiExitModel):
+class MultiExitBackbone(BackboneContract):
     """A timm model that is cut into stages, with a head at every cut.
 
-    In evaluation mode it is the timm model: same output, bit for bit, same methods. A backbone that is a plain chain
-    of modules runs stage by stage in training too. Any other trains as a whole, its exits reading the tapped modules'
-    outputs; its stages, for evaluation, are cut out of its exported graph when they are first asked for.
+    In evaluation mode it is the timm model: same output, bit for bit, same methods (`BackboneContract`). A backbone
+    that is a plain chain of modules runs stage by stage in training too. Any other trains as a whole, its exits reading
+    the tapped modules' outputs; its stages, for evaluation, are cut out of its exported graph when they are first
+    asked for. Either way the stages in a row are compared with the backbone when `resumable` is first asked for.
 
     Args:
         backbone: A timm model.
@@ -95,6 +100,10 @@ class MultiExitBackbone(MultiExitModel):
         exit_pool: Global pool of the exits.
         small_input: Take the first two downsamplings out.
         img_size: (height, width) that the backbone was made for; default: what it says of itself.
+
+    Raises:
+        ValueError: The arguments ask for what the backbone does not have, or it belongs to a multi-exit network
+            already. The backbone is as it was then.
     """
 
     def __init__(
@@ -107,50 +116,52 @@ class MultiExitBackbone(MultiExitModel):
         img_size: Optional[Sequence[int]] = None,
     ):
         super().__init__()
-        if isinstance(backbone, MultiExitModel):
-            raise ValueError(f'{type(backbone).__name__} has exits already; pass a plain backbone.')
+        _check_backbone(backbone)
+        check_kinds(exit_head, exit_pool)
         self.backbone = backbone
-        missing = [
-            n for n in ('default_cfg', 'feature_info', 'forward_features', 'forward_head') if not hasattr(backbone, n)
-        ]
-        if missing:
-            raise ValueError(
-                f'{type(backbone).__name__} is no timm model with features: it has no {", ".join(missing)}.'
-            )
         self.pretrained_cfg = self.default_cfg = without_weights(backbone.default_cfg)
-        if hasattr(backbone, 'output_fmt'):
-            self.output_fmt = backbone.output_fmt
+        self.pretrained_model_args = {}
         # what timm's resolvers of preprocessing ask for
         self._traits = dict(get_model_traits(backbone), first_conv=self.default_cfg.get('first_conv'))
         chans, *size = get_model_input_config(backbone)['input_size']
         self.probe_size = (chans, *to_2tuple(img_size or size))
-        self.plan = plan = plan_stages(backbone, self.probe_size, exits, small_input)
-        self.exit_names = [place.name for place in plan.tapped]
-        self.num_exits = len(plan.tapped)
+        self.frozen: Optional[List[str]] = None
+        with ExitStack() as undo:
+            plan = plan_stages(backbone, self.probe_size, exits, small_input, undo)
+            self.heads = _make_heads(backbone, plan, exit_head, exit_pool)
+            self._use_plan(plan)
+            undo.pop_all()  # nothing fails any more
         # spelled out, so that what is saved today means the same network when a default changes
         exits = list(exits) if isinstance(exits, (list, tuple)) else self.num_exits
         self.exit_args = dict(exits=exits, exit_head=exit_head, exit_pool=exit_pool, small_input=small_input)
+        _WRAPPED.add(backbone)
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _WRAPPED.add(self.backbone)  # that of a copy
+
+    def _use_plan(self, plan: Plan) -> None:
+        """Let the stages be those of `plan`, to which the heads belong."""
+        self.plan = plan
+        self.exit_names = [place.name for place in plan.tapped]
+        self.num_exits = len(plan.tapped)
         last = plan.tapped[-1].layout
-        self.feature_dim = last.channels
+        dims = [*(head.exit_feature_dim for head in self.heads), last.channels]
+        self.exit_feature_dim = dims[0] if len(set(dims)) == 1 else dims
         self.reduction = self.probe_size[-1] // last.width
-        weight = next(backbone.parameters())
-        self.heads = nn.ModuleList(
-            [
-                ExitHead(
-                    _widths_below(place, plan.places[: plan.taps[-1] + 1]),
-                    self.feature_dim,
-                    backbone.num_classes,
-                    exit_head,
-                    exit_pool,
-                    head_style(backbone),
-                    device=weight.device,
-                    dtype=weight.dtype,
-                )
-                for place in plan.tapped[:-1]
-            ]
-        )
-        self.program = (ChainProgram if plan.is_chain else GraphProgram)(backbone, plan)
-        self.frozen: Optional[List[str]] = None
+        self.program = (ChainProgram if plan.is_chain else GraphProgram)(self.backbone, plan)
+
+    def replace_plan(self, names: List[str]) -> None:
+        plan = _plan_by_name(self.backbone, self.probe_size, names)
+        kept = {place.name for place in plan.tapped[:-1]}
+        self.heads = nn.ModuleList(head for name, head in zip(self.exit_names, self.heads) if name in kept)
+        if len(kept) < self.num_exits - 1:
+            self.exit_args = dict(self.exit_args, exits=sorted(kept, key=self.exit_names.index) or 1)
+        if self.frozen is not None:
+            self.frozen = [name for name, _ in self.backbone.named_parameters() if name in self.frozen]
+        self.program.release(self.backbone)
+        self._use_plan(plan)
+        self.program.set_grad_checkpointing(self, self.grad_checkpointing)
 
     @property
     def resumable(self) -> bool:
@@ -169,13 +180,13 @@ class MultiExitBackbone(MultiExitModel):
         feature = self.program.read_tap(k, state)
         if k < self.num_exits - 1:
             return self.heads[k](feature)
-        return self.program.run_end(self, state), feature
+        return _one_answer(self.program.run_end(self, state)), feature
 
     def forward_exits(self, x: torch.Tensor) -> MultiExitOutput:
-        if self.program.stages_train:
+        if self.program.runs_in_stages(self, x):
             return super().forward_exits(x)
         last, maps = self.program.run_whole(self, x)
-        outputs = [head(m) for head, m in zip(self.heads, maps)] + [(last, maps[-1])]
+        outputs = [head(m) for head, m in zip(self.heads, maps)] + [(_one_answer(last), maps[-1])]
         logits, features = zip(*outputs)
         return MultiExitOutput(logits, features)
 
@@ -213,8 +224,7 @@ class MultiExitBackbone(MultiExitModel):
             ValueError: The backbone doesn't take such images, or cannot be cut.
         """
         self.check_input_size(*input_size[1:])
-        if not self.program.stages_train:
-            self.program.cut(self, tuple(input_size))
+        self.program.prepare(self, tuple(input_size))
 
     def check_input_size(self, height: int, width: int) -> None:
         """Raise a ValueError for images too small to be reduced as often as the backbone does."""
@@ -225,87 +235,6 @@ class MultiExitBackbone(MultiExitModel):
                 f'use at least {self.reduction}x{self.reduction}{small}.'
             )
 
-    # timm's model contract: the backbone's own, as if it had no exits
-
-    @property
-    def num_classes(self) -> int:
-        return self.backbone.num_classes
-
-    @property
-    def in_chans(self) -> int:
-        return self.backbone.in_chans
-
-    @property
-    def num_features(self) -> int:
-        return self.backbone.num_features
-
-    @property
-    def head_hidden_size(self) -> int:
-        return self.backbone.head_hidden_size
-
-    @property
-    def feature_info(self) -> Any:
-        return self.backbone.feature_info
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The backbone's unpooled features, in its own layout: [B, C, H, W], say."""
-        return self.backbone.forward_features(x)
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The backbone's own end: its features to logits [B, C], or to pooled features with `pre_logits`."""
-        return self.backbone.forward_head(x, pre_logits=pre_logits)
-
-    def forward_intermediates(self, x: torch.Tensor, **kwargs: Any) -> Any:
-        """The backbone's ``forward_intermediates``."""
-        return self.backbone.forward_intermediates(x, **kwargs)
-
-    def get_classifier(self) -> nn.Module:
-        """The last exit's classifier, which is the backbone's."""
-        return self.backbone.get_classifier()
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """New classifiers for all exits; `global_pool` changes the backbone's pool only."""
-        self.backbone.reset_classifier(num_classes, global_pool)
-        weight = next(self.backbone.parameters())
-        for head in self.heads:
-            head.reset_classifier(num_classes, device=weight.device, dtype=weight.dtype)
-        self.program.forget()
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping what is inside them."""
-        self.program.set_grad_checkpointing(self, enable)
-
-    def no_weight_decay(self) -> Set[str]:
-        """Names of the parameters that want no weight decay."""
-        names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else ()
-        return {f'backbone.{name}' for name in names}
-
-    @property
-    def group_matcher(self) -> Callable[..., Callable[[str], int]]:
-        """``group_matcher(coarse=False)``: layer group of every parameter or module by name; a head belongs to the
-        group of its tap. Where timm gives the backbone no layer groups there is no such attribute."""
-        if not hasattr(self.backbone, 'group_matcher'):
-            raise AttributeError
-        return self._group_matcher
-
-    def _group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        layers: Dict[str, int] = group_parameters(self.backbone, self.backbone.group_matcher(coarse), reverse=True)
-        groups = {f'backbone.{name}': layer for name, layer in layers.items()}
-        modules = [place.name for place in self.plan.places]
-        for k, (head, tap) in enumerate(zip(self.heads, self.exit_names)):
-            # up to the tap, not the tap alone: a pool has no parameters
-            path = tuple(f'{name}.' for name in modules[: modules.index(tap) + 1])
-            group = max((layer for name, layer in layers.items() if name.startswith(path)), default=0)
-            groups.update({f'heads.{k}.{name}': group for name, _ in head.named_parameters()})
-
-        def match(name: str) -> int:
-            if name in groups:
-                return groups[name]
-            below = [group for n, group in groups.items() if not name or n.startswith(f'{name}.')]
-            return max(below) if below else match(name.rpartition('.')[0])
-
-        return match
-
 
 def without_weights(cfg: Dict[str, Any]) -> Dict[str, Any]:
     """A backbone's cfg for its multi-exit network: no weights, and what it names lies below ``backbone.``."""
@@ -314,8 +243,55 @@ def without_weights(cfg: Dict[str, Any]) -> Dict[str, Any]:
         for key in ('first_conv', 'classifier')
         if cfg.get(key)
     }
-    sources = dict.fromkeys(('file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag'))
+    sources = dict.fromkeys(('file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag', 'custom_load'))
     return {**cfg, **sources, **names, 'url': '', 'architecture': f'mlcsd_{cfg["architecture"]}'}
+
+
+def _check_backbone(backbone: nn.Module) -> None:
+    """Raise a ValueError where `backbone` cannot get exits."""
+    kind = type(backbone).__name__
+    if isinstance(backbone, MultiExitModel):
+        raise ValueError(f'{kind} has exits already; pass a plain backbone.')
+    needed = ('default_cfg', 'feature_info', 'forward_features', 'forward_head')
+    missing = [name for name in needed if not hasattr(backbone, name)]
+    if missing:
+        raise ValueError(f'{kind} is not a timm model with features: it has no {", ".join(missing)}.')
+    if backbone in _WRAPPED:
+        raise ValueError(
+            f'this {kind} belongs to a multi-exit network already, and two would change each other; pass another one '
+            f'(timm.create_model or copy.deepcopy makes it).'
+        )
+    if has_small_input(backbone):
+        raise ValueError(
+            f'the first two downsamplings of this {kind} have been taken out already (small_input=True); pass a '
+            f'backbone as timm.create_model makes it.'
+        )
+
+
+def _plan_by_name(backbone: nn.Module, input_size: Sequence[int], names: List[str]) -> Plan:
+    """Exits at `names`, as far as they lie ahead of the backbone's end, and there."""
+    end = plan_stages(backbone, input_size, 1).tapped[-1]
+    plan = plan_stages(backbone, input_size, [name for name in names if name != end.name] or 1)
+    ahead = [place.name for place in plan.tapped[:-1] if place.macs < plan.tapped[-1].macs]
+    return plan if len(ahead) == len(plan.tapped) - 1 else plan_stages(backbone, input_size, ahead or 1)
+
+
+def _make_heads(backbone: nn.Module, plan: Plan, exit_head: str, exit_pool: str) -> nn.ModuleList:
+    """The heads of all exits but the last."""
+    weight = next(backbone.parameters())
+    dim = plan.tapped[-1].layout.channels
+    places = plan.places[: plan.taps[-1] + 1]
+    style = head_style(backbone)
+    dd = dict(device=weight.device, dtype=weight.dtype)
+    return nn.ModuleList(
+        ExitHead(_widths_below(tap, places), dim, backbone.num_classes, exit_head, exit_pool, style, **dd)
+        for tap in plan.tapped[:-1]
+    )
+
+
+def _one_answer(logits: Union[torch.Tensor, Tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """The mean of the pair that a backbone with distillation tokens gives while it is trained with them."""
+    return sum(logits) / len(logits) if isinstance(logits, tuple) else logits
 
 
 def _widths_below(tap: Place, places: Sequence[Place]) -> List[int]:

@@ -5,25 +5,22 @@ k needs and no earlier exit did; the values that later stages still need cross t
 the live model's parameters, so training goes on changing what they compute.
 """
 
-import contextlib
 import copy
-import math
 import operator
 import warnings
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from functools import partial
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.fx as fx
 import torch.nn as nn
 
 from ..errors import shortened
+from .hooks import count_hooks
+from .proof import CutError, plainly, prove
 from .taps import Taps
 
-__all__ = ['CutError', 'CutGraph', 'copy_sharing_weights', 'export_whole']
-
-
-class CutError(ValueError):
-    """Why a backbone cannot be run in stages."""
+__all__ = ['CutGraph', 'copy_sharing_weights', 'export_whole']
 
 
 class _Piece(NamedTuple):
@@ -71,19 +68,12 @@ def export_whole(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> 
     images = torch.zeros(2, *input_size, device=weight.device, dtype=weight.dtype)
     batch = torch.export.Dim('batch', min=1, max=2**20)
     try:
-        with _plain(weight.device), warnings.catch_warnings():
+        with plainly(weight.device), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             program = torch.export.export(_Whole(backbone, taps), (images,), dynamic_shapes=({0: batch},), strict=False)
             return program.run_decompositions({})  # in functional form: nothing is written in place
     except Exception as e:  # export fails in as many ways as there are operations
         raise CutError(f'torch.export cannot write down its forward: {type(e).__name__}: {shortened(e)}') from e
-
-
-@contextlib.contextmanager
-def _plain(device: torch.device) -> Iterator[None]:
-    """No gradients, and nothing of the caller's modes."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 class CutGraph:
@@ -111,9 +101,13 @@ class CutGraph:
     ):
         self.pieces = _Cutter(program, backbone, num_taps, device).pieces()
         self.backbone = backbone
+        self.modules = list(backbone.modules())
+        self.num_hooks = count_hooks(self.modules)
 
     def is_current(self) -> bool:
-        """Whether the modules that own the weights are still in their places."""
+        """Whether the modules that own the weights are still in their places, and no hooks have come or gone."""
+        if count_hooks(self.modules) != self.num_hooks:
+            return False
         weights = {path: owner for piece in self.pieces for path, owner, _ in piece.weights}
         try:
             return all(self.backbone.get_submodule(path) is owner for path, owner in weights.items())
@@ -130,7 +124,7 @@ class CutGraph:
         return piece.module(*(getattr(owner, name) for _, owner, name in piece.weights), *piece.constants, *state)
 
     def prove(self, backbone: nn.Module, input_size: Sequence[int]) -> None:
-        """Run the pieces in a row and compare with the backbone, then again with an image leaving on the way.
+        """Compare the pieces in a row with the backbone.
 
         Args:
             backbone: The backbone in evaluation mode, or a copy.
@@ -139,25 +133,9 @@ class CutGraph:
         Raises:
             CutError: They compute something else.
         """
-        weight = next(backbone.parameters())
-        with _plain(weight.device):
-            count = 2 * math.prod(input_size)
-            images = torch.arange(count, device=weight.device, dtype=torch.float32).sin().view(2, *input_size)
-            images = images.to(weight.dtype)
-            expected = backbone(images)
-            whole = rest = (images,)
-            for index in range(len(self.pieces)):
-                whole, rest = self.run(index, whole), self.run(index, rest)
-                if index == 0:
-                    rest = tuple(t[1:] for t in rest)
-        # the same operations in the same order; only GPU kernels, and kernels for another batch, sum in another one
-        tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.1
-        on_cpu = weight.device.type == 'cpu'
-        for ours, theirs, exactly in ((whole[0], expected, on_cpu), (rest[0], expected[1:], False)):
-            close = 0.0 if exactly else tolerance
-            if not torch.allclose(ours, theirs, rtol=close, atol=close, equal_nan=True):
-                worst = (ours - theirs).abs().max().item()
-                raise CutError(f'its pieces in a row differ from the whole by {worst:.1e}')
+        last = len(self.pieces) - 1
+        steps = [partial(self.run, index) for index in range(last)]
+        prove([lambda x: steps[0]((x,)), *steps[1:], lambda state: self.run(last, state)[0]], backbone, input_size)
 
 
 class _Cutter:

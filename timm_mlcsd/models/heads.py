@@ -9,10 +9,12 @@ from collections import Counter
 from typing import Callable, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+import torch.fx
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d, SelectAdaptivePool2d
 
-__all__ = ['EXIT_HEADS', 'EXIT_POOLS', 'ExitHead', 'HeadStyle', 'head_style']
+__all__ = ['EXIT_HEADS', 'EXIT_POOLS', 'ExitHead', 'HeadStyle', 'check_kinds', 'head_style']
 
 EXIT_POOLS = ('max', 'avg')
 
@@ -69,11 +71,17 @@ class _StridedDepthwise(nn.Conv2d):
         super().__init__(width, width, 3, stride=2, padding=1, groups=width, bias=False, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or x.device.type != 'cpu':
-            return super().forward(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast('cpu', enabled=False):
-            return self._conv_forward(x.to(dtype), self.weight.to(dtype), None).to(x.dtype)
+        return _strided_depthwise(x, self.weight, self.training)
+
+
+@torch.fx.wrap  # one node of a traced graph: which branch is taken depends on the device
+def _strided_depthwise(x: torch.Tensor, weight: torch.Tensor, training: bool) -> torch.Tensor:
+    conv = dict(stride=2, padding=1, groups=weight.shape[0])
+    if not training or x.device.type != 'cpu':
+        return F.conv2d(x, weight, **conv)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast('cpu', enabled=False):
+        return F.conv2d(x.to(dtype), weight.to(dtype), **conv).to(x.dtype)
 
 
 def _slic(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
@@ -116,12 +124,19 @@ def _bottleneck(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
 EXIT_HEADS = {'slic': _slic, 'slic_dw': _slic_dw, 'conv1x1': _conv1x1, 'bottleneck': _bottleneck}
 
 
+def check_kinds(exit_head: str, exit_pool: str) -> None:
+    """Raise a ValueError that names the argument that is unknown."""
+    for name, value, known in (('exit_head', exit_head, EXIT_HEADS), ('exit_pool', exit_pool, EXIT_POOLS)):
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f'{name}={value!r} is unknown; choose one of {", ".join(known)}.')
+
+
 class ExitHead(nn.Module):
     """Reduction layers, pool and linear layer of one exit.
 
     Args:
         widths: The n + 1 widths from the tap to the common feature.
-        feature_dim: Width D of the common feature; a 1x1 conv adapts where ``widths`` ends elsewhere.
+        exit_feature_dim: Width D of the common feature; a 1x1 conv adapts where ``widths`` ends elsewhere.
         num_classes: C, 0 for pooled features.
         kind: Reduction layers, one of `EXIT_HEADS`.
         pool: Global pool, one of `EXIT_POOLS`.
@@ -133,7 +148,7 @@ class ExitHead(nn.Module):
     def __init__(
         self,
         widths: Sequence[int],
-        feature_dim: int,
+        exit_feature_dim: int,
         num_classes: int,
         kind: str,
         pool: str,
@@ -144,16 +159,13 @@ class ExitHead(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         style = style or HeadStyle()
-        if kind not in EXIT_HEADS:
-            raise ValueError(f'exit_head={kind!r} is unknown; choose one of {", ".join(EXIT_HEADS)}.')
-        if pool not in EXIT_POOLS:
-            raise ValueError(f'exit_pool={pool!r} is unknown; choose one of {", ".join(EXIT_POOLS)}.')
-        self.feature_dim = feature_dim
+        check_kinds(kind, pool)
+        self.exit_feature_dim = exit_feature_dim
         self.reduce = EXIT_HEADS[kind](widths, style, **dd)
         if style.first:
             self.reduce.insert(0, style.norm(widths[0], **dd))
-        if widths[-1] != feature_dim:
-            self.reduce.extend(_conv_norm_act(widths[-1], feature_dim, 1, style=style, **dd))
+        if widths[-1] != exit_feature_dim:
+            self.reduce.extend(_conv_norm_act(widths[-1], exit_feature_dim, 1, style=style, **dd))
         self.pool = SelectAdaptivePool2d(pool_type=pool, flatten=True)
         for module in self.reduce.modules():
             if isinstance(module, nn.Conv2d):
@@ -162,7 +174,7 @@ class ExitHead(nn.Module):
 
     def reset_classifier(self, num_classes: int, device=None, dtype=None) -> None:
         """Make a new linear layer for `num_classes`, none for 0; in the mode that the head is in."""
-        fc = nn.Linear(self.feature_dim, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        fc = nn.Linear(self.exit_feature_dim, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
         self.fc = fc.train(self.training)
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Any, FrozenSet, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+import torch.fx
 
 __all__ = ['MapLayout', 'find_map']
 
@@ -54,20 +55,25 @@ class MapLayout(NamedTuple):
             return output
         if self.kind == 'NHWC':
             return output.permute(0, 3, 1, 2)
-        tokens = output[:, self.prefix :]
-        height, width = self._grid(tokens.shape[1], image_size or self.image_size)
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        shares = self.height / self.image_size[0], self.width / self.image_size[1]
+        return _tokens_to_map(output, self.prefix, shares, self.image_size if image_size is None else image_size)
 
-    def _grid(self, count: int, image_size: Sequence[int]) -> Tuple[int, int]:
-        ratio = self.height / self.image_size[0] * image_size[0], self.width / self.image_size[1] * image_size[1]
-        scale = math.sqrt(count / (ratio[0] * ratio[1]))
-        height = round(ratio[0] * scale)
-        if height == 0 or count % height or abs(count // height - ratio[1] * scale) >= 1:
-            raise ValueError(
-                f'{count} tokens form no grid with the proportions of {image_size[0]}x{image_size[1]} images; make the '
-                f'network with img_size=(height, width) of these images.'
-            )
-        return height, count // height
+
+@torch.fx.wrap  # one node of a traced graph: the map's size depends on the images'
+def _tokens_to_map(
+    tokens: torch.Tensor, prefix: int, shares: Tuple[float, float], image_size: Sequence[int]
+) -> torch.Tensor:
+    """Tokens [B, L, C] to the map [B, C, H, W] of images, whose height and width shrink to these shares or alike."""
+    tokens = tokens[:, prefix:]
+    count, ratio = tokens.shape[1], (shares[0] * image_size[0], shares[1] * image_size[1])
+    scale = math.sqrt(count / (ratio[0] * ratio[1]))
+    height = round(ratio[0] * scale)
+    if height == 0 or count % height or abs(count // height - ratio[1] * scale) >= 1:
+        raise ValueError(
+            f'{count} tokens form no grid with the proportions of {image_size[0]}x{image_size[1]} images; make the '
+            f'network with img_size=(height, width) of these images.'
+        )
+    return tokens.transpose(1, 2).unflatten(2, (height, count // height))
 
 
 def find_map(output: Any, batch: int, image_size: Sequence[int], channels_last: bool = False) -> Optional[MapLayout]:

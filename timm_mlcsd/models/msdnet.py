@@ -4,7 +4,7 @@ Layers and knobs as in the public implementation (kalviny/MSDNet-PyTorch): same 
 """
 
 import math
-from typing import Any, List, Sequence, Tuple, Union
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -104,6 +104,9 @@ class MSDNet(NativeMultiExit):
             exit reads, and weights without a gradient, as the public code does.
         reduction: Share of the channels that a transition keeps, 0 for no transitions.
         stem: ``cifar`` or ``imagenet``.
+        global_pool: ``avg``; empty, with 0 classes only, for unpooled features at all exits.
+        device: Where the weights are made.
+        dtype: Their type.
 
     Raises:
         ValueError: The arguments make no network.
@@ -124,6 +127,9 @@ class MSDNet(NativeMultiExit):
         prune: str = 'max',
         reduction: float = 0.5,
         stem: str = 'cifar',
+        global_pool: str = 'avg',
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
     ):
         check_choice('step_mode', step_mode, STEP_MODES)
         check_choice('prune', prune, PRUNES)
@@ -175,11 +181,12 @@ class MSDNet(NativeMultiExit):
             stages.append(nn.Sequential(*layers))
             widths.append(width * growth_factors[-1])
         scale = (4 if stem == 'imagenet' else 1) * 2 ** (num_scales - 1)
-        super().__init__(stages, widths, stem, scale, num_classes, in_chans, knobs)
+        super().__init__(stages, widths, stem, scale, num_classes, in_chans, global_pool, knobs)
         self.stem = nn.ModuleList([make_stem(stem, in_chans, channels * growth_factors[0])])
         for finer, factor in zip(growth_factors, growth_factors[1:]):
             self.stem.append(conv_layer(channels * finer, channels * factor, stride=2))
         self.init_convs(self.stem)
+        self.to(device=device, dtype=dtype)
 
     def forward_stage(self, k: int, state: Union[torch.Tensor, Scales]) -> Scales:
         if k == 0:

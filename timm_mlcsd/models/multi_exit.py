@@ -30,7 +30,7 @@ class MultiExitModel(nn.Module):
         num_exits: K.
         exit_names: K names for people, the tapped modules in a wrapped backbone.
         num_classes: C; 0 means that the exits give their pooled features.
-        feature_dim: D of the features, or K numbers where the exits differ.
+        exit_feature_dim: D of the features, or K numbers where the exits differ.
         resumable: Whether `run_stage` and `run_head` work one by one, so that inference can stop early.
 
     Examples:
@@ -46,7 +46,7 @@ class MultiExitModel(nn.Module):
     num_exits: int
     exit_names: List[str]
     num_classes: int
-    feature_dim: Union[int, List[int]]
+    exit_feature_dim: Union[int, List[int]]
     resumable: bool = True
 
     def run_stage(self, k: int, state: Any) -> Any:

@@ -7,9 +7,9 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Un
 import torch
 import torch.nn as nn
 from timm.models import build_model_with_cfg
-from timm.models._features import feature_take_indices
 from torch.utils.checkpoint import checkpoint
 
+from .._timm import feature_take_indices
 from .feature_getter import FeatureGetter
 from .multi_exit import MultiExitModel
 from .weights import drop_unfit_classifiers
@@ -75,23 +75,34 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f'{name}={value!r} is unknown; choose one of {", ".join(choices)}.')
 
 
+def check_global_pool(global_pool: str, num_classes: int) -> None:
+    """Raise a ValueError where the exits cannot pool like this."""
+    if global_pool not in ('avg', '') or (global_pool == '' and num_classes):
+        raise ValueError(
+            f'global_pool={global_pool!r}: the exits of this network pool by their mean, avg; with num_classes=0 they '
+            f"can give unpooled features too, ''."
+        )
+
+
 class NativeHead(nn.Module):
     """Two stride-2 conv layers, mean pool, linear layer.
 
     Args:
         in_chs: Width of the map it reads.
         width: Width of its own layers.
-        num_classes: C, 0 for pooled features.
+        num_classes: C, 0 for features.
+        global_pool: ``avg``, or empty for unpooled features.
     """
 
-    def __init__(self, in_chs: int, width: int, num_classes: int):
+    def __init__(self, in_chs: int, width: int, num_classes: int, global_pool: str = 'avg'):
         super().__init__()
         self.reduce = nn.Sequential(conv_layer(in_chs, width, 3, 2), conv_layer(width, width, 3, 2))
         self.width = width
-        self.reset_classifier(num_classes)
+        self.reset_classifier(num_classes, global_pool)
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str = 'avg') -> None:
         """Make a new linear layer for `num_classes`, none for 0."""
+        self.global_pool = global_pool
         like = self.reduce[0][0].weight
         dd = dict(device=like.device, dtype=like.dtype)
         self.fc = nn.Linear(self.width, num_classes, **dd) if num_classes else nn.Identity()
@@ -102,7 +113,11 @@ class NativeHead(nn.Module):
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Map [B, C_in, H, W] to logits [B, C] and feature [B, D, H/4, W/4]."""
         feature = self.reduce(x)
-        return self.fc(feature.mean(dim=(-2, -1))), feature
+        return self.fc(self.pool(feature)), feature
+
+    def pool(self, feature: torch.Tensor) -> torch.Tensor:
+        """Feature [B, D, H, W] to [B, D]; as it is where the pool is off."""
+        return feature.mean(dim=(-2, -1)) if self.global_pool else feature
 
 
 class NativeMultiExit(MultiExitModel):
@@ -113,8 +128,9 @@ class NativeMultiExit(MultiExitModel):
         widths: Width of the map that each head reads.
         stem_kind: One of `STEMS`.
         reduction: How often smaller than the image those maps are.
-        num_classes: C, 0 for pooled features.
+        num_classes: C, 0 for features.
         in_chans: Channels of the images.
+        global_pool: ``avg``; empty, with 0 classes only, for unpooled features at all exits.
         knobs: The arguments that make this network again.
     """
 
@@ -128,9 +144,12 @@ class NativeMultiExit(MultiExitModel):
         reduction: int,
         num_classes: int,
         in_chans: int,
+        global_pool: str,
         knobs: Dict[str, Any],
     ):
         super().__init__()
+        check_global_pool(global_pool, num_classes)
+        self.global_pool = global_pool
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_exits = len(stages)
@@ -139,13 +158,13 @@ class NativeMultiExit(MultiExitModel):
         self.probe_size = (in_chans, *((224, 224) if stem_kind == 'imagenet' else (32, 32)))
         self.reduction = reduction
         dims = [CIFAR_HEAD_WIDTH if stem_kind == 'cifar' else width for width in widths]
-        self.feature_dim = dims[0] if len(set(dims)) == 1 else dims
+        self.exit_feature_dim = dims[0] if len(set(dims)) == 1 else dims
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
             dict(num_chs=dim, reduction=4 * reduction, module=f'heads.{k}.reduce') for k, dim in enumerate(dims)
         ]
         self.stages = nn.ModuleList(stages)
-        self.heads = nn.ModuleList(NativeHead(w, dim, num_classes) for w, dim in zip(widths, dims))
+        self.heads = nn.ModuleList(NativeHead(w, dim, num_classes, global_pool) for w, dim in zip(widths, dims))
         self.grad_checkpointing = False
         self.init_convs(self)
 
@@ -189,7 +208,7 @@ class NativeMultiExit(MultiExitModel):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """The last exit's feature to logits [B, C], or to pooled features with `pre_logits`."""
-        x = x.mean(dim=(-2, -1))
+        x = self.heads[-1].pool(x)
         return x if pre_logits else self.heads[-1].fc(x)
 
     def forward_intermediates(
@@ -225,12 +244,20 @@ class NativeMultiExit(MultiExitModel):
         return self.heads[-1].fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Make new linear layers for all exits; the pool is the mean."""
-        if global_pool not in (None, 'avg'):
-            raise ValueError(f'global_pool={global_pool!r}: the exits of this network pool by their mean, avg.')
-        self.num_classes = num_classes
+        """Make new linear layers for all exits.
+
+        Args:
+            num_classes: C, 0 for features.
+            global_pool: ``avg``; empty, with 0 classes only, for unpooled features; None to leave it.
+
+        Raises:
+            ValueError: The exits have no such pool.
+        """
+        global_pool = self.global_pool if global_pool is None else global_pool
+        check_global_pool(global_pool, num_classes)
+        self.num_classes, self.global_pool = num_classes, global_pool
         for head in self.heads:
-            head.reset_classifier(num_classes)
+            head.reset_classifier(num_classes, global_pool)
 
     def prune_intermediate_layers(
         self,
@@ -243,11 +270,11 @@ class NativeMultiExit(MultiExitModel):
         self.stages, self.heads = self.stages[: last + 1], self.heads[: last + 1]
         self.num_exits = last + 1
         self.exit_names, self.feature_info = self.exit_names[: last + 1], self.feature_info[: last + 1]
-        if not isinstance(self.feature_dim, int):
-            self.feature_dim = self.feature_dim[: last + 1]
+        if not isinstance(self.exit_feature_dim, int):
+            self.exit_feature_dim = self.exit_feature_dim[: last + 1]
         self.num_features = self.head_hidden_size = self.feature_info[-1]['num_chs']
         if prune_head:
-            self.reset_classifier(0)
+            self.reset_classifier(0, '')
         return take
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -145,4 +145,9 @@ def _by_name(places: Sequence[Place], names: Sequence[str], last: int) -> List[i
         taps.append(index)
     if taps != sorted(set(taps)):
         raise ValueError(f'exits={list(names)} must be different places in the order in which the backbone runs them.')
-    return taps if taps and taps[-1] == last else taps + [last]
+    if taps == [last]:
+        raise ValueError(
+            f'exits={list(names)} names the end of this backbone alone, where the last exit is in any case: two exits '
+            f'are needed; name an earlier module too, or take exits=1 for the plain backbone.'
+        )
+    return taps if taps[-1] == last else taps + [last]

@@ -1,5 +1,6 @@
 """Decide how a backbone is cut: as a chain of modules where it is one, else out of its exported graph."""
 
+from contextlib import ExitStack
 from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
@@ -21,11 +22,13 @@ class Plan(NamedTuple):
         places: What it runs, in order: every module of a chain, else its blocks.
         taps: Indices of the tapped ones.
         is_chain: Whether it is a chain.
+        is_whole: Whether the backbone's forward is its forward_features, then its forward_head, and nothing else.
     """
 
     places: List[Place]
     taps: List[int]
     is_chain: bool
+    is_whole: bool = True
 
     @property
     def tapped(self) -> List[Place]:
@@ -38,6 +41,7 @@ def plan_stages(
     input_size: Sequence[int],
     exits: Union[int, Sequence[str], None] = None,
     small_input: bool = False,
+    undo: Optional[ExitStack] = None,
 ) -> Plan:
     """Watch a backbone run and place its exits.
 
@@ -46,6 +50,7 @@ def plan_stages(
         input_size: (C, H, W) of its images.
         exits: As in `place_exits`.
         small_input: Take the first two downsamplings out.
+        undo: With `small_input`, gets what puts the backbone back as it was.
 
     Raises:
         ValueError: The arguments ask for what the backbone doesn't have.
@@ -53,7 +58,7 @@ def plan_stages(
     root = _probe(backbone, input_size)
     if small_input:
         before = _last_width(backbone, root)
-        remove_first_downsamplings(backbone, root)
+        remove_first_downsamplings(backbone, root, undo)
         try:
             root = _probe(backbone, input_size)
             fits = 3 < _last_width(backbone, root) / before < 6  # four, but for odd sizes and unpadded convs
@@ -64,10 +69,10 @@ def plan_stages(
     chain, blocks = _read(backbone, root)
     if not chain and not blocks:
         raise ValueError(f'{type(backbone).__name__} has no blocks with a map that an exit could read.')
-    plans, errors = [], []
+    plans, errors, info = [], [], backbone.feature_info
     for places, is_chain in ((chain, True), (blocks, False)):
         try:
-            plans += [Plan(places, place_exits(places, backbone.feature_info, exits), is_chain)] if places else []
+            plans += [Plan(places, place_exits(places, info, exits), is_chain, root.is_whole)] if places else []
         except ValueError as e:
             errors.append(e)
     if not plans:

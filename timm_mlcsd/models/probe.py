@@ -16,6 +16,8 @@ __all__ = ['Call', 'Place', 'find_step', 'list_places', 'probe']
 
 # what backbones do between modules, in a method of this name: a ViT adds its class token and position embedding
 METHODS = ('_pos_embed',)
+# what a timm model's forward is made of
+ENDS = ('forward_features', 'forward_head')
 
 BATCH = 2  # of one image nobody could tell the batch from other dimensions of size 1
 
@@ -49,7 +51,10 @@ class Call:
         output: What it returned.
         macs: Multiply-adds of one image until it returned.
         layout: Where the map lies in its output.
+        is_whole: Of ``forward_features``: whether forward is it, then ``forward_head``, and nothing else.
     """
+
+    is_whole = False
 
     def __init__(self, name: str, module: nn.Module, image_size: Sequence[int], channels_last: bool):
         self.name = name
@@ -73,7 +78,10 @@ class Call:
         return find_map(self.output, BATCH, self.image_size, self.channels_last)
 
     def take(self, args: Tuple, kwargs: dict) -> None:
-        if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+        options = (*args[1:], *kwargs.values())
+        if self.name in ENDS:  # a ViT's forward passes its own defaults on
+            options = [option for option in options if option is not None and option is not False]
+        if args and isinstance(args[0], torch.Tensor) and not options:
             self.input, self.input_version = args[0], args[0]._version
 
     def give(self, output: Any, flops: int) -> None:
@@ -93,7 +101,7 @@ def find_step(backbone: nn.Module, name: str) -> Callable[[torch.Tensor], Any]:
 
 @torch.inference_mode(False)  # tensors made in inference mode have no version to compare
 def probe(backbone: nn.Module, input_size: Sequence[int]) -> Call:
-    """Run ``backbone.forward_features`` in evaluation mode and record every call.
+    """Run a backbone in evaluation mode and record every call in its ``forward_features``.
 
     It runs on the meta device; for real where the backbone has tensors that cannot follow it there.
 
@@ -102,31 +110,57 @@ def probe(backbone: nn.Module, input_size: Sequence[int]) -> Call:
         input_size: (C, H, W) of the probe images.
 
     Returns:
-        The call of the backbone itself, with all others below it.
+        The call of ``forward_features``, with all others below it.
     """
     try:
-        return _watch(backbone, input_size, OnMeta(backbone))
+        return _probe_on(backbone, input_size, torch.device('meta'), OnMeta(backbone))
     except RuntimeError as e:
         if 'meta' not in str(e):
             raise
-    weight = next(backbone.parameters())
 
     def run(method: str, images: torch.Tensor) -> Any:
         with torch.no_grad(), evaluating(backbone):
-            return getattr(backbone, method)(torch.zeros_like(images, device=weight.device))
+            return getattr(backbone, method)(images)
 
-    return _watch(backbone, input_size, run)
+    return _probe_on(backbone, input_size, next(backbone.parameters()).device, run)
 
 
-def _watch(backbone: nn.Module, input_size: Sequence[int], run: Callable[[str, torch.Tensor], Any]) -> Call:
+def _probe_on(
+    backbone: nn.Module, input_size: Sequence[int], device: torch.device, run: Callable[[str, torch.Tensor], Any]
+) -> Call:
+    images = torch.zeros(BATCH, *input_size, device=device, dtype=next(backbone.parameters()).dtype)
+    try:
+        whole = _watch(backbone, 'forward', images, run)
+        features = next(call for call in whole.children if call.name == 'forward_features')
+    except Exception as e:  # whatever an overridden forward may raise: the features alone tell where exits can be
+        if isinstance(e, RuntimeError) and device.type == 'meta' and 'meta' in str(e):
+            raise
+        return _watch(backbone, 'forward_features', images, run)
+    features.is_whole = _is_features_then_head(whole)
+    return features
+
+
+def _is_features_then_head(forward: Call) -> bool:
+    """Whether one untouched tensor goes from the images through ``forward_features`` and ``forward_head``."""
+    tensor, version = forward.input, forward.input_version
+    for call in forward.children:
+        if call.input is not tensor or call.input_version != version or not isinstance(call.output, torch.Tensor):
+            return False
+        tensor, version = call.output, call.output_version
+    names = tuple(call.name for call in forward.children)
+    return names == ENDS and forward.output is tensor and forward.output_version == version
+
+
+def _watch(backbone: nn.Module, method: str, images: torch.Tensor, run: Callable[[str, torch.Tensor], Any]) -> Call:
     channels_last = getattr(backbone, 'output_fmt', None) == 'NHWC'
-    root = Call('', backbone, input_size[1:], channels_last)
+    image_size = images.shape[-2:]
+    root = Call('', backbone, image_size, channels_last)
     stack = [root]
     names = {module: name for name, module in backbone.named_modules()}
     counter = FlopCounterMode(display=False)
 
     def enter(name, module, args, kwargs):
-        call = Call(name, module, input_size[1:], channels_last)
+        call = Call(name, module, image_size, channels_last)
         stack[-1].children.append(call)
         stack.append(call)
         call.take(args, kwargs)
@@ -143,24 +177,27 @@ def _watch(backbone: nn.Module, input_size: Sequence[int], run: Callable[[str, t
 
         return run_method
 
-    undo = contextlib.ExitStack()
-    for module in backbone.modules():
-        if module is not backbone:
-            pre = module.register_forward_pre_hook(lambda m, *inputs: enter(names[m], m, *inputs), with_kwargs=True)
-            post = module.register_forward_hook(lambda m, args, output: leave(output))
-            undo.callback(pre.remove)
-            undo.callback(post.remove)
-    for name in METHODS:
-        if hasattr(backbone, name):
-            setattr(backbone, name, watched(name, getattr(backbone, name)))
-            undo.callback(delattr, backbone, name)
-    dtype = next(backbone.parameters()).dtype
-    images = torch.empty(BATCH, *input_size, device='meta', dtype=dtype)
-    root.take((images,), {})
-    with undo, counter:
-        output = run('forward_features', images)
+    with contextlib.ExitStack() as undo, counter:
+        for module in backbone.modules():
+            if module is not backbone:
+                pre = module.register_forward_pre_hook(lambda m, *inputs: enter(names[m], m, *inputs), with_kwargs=True)
+                post = module.register_forward_hook(lambda m, args, output: leave(output))
+                undo.callback(pre.remove)
+                undo.callback(post.remove)
+        for name in (*METHODS, *ENDS):
+            if name != method and hasattr(backbone, name):
+                undo.callback(_put_back, backbone, name, vars(backbone).get(name))
+                setattr(backbone, name, watched(name, getattr(backbone, name)))
+        root.take((images,), {})
+        output = run(method, images)
     root.give(output, counter.get_total_flops())
     return root
+
+
+def _put_back(backbone: nn.Module, name: str, own: Optional[Callable]) -> None:
+    delattr(backbone, name)
+    if own is not None:
+        setattr(backbone, name, own)
 
 
 def list_places(root: Call, blocks: Set[str], group_ends: Set[str]) -> List[Place]:

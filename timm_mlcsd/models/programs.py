@@ -1,16 +1,20 @@
 """The two ways to run a backbone in stages."""
 
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
+import torch.fx
 import torch.nn as nn
 from timm.models import checkpoint_seq
 
 from ..errors import shortened
-from .graph import CutError, CutGraph, copy_sharing_weights, export_whole
+from .graph import CutGraph, copy_sharing_weights, export_whole
+from .hooks import what_hangs_on
 from .plan import Plan
-from .probe import find_step
+from .probe import METHODS, find_step
+from .proof import CutError, prove
 from .taps import Taps
 
 if TYPE_CHECKING:
@@ -22,14 +26,14 @@ __all__ = ['ChainProgram', 'GraphProgram']
 class ChainProgram:
     """A chain of modules: stages are runs of modules, in training and in evaluation mode.
 
-    The state is what the module before the cut returned; behind one that returns tokens (the map, the tokens).
+    The state is what the module before the cut returned; behind one that returns tokens (the map, the tokens). Where
+    the backbone's own call does more than these modules and ``forward_head``, the stages in a row are not the whole:
+    the network runs as a whole then, the exits reading the tapped modules' outputs.
 
     Args:
         backbone: A timm model.
         plan: How it is cut.
     """
-
-    stages_train = True
 
     def __init__(self, backbone: nn.Module, plan: Plan):
         names = [place.name for place in plan.places]
@@ -37,25 +41,98 @@ class ChainProgram:
         self.stages = [names[i : tap + 1] for i, tap in zip(starts, plan.taps)]
         self.tail = names[plan.taps[-1] + 1 :]
         self.blocks = {place.name for place in plan.places if place.is_block}
+        self.tapped = plan.tapped
         self.layouts = [place.layout for place in plan.tapped]
+        self.is_whole = plan.is_whole
+        self.has_methods = any(name in METHODS for name in names)
+        self.taps: Optional[Taps] = None
+        # the modules that hold those of the chain and are not called themselves, with what they held
+        parts = [name.split('.')[:-1] for name in names]
+        opened = {'.'.join(path[:i]) for path in parts for i in range(1, len(path) + 1)}
+        self.opened = {name: list(backbone.get_submodule(name)._modules) for name in sorted(opened)}
         self.grad_checkpointing = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Compare anew when next asked: the backbone has changed. Modules are looked up by name whenever they run."""
+        self.difference: Dict[Tuple, Optional[str]] = {}
+
+    def release(self, backbone: nn.Module) -> None:
+        """Leave nothing of this on the backbone."""
+        if self.taps is not None:
+            self.taps.remove(backbone)
 
     def why_not(self, model: 'MultiExitBackbone') -> Optional[str]:
+        return self._obstacle(model.backbone) or self._difference(model)
+
+    def runs_in_stages(self, model: 'MultiExitBackbone', images: Optional[torch.Tensor] = None) -> bool:
+        """Whether all exits' answers to `images` are computed stage by stage."""
+        # a tracer knows timm's leaf functions inside a call of the backbone only
+        if self.has_methods and isinstance(images, torch.fx.Proxy):
+            return False
+        return self._obstacle(model.backbone) is None and not any(self.difference.values())
+
+    def prepare(self, model: 'MultiExitBackbone', input_size: Sequence[int]) -> None:
+        """There is nothing to prepare."""
+
+    def _obstacle(self, backbone: nn.Module) -> Optional[str]:
+        """What the backbone's own call does beside the modules of the chain."""
+        if not self.is_whole:
+            return "the backbone's forward does more than its forward_features and then its forward_head"
+        hanging = what_hangs_on(backbone)
+        if hanging:
+            return f'the backbone has {hanging}, which its stages would leave out'
+        for name, held in self.opened.items():
+            module = backbone.get_submodule(name)
+            hanging = what_hangs_on(module)
+            if hanging:
+                return f'{name!r} has {hanging}, which the stages would leave out'
+            if list(module._modules) != held:
+                return f'{name!r} has other modules than when its exits were placed; wrap a new backbone'
         return None
+
+    def _difference(self, model: 'MultiExitBackbone') -> Optional[str]:
+        """How the stages in a row differ from the whole, found out once."""
+        weight = next(model.backbone.parameters())
+        key = (weight.dtype, weight.device)
+        if weight.device.type == 'meta':
+            return None
+        if key not in self.difference:
+            backbone = copy_sharing_weights(model.backbone, None)[0]
+            steps = [partial(self._run_stage, backbone, k) for k in range(len(self.stages))]
+            try:
+                prove([*steps, partial(self._run_end, backbone)], backbone, model.probe_size)
+                self.difference[key] = None
+            except CutError as e:
+                self.difference[key] = str(e)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as e:
+                self.difference[key] = f'its stages do not run in a row: {shortened(e)}'
+        return self.difference[key]
 
     def set_grad_checkpointing(self, model: 'MultiExitBackbone', enable: bool) -> None:
         self.grad_checkpointing = enable
+        if not self.runs_in_stages(model):
+            model.backbone.set_grad_checkpointing(enable)
 
-    def forget(self) -> None:
-        """Modules are looked up by name whenever they run: there is nothing to forget."""
+    def run_whole(self, model: 'MultiExitBackbone', images: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        if self.taps is None:
+            self.taps = Taps(model.backbone, self.tapped)
+        return self.taps.run(model.backbone, images)
 
     def run_stage(self, model: 'MultiExitBackbone', k: int, state: Any) -> Any:
+        if k == 0 and not self.runs_in_stages(model):
+            raise CutError(f'stages cannot run one by one: {self.why_not(model)}; use forward_exits.')
+        return self._run_stage(model.backbone, k, state, self.grad_checkpointing and model.training)
+
+    def _run_stage(self, backbone: nn.Module, k: int, state: Any, checkpointing: bool = False) -> Any:
         size = (self.read_tap(k - 1, state) if k else state).shape[-2:]
         state = self._output(state)
         for name in self.stages[k]:
-            module = find_step(model.backbone, name)
+            module = find_step(backbone, name)
             # blocks only, as timm does: a stem's in-place activations must not run twice on one input
-            if self.grad_checkpointing and model.training and name in self.blocks:
+            if checkpointing and name in self.blocks:
                 state = checkpoint_seq([module], state)
             else:
                 state = module(state)
@@ -70,10 +147,13 @@ class ChainProgram:
         return state[1] if isinstance(state, tuple) else state
 
     def run_end(self, model: 'MultiExitBackbone', state: Any) -> torch.Tensor:
+        return self._run_end(model.backbone, state)
+
+    def _run_end(self, backbone: nn.Module, state: Any) -> torch.Tensor:
         state = self._output(state)
         for name in self.tail:
-            state = find_step(model.backbone, name)(state)
-        return model.backbone.forward_head(state)
+            state = find_step(backbone, name)(state)
+        return backbone.forward_head(state)
 
 
 class GraphProgram:
@@ -83,8 +163,6 @@ class GraphProgram:
         backbone: A timm model.
         plan: How it is cut.
     """
-
-    stages_train = False
 
     def __init__(self, backbone: nn.Module, plan: Plan):
         self.taps = Taps(backbone, plan.tapped)
@@ -96,6 +174,18 @@ class GraphProgram:
         self.cuts: Dict[Tuple, CutGraph] = {}
         self.sizes: Dict[Tuple, Sequence[int]] = {}
         self.lock = threading.RLock()
+
+    def release(self, backbone: nn.Module) -> None:
+        """Leave nothing of this on the backbone."""
+        self.taps.remove(backbone)
+
+    def runs_in_stages(self, model: 'MultiExitBackbone', images: Optional[torch.Tensor] = None) -> bool:
+        """Never in training; in evaluation mode ``forward_exits`` runs the whole too."""
+        return False
+
+    def prepare(self, model: 'MultiExitBackbone', input_size: Sequence[int]) -> None:
+        """Cut for images of this (C, H, W) now."""
+        self.cut(model, input_size)
 
     def __getstate__(self) -> Dict[str, Any]:
         return {'taps': self.taps}  # a copy of the model cuts its own backbone

@@ -145,6 +145,9 @@ class RANet(NativeMultiExit):
         compress_factor: Share of a fusing layer's new channels that come from the sub-network below.
         reduction: Share of the channels that a transition keeps.
         stem: ``cifar`` or ``imagenet``.
+        global_pool: ``avg``; empty, with 0 classes only, for unpooled features at all exits.
+        device: Where the weights are made.
+        dtype: Their type.
 
     Raises:
         ValueError: The arguments make no network.
@@ -166,6 +169,9 @@ class RANet(NativeMultiExit):
         compress_factor: float = 0.25,
         reduction: float = 0.5,
         stem: str = 'cifar',
+        global_pool: str = 'avg',
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
     ):
         check_choice('step_mode', step_mode, STEP_MODES)
         check_choice('stem', stem, STEMS)
@@ -230,7 +236,7 @@ class RANet(NativeMultiExit):
             lower_widths = map_widths
         reduction_of_stem = 4 if stem == 'imagenet' else 1
         scale = reduction_of_stem * 2 ** (scales[-1] - 1)
-        super().__init__(stages, widths, stem, scale, num_classes, in_chans, knobs)
+        super().__init__(stages, widths, stem, scale, num_classes, in_chans, global_pool, knobs)
         self.first_exits = first_exits
         # finest first
         self.stem = nn.ModuleList([make_stem(stem, in_chans, channels * growth_factors[-1])])
@@ -238,6 +244,7 @@ class RANet(NativeMultiExit):
             stride = 1 if scales[i] == scales[i - 1] else 2
             self.stem.append(conv_layer(channels * growth_factors[i], channels * growth_factors[i - 1], stride=stride))
         self.init_convs(self.stem)
+        self.to(device=device, dtype=dtype)
 
     def forward_stage(self, k: int, state: Union[torch.Tensor, Tuple[torch.Tensor, Maps, Tuple[Maps, ...]]]) -> Any:
         if k == 0:

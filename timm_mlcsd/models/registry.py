@@ -15,7 +15,7 @@ from . import msdnet, ranet, shufflenetv2  # noqa: F401
 from .backbone import MultiExitBackbone, create_multi_exit, without_weights
 from .feature_getter import FeatureGetter
 from .multi_exit import MultiExitModel
-from .weights import drop_unfit_classifiers
+from .weights import fit_weights
 
 __all__ = ['create_named']  # timm's register_model adds the models
 
@@ -77,7 +77,7 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
             partial(create_multi_exit, arch),
             PREFIX + arch,
             pretrained,
-            pretrained_filter_fn=drop_unfit_classifiers,
+            pretrained_filter_fn=fit_weights,
             feature_cfg=dict(feature_cls=FeatureGetter, **indices),
             **kwargs,
         )

@@ -11,7 +11,8 @@ import torch.nn as nn
 import torchvision
 from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+
+from .._timm import feature_take_indices
 
 __all__ = ['ShuffleNetV2']  # timm's register_model adds the models
 

@@ -1,5 +1,6 @@
 """Fit a backbone made for large images to small ones: take its first two downsamplings out."""
 
+from contextlib import ExitStack
 from typing import Optional
 
 import torch
@@ -7,10 +8,17 @@ import torch.nn as nn
 
 from .probe import Call
 
-__all__ = ['remove_first_downsamplings']
+__all__ = ['has_small_input', 'remove_first_downsamplings']
+
+_MARK = '_timm_mlcsd_small_input'
 
 
-def remove_first_downsamplings(backbone: nn.Module, root: Call) -> None:
+def has_small_input(backbone: nn.Module) -> bool:
+    """Whether its first two downsamplings have been taken out; copies know it too."""
+    return getattr(backbone, _MARK, False)
+
+
+def remove_first_downsamplings(backbone: nn.Module, root: Call, undo: ExitStack) -> None:
     """Change `backbone` in place so that it keeps four times the resolution: a 32x32 image ends at 4x4, not at 1x1.
 
     Every strided layer that reads a map of more than a quarter of the image's width loses its stride: a 3x3 or 1x1
@@ -20,6 +28,7 @@ def remove_first_downsamplings(backbone: nn.Module, root: Call) -> None:
     Args:
         backbone: A timm model.
         root: What `probe` recorded of it.
+        undo: Gets what puts the backbone back as it was.
 
     Raises:
         ValueError: The backbone does not begin with downsamplings of two or four.
@@ -35,12 +44,15 @@ def remove_first_downsamplings(backbone: nn.Module, root: Call) -> None:
                 f'small_input=True takes two halvings out; {call.name!r} of this backbone reduces the image {factor} '
                 f'times at once. Use images of its own size, or a backbone with a smaller patch.'
             )
-        _remove_stride(backbone, call.name)
+        _remove_stride(backbone, call.name, undo)
         found = True
     if not found:
         raise ValueError('small_input=True: this backbone has no strided convs or pools at its beginning to take out.')
     for info in backbone.feature_info:
+        undo.callback(info.__setitem__, 'reduction', info['reduction'])
         info['reduction'] = max(1, info['reduction'] // 4)
+    setattr(backbone, _MARK, True)
+    undo.callback(delattr, backbone, _MARK)
 
 
 def _reduction(call: Call) -> Optional[int]:
@@ -54,14 +66,14 @@ def _reduction(call: Call) -> Optional[int]:
     return stride if is_layer and isinstance(stride, int) and stride > 1 else None
 
 
-def _remove_stride(backbone: nn.Module, name: str) -> None:
+def _remove_stride(backbone: nn.Module, name: str, undo: ExitStack) -> None:
     layer = backbone.get_submodule(name)
-    if not isinstance(layer, nn.Conv2d):
-        backbone.set_submodule(name, nn.Identity())
-    elif tuple(layer.kernel_size) in ((1, 1), (3, 3)):
+    if isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) in ((1, 1), (3, 3)):
+        undo.callback(setattr, layer, 'stride', layer.stride)
         layer.stride = (1, 1)
     else:
-        backbone.set_submodule(name, _stride_one(layer))
+        undo.callback(backbone.set_submodule, name, layer)
+        backbone.set_submodule(name, _stride_one(layer) if isinstance(layer, nn.Conv2d) else nn.Identity())
 
 
 def _stride_one(conv: nn.Conv2d) -> nn.Conv2d:

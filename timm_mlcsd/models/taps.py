@@ -57,6 +57,13 @@ class Taps:
         for place, tap in zip(tapped, self.taps):
             backbone.get_submodule(place.name).register_forward_hook(tap)
 
+    def remove(self, backbone: nn.Module) -> None:
+        """Take the hooks off."""
+        for module in backbone.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if any(hook is tap for tap in self.taps):
+                    del module._forward_hooks[key]
+
     def __len__(self) -> int:
         return len(self.taps)
 

@@ -3,22 +3,25 @@
 import hashlib
 import re
 from pathlib import Path
-from typing import Dict, Union
+from typing import Dict, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.models import load_state_dict
 
+from .._timm import filter_checkpoint
 from ..errors import shortened
 from .multi_exit import MultiExitModel
 
-__all__ = ['drop_unfit_classifiers', 'load_backbone', 'weights_digest']
+__all__ = ['drop_unfit_classifiers', 'fit_weights', 'load_backbone', 'weights_digest']
 
 _PREFIX = 'backbone.'
 
 
 def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Tensor]]) -> None:
     """Load a backbone's weights, its classifier included, from and into either kind of network.
+
+    Weights that were made for another image size are resampled as timm does it.
 
     Args:
         model: A multi-exit network, or the plain timm model.
@@ -40,12 +43,33 @@ def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Ten
             source = load_state_dict(str(source))
         except Exception as e:  # unpickling fails in as many ways as there are files
             raise ValueError(f'{str(source)!r} cannot be read as weights: {shortened(e)}') from e
-    if any(name.startswith(_PREFIX) for name in source):
-        source = {name.removeprefix(_PREFIX): t for name, t in source.items() if name.startswith(_PREFIX)}
+    source = _split(source)[0] or source
+    backbone = model.backbone if isinstance(model, MultiExitModel) else model
     try:
-        (model.backbone if isinstance(model, MultiExitModel) else model).load_state_dict(source)
+        own = backbone.state_dict()
+        if any(name in own and own[name].shape != t.shape for name, t in source.items()):
+            source = filter_checkpoint(source, backbone)
+        backbone.load_state_dict(source)
     except RuntimeError as e:
         raise ValueError(f'these are weights of another network than the backbone: {shortened(e)}') from None
+
+
+def fit_weights(state_dict: Dict[str, torch.Tensor], model: MultiExitModel) -> Dict[str, torch.Tensor]:
+    """What a multi-exit network can load of weights that were made for another image size or number of classes.
+
+    The backbone's go through timm's filter for its family, which resamples what depends on the image size.
+    """
+    if hasattr(model, 'backbone'):
+        backbone, others = _split(state_dict)
+        backbone = filter_checkpoint(backbone, model.backbone, source=model)
+        state_dict = {**{f'{_PREFIX}{name}': t for name, t in backbone.items()}, **others}
+    return drop_unfit_classifiers(state_dict, model)
+
+
+def _split(state_dict: Dict[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
+    """The backbone's weights under its own names, and the others."""
+    backbone = {name.removeprefix(_PREFIX): t for name, t in state_dict.items() if name.startswith(_PREFIX)}
+    return backbone, {name: t for name, t in state_dict.items() if not name.startswith(_PREFIX)}
 
 
 def drop_unfit_classifiers(state_dict: Dict[str, torch.Tensor], model: MultiExitModel) -> Dict[str, torch.Tensor]:
