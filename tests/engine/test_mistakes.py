@@ -15,7 +15,7 @@ from timm_mlcsd.engine import train, validate
         ('--model resnet18', 'use mlcsd_resnet18'),
         ('--exits 9', 'exits=9 is impossible'),
         ('--exits 0', "argument --exits: expected an integer from 1 to 1000, got '0'"),
-        ('--gp=', "global_pool='' leaves the last exit's maps as they are"),
+        ('--gp=', "global_pool='' leaves the last exit's maps unpooled"),
         ('--exits layer7', "names 'layer7'"),
         ('--model-kwargs colour=red', 'colour'),
         ('--img-size 4', 'image size 4x4 is too small: the network reduces 8 times'),
