@@ -42,7 +42,7 @@ def test_an_exit_that_knows_nothing_learns_from_labels_alone(distill):
     losses = {}
     for ramp in ('none', 'accuracy'):
         torch.manual_seed(0)
-        criterion = MLCSDLoss(K, D, distill=distill, distill_ramp=ramp)
+        criterion = MLCSDLoss(K, D, beta=0.1, distill=distill, distill_ramp=ramp)
         if criterion.ramp is not None:
             criterion.ramp.momentum = 0.0
         z = [t.clone().requires_grad_() for t in logits.unbind(dim=1)]
@@ -53,8 +53,32 @@ def test_an_exit_that_knows_nothing_learns_from_labels_alone(distill):
     torch.testing.assert_close(losses['accuracy'][0][0], plain)
     assert not losses['accuracy'][1][0].any() and losses['none'][1][0].any()
     assert not torch.allclose(losses['none'][0][0], plain)
-    for part in range(2):  # exits that know everything learn as without the ramp
-        torch.testing.assert_close(losses['accuracy'][part][1], losses['none'][part][1])
+    torch.testing.assert_close(losses['accuracy'][1][1], losses['none'][1][1])  # it knows everything
+
+
+def gradients(z, f, target, **kwargs):
+    """Of the distillation alone, on one exit that knows everything: [B, C] and [B, N], times B."""
+    criterion = MLCSDLoss(2, D, gamma=0, distill='one-for-all', **kwargs)
+    if criterion.ramp is not None:
+        criterion.ramp.momentum = 0.0
+    z, f = ([t.clone().requires_grad_() for t in parts] for parts in (z, f))
+    criterion(MultiExitOutput(tuple(z), tuple(f)), target).backward()
+    return (B * t[0].grad.flatten(1) for t in (z, f))
+
+
+@pytest.mark.parametrize('size', [0.01, 1.0, 30.0])
+def test_no_image_pulls_harder_than_a_label(size):
+    target = torch.zeros(B, dtype=torch.long)
+    base = 9.0 * F.one_hot(target, C).float()
+    z = [base, base + size * torch.randn(B, C) - 40 * F.one_hot(target + 1, C)]
+    f = [torch.rand(B, D, 2, 2), size * torch.rand(B, D, 2, 2)]
+    kwargs = dict(alpha=5.0, beta=10.0)
+    limited = gradients(z, f, target, distill_ramp='accuracy', **kwargs)
+    full = gradients(z, f, target, distill_ramp='none', **kwargs)
+    for ours, theirs in zip(limited, full):
+        lengths = theirs.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(ours, theirs / lengths.clamp_min(1))
+        assert (lengths > 1).any() or size < 30
 
 
 def test_the_paper_has_none_and_the_scale_is_kept():

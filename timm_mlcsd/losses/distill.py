@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .memory import mean_of_processes, rows_of_processes
+from .ramp import limit_gradient
 
 __all__ = ['CC', 'CRD', 'DKD', 'KD', 'METHODS', 'Lesson', 'Method']
 
@@ -56,6 +57,15 @@ class Method(nn.Module):
         """The losses [K] of the exits, batch means."""
         raise NotImplementedError
 
+    def limited(self, lesson: Lesson, strength: torch.Tensor) -> torch.Tensor:
+        """The losses with the gradient of every image limited, in methods that know its length; else as they are.
+
+        Args:
+            lesson: What the exits show.
+            strength: Weights that the losses will get, [K].
+        """
+        return self(lesson)
+
 
 class KD(Method):
     """Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; the paper's eq. 4.
@@ -73,9 +83,18 @@ class KD(Method):
         self.temperature = temperature
 
     def forward(self, lesson: Lesson) -> torch.Tensor:
-        log_p = F.log_softmax(lesson.logits / self.temperature, dim=-1)
-        log_t = F.log_softmax(lesson.teacher_logits / self.temperature, dim=-1)
+        log_p, log_t = self._log_probs(lesson)
         return self.temperature**2 * _divergence(log_p, log_t).mean(dim=0)
+
+    def limited(self, lesson: Lesson, strength: torch.Tensor) -> torch.Tensor:
+        log_p, log_t = self._log_probs(lesson)
+        gap = log_p.detach().exp() - log_t.detach().exp()  # 1/T of the gradient on the logits
+        loss = self.temperature**2 * _divergence(log_p, log_t)
+        return limit_gradient(loss, strength * self.temperature * gap.norm(dim=-1)).mean(dim=0)
+
+    def _log_probs(self, lesson: Lesson) -> Tuple[torch.Tensor, torch.Tensor]:
+        both = (lesson.logits, lesson.teacher_logits)
+        return tuple(F.log_softmax(z / self.temperature, dim=-1) for z in both)
 
 
 class DKD(Method):

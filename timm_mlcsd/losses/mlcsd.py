@@ -24,7 +24,7 @@ from timm.loss import JsdCrossEntropy
 
 from .distill import CC, CRD, METHODS, Lesson, Method
 from .memory import LogitMemory
-from .ramp import DISTILL_RAMPS, AccuracyRamp
+from .ramp import DISTILL_RAMPS, AccuracyRamp, limit_gradient
 from .teachers import CWEM, TEACHERS, Mixer
 
 __all__ = ['CWEM_SUPERVISIONS', 'DISTILLS', 'MLCSDLoss']
@@ -63,7 +63,8 @@ class MLCSDLoss(nn.Module):
         cwem_supervision: What trains the CWEM.
         method: What L_KD is: one of `METHODS` with its authors' hyper-parameters, or a `Method`.
         distill_ramp: ``accuracy`` scales what exit i adds to L_KD and L_HT by its running training accuracy
-            (`AccuracyRamp`), so that full-strength distillation waits for exits that know something: the default of
+            (`AccuracyRamp`), so that full-strength distillation waits for exits that know something, and limits the
+            gradient of each image to a label's (`limit_gradient`; of the methods, ``kd`` has it): the default of
             train.py. ``none``, the default here, is the paper's loss.
         pool_momentum: Above 0, the pool of logits that teachers are mixed from is a running mean over the epochs,
             image by image (`LogitMemory`); this is the share of the old mean. Not in the paper.
@@ -299,15 +300,32 @@ class MLCSDLoss(nn.Module):
                 pooled = torch.stack([f.mean(dim=(-2, -1)) for f in features], dim=1)
                 teacher_pooled = through @ pooled.detach()
             lesson = Lesson(logits, through @ pool, pooled, teacher_pooled, target, indices)
-            parts['kd'] = exit_weights @ self.method(lesson).to(logits.dtype)
+            if self.ramp is None:
+                losses = self.method(lesson)
+            else:
+                losses = self.method.limited(lesson, self.alpha * self.distill_scale * exit_weights)
+            parts['kd'] = exit_weights @ losses.to(logits.dtype)
         if self.beta:
             # the mean doesn't care for the order of the elements, so take them as they lie in memory
             if features[-1].is_contiguous(memory_format=torch.channels_last):
                 features = [f.permute(0, 2, 3, 1) for f in features]
             features = [f.flatten(1) for f in features]
             teachers = weights.detach() @ torch.stack([f.detach() for f in features], dim=1)
-            parts['ht'] = sum(w * F.mse_loss(f, g) for w, f, g in zip(exit_weights, features, teachers.unbind(dim=1)))
+            parts['ht'] = self._feature_loss(features, teachers, exit_weights)
         return parts
+
+    def _feature_loss(
+        self, features: Sequence[torch.Tensor], teachers: torch.Tensor, exit_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """L_HT from K features [B, N] and teachers [B, K, N]; the gradients are limited where there is a ramp."""
+        pairs = zip(features, teachers.unbind(dim=1))
+        if self.ramp is None:
+            return sum(w * F.mse_loss(f, g) for w, (f, g) in zip(exit_weights, pairs))
+        losses = torch.stack([(f - g).square().mean(dim=1) for f, g in pairs], dim=1)
+        # of the mean of N squares the gradient is 2/N times the difference
+        lengths = 2 * (losses.detach() / features[0].shape[1]).sqrt()
+        losses = limit_gradient(losses, self.beta * self.distill_scale * exit_weights * lengths)
+        return exit_weights @ losses.mean(dim=0)
 
     def _check_lesson(self, target: torch.Tensor, indices: Optional[torch.Tensor]) -> None:
         name = 'pool_momentum' if self.memory is not None else type(self.method).__name__

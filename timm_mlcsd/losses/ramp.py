@@ -1,9 +1,9 @@
-"""How strongly an exit is distilled, by what it has learned from the labels so far."""
+"""How strongly an exit is distilled: by what it has learned from the labels, and no more than labels teach it."""
 
 import torch
 import torch.nn as nn
 
-__all__ = ['DISTILL_RAMPS', 'AccuracyRamp']
+__all__ = ['DISTILL_RAMPS', 'AccuracyRamp', 'limit_gradient']
 
 DISTILL_RAMPS = ('none', 'accuracy')
 
@@ -14,7 +14,7 @@ class AccuracyRamp(nn.Module):
     The gradient of L_KD on an exit's logits is up to alpha * T times as long as that of the cross-entropy, 20 times
     with the paper's settings. On an exit that has learned nothing yet it acts like a learning rate that is too high:
     heads die, or follow teachers that know nothing either. Far into fitting the training set the scale is 1, and the
-    loss the paper's. Not in the paper; measured in docs/training.md.
+    loss the paper's but for `limit_gradient`. Not in the paper; measured in docs/training.md.
 
     Args:
         num_exits: K.
@@ -43,3 +43,16 @@ class AccuracyRamp(nn.Module):
             chance = 1 / max(logits.shape[-1], 2)
             self.accuracy.lerp_((right - chance) / (1 - chance), 1 - self.momentum)
         return self.accuracy.clamp(0, 1).to(logits.dtype)
+
+
+def limit_gradient(losses: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Shrink losses of single samples so that none pulls harder than a label does.
+
+    The cross-entropy's gradient on a sample's logits is of length 1 to the square root of 2 where the answer is wrong
+    and sure. A distillation loss of which it is longer than 1 is divided by its length.
+
+    Args:
+        losses: One per sample and exit, [B, K].
+        lengths: Lengths of their gradients with all weights, in the same shape; constants.
+    """
+    return losses / lengths.clamp_min(1)
