@@ -1,5 +1,7 @@
 """Stages in a row are the backbone's own call, or the network says that they are not and runs as a whole."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -70,6 +72,11 @@ def with_instance_forward(backbone):
     backbone.forward = lambda x: forward(x) + 1
 
 
+def with_instance_features(backbone):
+    forward_features = backbone.forward_features
+    backbone.forward_features = lambda x: forward_features(x) + 1
+
+
 def with_hook_on_a_stage(backbone):
     backbone.layer2.register_forward_hook(lambda module, args, output: output * 2)
 
@@ -96,7 +103,12 @@ def with_a_block_more(backbone):
 
 CLASSES = [Scaled, Normalised, Flipped, WithoutFeatures, WrittenInPlace]
 CHANGES = [with_forward_hook, with_pre_hook, with_kwargs_pre_hook, with_instance_forward, with_hook_on_a_stage]
-CHANGES += [with_pre_hook_on_a_stage, with_instance_forward_of_a_stage, with_writing_hook_on_a_stage]
+CHANGES += [
+    with_instance_features,
+    with_pre_hook_on_a_stage,
+    with_instance_forward_of_a_stage,
+    with_writing_hook_on_a_stage,
+]
 
 
 def check_runs_as_whole(model, reason):
@@ -145,6 +157,17 @@ def test_what_comes_later(change):
     assert model.resumable
     change(model.backbone)
     check_runs_as_whole(model, 'which' if change is not with_a_block_more else 'other modules')
+
+
+def test_a_copy_of_a_whole_runs_its_own_backbone():
+    model = create_multi_exit(randomise(make_backbone(Scaled)), exits=3).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.forward_exits(images).logits
+        again = copy.deepcopy(model)
+        for p in model.parameters():
+            p.zero_()
+        assert all(torch.equal(a, b) for a, b in zip(again.forward_exits(images).logits, expected))
 
 
 def test_stages_come_back_when_the_hook_goes():

@@ -156,6 +156,8 @@ class MultiExitBackbone(BackboneContract):
         kept = {place.name for place in plan.tapped[:-1]}
         self.heads = nn.ModuleList(head for name, head in zip(self.exit_names, self.heads) if name in kept)
         if len(kept) < self.num_exits - 1:
+            gone = [name for name in self.exit_names[:-1] if name not in kept]
+            _logger.info(f'Exits that the backbone no longer has are gone: {", ".join(gone)}.')
             self.exit_args = dict(self.exit_args, exits=sorted(kept, key=self.exit_names.index) or 1)
         if self.frozen is not None:
             self.frozen = [name for name, _ in self.backbone.named_parameters() if name in self.frozen]
@@ -270,10 +272,18 @@ def _check_backbone(backbone: nn.Module) -> None:
 
 def _plan_by_name(backbone: nn.Module, input_size: Sequence[int], names: List[str]) -> Plan:
     """Exits at `names`, as far as they lie ahead of the backbone's end, and there."""
-    end = plan_stages(backbone, input_size, 1).tapped[-1]
-    plan = plan_stages(backbone, input_size, [name for name in names if name != end.name] or 1)
-    ahead = [place.name for place in plan.tapped[:-1] if place.macs < plan.tapped[-1].macs]
-    return plan if len(ahead) == len(plan.tapped) - 1 else plan_stages(backbone, input_size, ahead or 1)
+    while True:
+        try:
+            plan = plan_stages(backbone, input_size, names or 1)
+        except ValueError:
+            if not names:
+                raise
+            names = names[:-1]  # it is the end itself, or not there any more
+            continue
+        ahead = [place.name for place in plan.tapped[:-1] if place.macs < plan.tapped[-1].macs]
+        if len(ahead) == len(plan.tapped) - 1:
+            return plan
+        names = ahead
 
 
 def _make_heads(backbone: nn.Module, plan: Plan, exit_head: str, exit_pool: str) -> nn.ModuleList:

@@ -13,8 +13,8 @@ def what_hangs_on(module: nn.Module) -> Optional[str]:
         return 'forward hooks'
     if module._backward_pre_hooks or module._backward_hooks:
         return 'backward hooks'
-    if 'forward' in module.__dict__:
-        return 'another forward than its class'
+    if 'forward' in module.__dict__ or 'forward_features' in module.__dict__:
+        return 'another forward or forward_features than its class'
     return None
 
 

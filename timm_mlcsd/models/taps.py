@@ -78,6 +78,8 @@ class Taps:
             slot.is_open = True
         try:
             output = backbone(images)
+            if any(slot.output is None for slot in slots):
+                raise RuntimeError('the call of the backbone did not run all modules that exits read')
             maps = [layout.read(slot.output, images.shape[-2:]) for slot, layout in zip(slots, self.layouts)]
         finally:
             for slot in slots:
