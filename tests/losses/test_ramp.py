@@ -18,21 +18,42 @@ def answers(right):
     return 9.0 * F.one_hot(said, C).float(), target
 
 
+def scales(ramp, logits, target):
+    """What it gives after one batch."""
+    ramp(logits, target)
+    ramp.step()
+    return ramp(logits, target).tolist()
+
+
 def test_scale_goes_from_chance_to_all_right():
-    ramp = AccuracyRamp(K, momentum=0.0)
-    logits, target = answers([0, 4, 8])
     # below chance is nothing; (1/2 - 1/5) / (1 - 1/5)
-    assert ramp(logits, target).tolist() == pytest.approx([0.0, 0.375, 1.0])
-    assert ramp(logits, F.one_hot(target, C).float()).tolist() == pytest.approx([0.0, 0.375, 1.0])
+    logits, target = answers([0, 4, 8])
+    assert scales(AccuracyRamp(K, momentum=0.0), logits, target) == pytest.approx([0.0, 0.375, 1.0])
+    soft = F.one_hot(target, C).float()
+    assert scales(AccuracyRamp(K, momentum=0.0), logits, soft) == pytest.approx([0.0, 0.375, 1.0])
 
 
-def test_scale_is_a_running_mean_of_training_batches():
+def test_scale_is_a_running_mean_of_the_batches_before():
     ramp = AccuracyRamp(K, momentum=0.9)
     logits, target = answers([8, 8, 8])
-    for n in range(1, 4):
-        assert ramp(logits, target).tolist() == pytest.approx([1 - 0.9**n] * K)
+    for n in range(4):
+        # 8 images are an eighth of 64
+        assert ramp(logits, target).tolist() == pytest.approx([1 - 0.9 ** (n / 8)] * K, rel=1e-5)  # float32
     ramp.eval()
-    assert ramp(answers([0, 0, 0])[0], target).tolist() == pytest.approx([1 - 0.9**3] * K)
+    before = ramp(answers([0, 0, 0])[0], target)
+    assert torch.equal(ramp(logits, target), before)
+
+
+def test_an_update_of_several_batches_is_one_of_all_images():
+    logits, target = answers([3, 5, 8])
+    whole, parts = AccuracyRamp(K), AccuracyRamp(K)
+    for ramp, sizes in ((whole, [8]), (parts, [3, 5])):
+        ramp.auto = False
+        for z, y in zip(logits.split(sizes), target.split(sizes)):
+            assert not ramp(z, y).any()  # nothing changes within an update
+        ramp.step()
+    torch.testing.assert_close(whole.accuracy, parts.accuracy)
+    assert whole.accuracy.any() and not whole.seen
 
 
 @pytest.mark.parametrize('distill', ['one-for-all', 'all-for-all'])
@@ -45,6 +66,7 @@ def test_an_exit_that_knows_nothing_learns_from_labels_alone(distill):
         criterion = MLCSDLoss(K, D, beta=0.1, distill=distill, distill_ramp=ramp)
         if criterion.ramp is not None:
             criterion.ramp.momentum = 0.0
+            criterion.ramp(logits, target)
         z = [t.clone().requires_grad_() for t in logits.unbind(dim=1)]
         f = [t.clone().requires_grad_() for t in features]
         criterion(MultiExitOutput(tuple(z), tuple(f)), target).backward()
@@ -60,7 +82,8 @@ def gradients(z, f, target, **kwargs):
     """Of the distillation alone, on one exit that knows everything: [B, C] and [B, N], times B."""
     criterion = MLCSDLoss(2, D, gamma=0, distill='one-for-all', **kwargs)
     if criterion.ramp is not None:
-        criterion.ramp.momentum = 0.0
+        criterion.ramp.accuracy.fill_(1.0)
+        criterion.ramp.auto = False
     z, f = ([t.clone().requires_grad_() for t in parts] for parts in (z, f))
     criterion(MultiExitOutput(tuple(z), tuple(f)), target).backward()
     return (B * t[0].grad.flatten(1) for t in (z, f))

@@ -146,6 +146,8 @@ def train_epoch(
         NotFinite: The loss is not finite, or weights aren't that would be saved.
     """
     task.train()
+    if task.criterion.ramp is not None:
+        task.criterion.ramp.auto = False
     accumulate = args.grad_accum_steps
     short_group = len(batches) % accumulate
     skipped, seen, totals, right = 0, 0, {}, torch.zeros((), device=task.device)
@@ -219,6 +221,8 @@ def train_epoch(
             optimizer.zero_grad()
             spoilt = False
             num_updates += 1
+            if task.criterion.ramp is not None:
+                task.criterion.ramp.step()
             task.update_ema(step=num_updates)
             if scheduler is not None:
                 scheduler.step_update(num_updates=num_updates)

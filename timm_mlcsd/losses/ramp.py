@@ -1,7 +1,10 @@
 """How strongly an exit is distilled: by what it has learned from the labels, and no more than labels teach it."""
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+
+from .memory import mean_of_processes
 
 __all__ = ['DISTILL_RAMPS', 'AccuracyRamp', 'limit_gradient']
 
@@ -16,19 +19,29 @@ class AccuracyRamp(nn.Module):
     heads die, or follow teachers that know nothing either. Far into fitting the training set the scale is 1, and the
     loss the paper's but for `limit_gradient`. Not in the paper; measured in docs/training.md.
 
+    The scale of a batch follows from the batches before it: `step` takes these into account. A training loop that
+    calls it after every update of the weights, and sets `auto` to False, gets the same scales whatever the number of
+    processes and of batches per update; by itself it steps with every batch.
+
     Args:
         num_exits: K.
-        momentum: Share of the past in the running accuracy, per batch.
+        momentum: Share of the past in the running accuracy, per 64 images.
+
+    Attributes:
+        auto: Whether to step with every batch.
     """
 
     def __init__(self, num_exits: int, momentum: float = 0.9):
         super().__init__()
         self.momentum = momentum
-        self.register_buffer('accuracy', torch.zeros(num_exits))
+        self.auto = True
+        self.register_buffer('accuracy', torch.zeros(num_exits))  # above chance
+        self.register_buffer('right', torch.zeros(num_exits))
+        self.register_buffer('seen', torch.zeros(()))
 
     @torch.no_grad()
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Take a batch into account, in training mode, and give the scales.
+        """Give the scales of a batch, and in training mode note what is right in it.
 
         Args:
             logits: Logits of all exits, [B, K, C].
@@ -38,11 +51,24 @@ class AccuracyRamp(nn.Module):
             Scales from 0 to 1, [K], in the type of the logits.
         """
         if self.training:
+            if self.auto:
+                self.step()
             labels = target if target.ndim == 1 else target.argmax(dim=-1)
-            right = (logits.argmax(dim=-1) == labels[:, None]).to(self.accuracy.dtype).mean(dim=0)
+            right = (logits.argmax(dim=-1) == labels[:, None]).to(self.right.dtype).mean(dim=0)
             chance = 1 / max(logits.shape[-1], 2)
-            self.accuracy.lerp_((right - chance) / (1 - chance), 1 - self.momentum)
+            self.right += len(labels) * (right - chance) / (1 - chance)
+            self.seen += len(labels)
         return self.accuracy.clamp(0, 1).to(logits.dtype)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take into account what was noted since the last step, in all processes that train together."""
+        right, seen = mean_of_processes(torch.cat([self.right, self.seen[None]])).split([len(self.right), 1])
+        images = seen * (dist.get_world_size() if dist.is_initialized() else 1)
+        share = 1 - self.momentum ** (images / 64)
+        self.accuracy.add_(share * (right / seen.clamp_min(1) - self.accuracy))
+        self.right.zero_()
+        self.seen.zero_()
 
 
 def limit_gradient(losses: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
