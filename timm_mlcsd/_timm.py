@@ -9,7 +9,7 @@ import torch.nn as nn
 from timm.models import is_model, model_entrypoint
 from timm.models._features import FeatureGetterNet, feature_take_indices
 
-__all__ = ['FeatureGetterNet', 'feature_take_indices', 'filter_checkpoint']
+__all__ = ['FeatureGetterNet', 'feature_take_indices', 'filter_checkpoint', 'names_of_reader']
 
 # the names under which timm's modules keep the filter of their checkpoints
 _FILTERS = ('checkpoint_filter_fn', 'checkpoint_filter_fn_classifier')
@@ -61,3 +61,8 @@ def _made_for(model: nn.Module, source: nn.Module) -> Iterator[None]:
     finally:
         for name, value in own.items():
             setattr(model, name, value)
+
+
+def names_of_reader(reader: Any) -> Dict[int, str]:
+    """The names that a data set's own labels stand for, by index; empty where timm's reader does not know."""
+    return {index: str(name) for index, name in getattr(reader, '_source_names', {}).items()}

@@ -39,7 +39,7 @@ def blame(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f'{what}: {shortened(e)}') from e
+        raise UserError(f'{what}: {shortened(e, 600)}') from e
 
 
 class _Escape(logging.Filter):

@@ -1,5 +1,6 @@
 """Folders of images as people have them: other formats, hidden files, images outside of classes."""
 
+import pickle
 import shutil
 import tarfile
 
@@ -238,3 +239,101 @@ def test_keys_without_files_are_of_the_content(mine):
     assert len(set(keys.tolist())) == 48
     Image.new('RGB', (16, 16)).save(mine / 'train' / 'blue' / '0.png')
     assert (sample_keys(load_dataset(args, 'train'), range(48)) != keys).sum() == 1
+
+
+# what a tester found
+
+
+def test_links_that_double_images_are_refused(mine, small, capsys):
+    loop = mine / 'train' / 'red' / 'loop'
+    loop.symlink_to(mine / 'train')
+    assert run(train.main, [mine, *small[1:]]) == 2
+    assert 'by a symbolic link: the same images would be there twice' in capsys.readouterr().err
+    loop.unlink()
+    twin = mine / 'train' / 'red' / 'twin.png'
+    twin.symlink_to(mine / 'train' / 'red' / '0.png')
+    assert run(train.main, [mine, *small[1:]]) == 2
+    assert 'twin.png' in capsys.readouterr().err
+    twin.unlink()
+    (mine / 'elsewhere.png').write_bytes((mine / 'train' / 'red' / '0.png').read_bytes())
+    twin.symlink_to(mine / 'elsewhere.png')
+    assert len(load(mine)) == 49
+
+
+def test_hidden_folders_are_no_classes_for_torchvision_either(mine, caplog):
+    hidden = mine / 'train' / '.ipynb_checkpoints'
+    shutil.copytree(mine / 'train' / 'red', hidden)
+    data = load(mine, '--dataset', 'torch/image_folder')
+    assert class_names(data) == ['blue', 'green', 'red'] and len(data) == 48
+    assert [data[i][1] for i in (0, 16, 32)] == [0, 1, 2] and 'left out 16 hidden' in caplog.text
+
+
+def test_training_images_in_another_place_are_known(held_out_run, mine, small, tmp_path, capsys):
+    argv = ['--checkpoint', held_out_run / 'last.pth.tar', '--workers', 0, '--split', 'test']
+    assert run(validate.main, [mine / 'train', *argv]) == 2
+    assert 'these are the images that the checkpoint was trained on' in capsys.readouterr().err
+    # also where nothing was held out of them
+    shutil.copytree(mine / 'test', mine / 'val')
+    flags = [mine, *small[1:], '--val-split', 'val', '--epochs', 1, '--experiment', 'val']
+    assert run(train.main, flags) == 0
+    copy = shutil.copytree(mine, tmp_path / 'copy')
+    argv = [copy, '--checkpoint', tmp_path / 'val', '--workers', 0, '--split', 'test', '--adaptive', '--max-drop', 50]
+    assert run(validate.main, [*argv, '--calibration-split', 'train']) == 2
+    assert 'these are the images that the checkpoint was trained on' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'name, value',
+    [
+        ('val_indices', [1, 2, 3]),
+        ('val_indices', torch.tensor([100, 2, 3])),
+        ('val_indices', torch.tensor([1.0, 2.0])),
+        ('val_keys', torch.tensor([1])),
+        ('val_keys', [1]),
+        ('train_size', None),
+    ],
+)
+def test_a_record_that_was_tampered_with(held_out_run, capsys, name, value):
+    path = held_out_run / 'last.pth.tar'
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({**checkpoint, name: value}, path)
+    assert run(validate.main, ['--checkpoint', path, '--held-out', '--workers', 0]) == 2
+    assert 'has no record of held-out images that can be used' in capsys.readouterr().err
+
+
+def test_a_policy_never_replaces_anything_else(held_out_run, capsys):
+    argv = ['--checkpoint', held_out_run, '--workers', 0, '--split', 'test', '--adaptive', '--max-drop', 50]
+    before = (held_out_run / 'model_best.pth.tar').read_bytes()
+    assert run(validate.main, [*argv, '--save-policy', held_out_run / 'model_best.pth.tar']) == 2
+    assert 'must end in .json' in capsys.readouterr().err
+    (held_out_run / 'notes.json').write_text('{}')
+    assert run(validate.main, [*argv, '--save-policy', held_out_run / 'notes.json']) == 2
+    assert 'would replace a file that is not a policy' in capsys.readouterr().err
+    assert (held_out_run / 'model_best.pth.tar').read_bytes() == before
+
+
+def test_a_run_goes_on_with_its_reading_and_its_best(held_out_run, mine, small, tmp_path, capsys):
+    argv = [mine, *small[1:], '--val-fraction', 0.3, '--epochs', 2, '--resume', held_out_run, '--experiment', 'next']
+    for more in (['--input-img-mode', 'YCbCr'], ['--mean', 0, 0, 0], ['--crop-pct', 0.5]):
+        assert run(train.main, [*argv, *more]) == 2
+        assert 'data_config' in capsys.readouterr().err
+    assert run(train.main, argv) == 0
+    assert (tmp_path / 'next' / 'model_best.pth.tar').exists()
+
+
+def test_class_maps_of_data_sets_with_names_of_their_own(folder, small, tmp_path, capsys):
+    datasets = pytest.importorskip('datasets')
+    files = sorted((folder / 'train').rglob('*.png'))
+    names = datasets.ClassLabel(names=['blue', 'green', 'red'])
+    features = datasets.Features(dict(image=datasets.Image(), label=names))
+    images = [dict(bytes=file.read_bytes(), path=None) for file in files]
+    rows = datasets.Dataset.from_dict(dict(image=images, label=[file.parent.name for file in files]), features=features)
+    (tmp_path / 'data').mkdir()
+    rows.to_parquet(tmp_path / 'data' / 'train-00000-of-00001.parquet')
+    flags = ['--dataset', f'hfds/{tmp_path / "data"}', *small[1:], '--epochs', 1]
+    (tmp_path / 'two.txt').write_text('blue\ngreen\n')
+    assert run(train.main, [*flags, '--class-map', tmp_path / 'two.txt', '--max-bad-samples', 20]) == 2
+    assert 'got none for red; add it' in capsys.readouterr().err
+    (tmp_path / 'reversed.pkl').write_bytes(pickle.dumps({0: 2, 1: 1, 2: 0}))
+    assert run(train.main, [*flags, '--class-map', tmp_path / 'reversed.pkl']) == 0
+    assert load_checkpoint(tmp_path / 'run')['class_names'] == ['red', 'green', 'blue']

@@ -146,9 +146,9 @@ class ExitPolicy:
         theirs = 'not known, the folder was exported by an earlier release' if digest is None else digest[:15]
         raise ValueError(
             f'the policy was fitted to other weights (digest {self.weights_digest[:15]}{fitted_on}) than the network '
-            f'has ({theirs}): fit one to these with validate.py --adaptive --save-policy, load the weights that it was '
-            f'fitted to, or use policy.without_digest() (in the file: remove "weights_digest") if you know that it '
-            f'fits.'
+            f'has ({theirs}): fit one to these (validate.py --adaptive --max-drop P --save-policy), load the weights '
+            f'that it was fitted to (averaged ones with --use-ema), or use policy.without_digest() (in the file: '
+            f'remove "weights_digest") if you know that it fits.'
         )
 
     def answer(

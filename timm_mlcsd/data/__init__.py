@@ -20,13 +20,14 @@ from .folders import (
     image_endings,
     is_divided,
     is_hidden,
+    leave_hidden_folders_out,
     leave_out_what_is_no_data,
 )
 from .image import IMAGE_MODES, convert_image, read_image
 from .labels import CheckedCollate, CheckedMixup, check_labels
 from .pad_crop import PadCrop
 from .preprocess import IMAGE_MODE, Preprocessing, default_image_mode
-from .sample_keys import sample_keys
+from .sample_keys import probe_keys, sample_keys
 from .stream import CheckedStream
 from .subset import ConvertedImages, IndexedTargets, TransformSubset, hold_out
 
@@ -64,10 +65,12 @@ __all__ = [
     'image_name',
     'is_divided',
     'is_hidden',
+    'leave_hidden_folders_out',
     'leave_out_what_is_no_data',
     'load_class_map',
     'names_by_index',
     'pad_names',
+    'probe_keys',
     'read_image',
     'same_names',
     'sample_keys',

@@ -7,7 +7,7 @@ import re
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Set
+from typing import Any, Dict, Iterator, List, Sequence, Set, Tuple
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,7 @@ __all__ = [
     'image_endings',
     'is_divided',
     'is_hidden',
+    'leave_hidden_folders_out',
     'leave_out_what_is_no_data',
 ]
 
@@ -131,15 +132,63 @@ def _keep_samples(reader: Any, keep: Sequence[bool], class_map: bool) -> None:
 def _all_files(reader: Any) -> List[str]:
     """All files below the root of a reader, or in its tar file; empty folders, with a slash at the end."""
     if hasattr(reader, 'class_to_idx'):
-        found = []
-        for place, folders, files in os.walk(reader.root, followlinks=True):
-            below = os.path.relpath(place, reader.root)
-            found += [os.path.join(below, name) for name in files]
-            found += [os.path.join(below, '')] if not files and not folders and place != reader.root else []
-        return [os.path.normpath(path) + '/' * path.endswith('/') for path in found]
+        return _walk(str(reader.root))
     with tarfile.open(reader.root) as tar:
         found = [os.path.normpath(member.name).lstrip('/') for member in tar if member.isfile()]
     return [path for path in found if not path.endswith('.tar')]
+
+
+def _walk(root: str) -> List[str]:
+    """All files below a folder, and empty folders with a slash at the end.
+
+    Raises:
+        UserError: Symbolic links lead to a folder or file twice: its images would count twice, and might be trained on
+            and held out.
+    """
+    found, seen, links = [], {}, []
+    for place, folders, files in os.walk(root, followlinks=True):
+        below = os.path.normpath(os.path.relpath(place, root))
+        real = os.path.realpath(place)
+        _check_twice(seen, real, place)
+        found += [os.path.normpath(os.path.join(below, name)) for name in files]
+        found += [below + '/'] if not files and not folders and place != root else []
+        links += [os.path.join(place, name) for name in files if os.path.islink(os.path.join(place, name))]
+    if links:
+        seen = {
+            os.path.join(os.path.realpath(folder), name): os.path.join(folder, name) for folder, name in _plain(root)
+        }
+        for link in links:
+            _check_twice(seen, os.path.realpath(link), link)
+    return found
+
+
+def _plain(root: str) -> Iterator[Tuple[str, str]]:
+    """Folder and name of every file below a folder that is not a link itself."""
+    for place, _, files in os.walk(root, followlinks=True):
+        yield from ((place, name) for name in files if not os.path.islink(os.path.join(place, name)))
+
+
+def _check_twice(seen: Dict[str, str], real: str, path: str) -> None:
+    if real in seen:
+        raise UserError(
+            f'{printable(path)!r} is {printable(seen[real])!r} by a symbolic link: the same images would be there '
+            f'twice; remove the link.'
+        )
+    seen[real] = path
+
+
+def leave_hidden_folders_out(dataset: Any) -> None:
+    """Take hidden files, and folders that would be classes, out of torchvision's ``ImageFolder``."""
+    root = dataset.root
+    keep = [not is_hidden(os.path.relpath(path, root)) for path, _ in dataset.samples]
+    names = [name for name in dataset.classes if not is_hidden(name)]
+    new_index = {dataset.class_to_idx[name]: index for index, name in enumerate(names)}
+    dataset.samples = [(path, new_index[t]) for (path, t), stays in zip(dataset.samples, keep) if stays]
+    dataset.imgs, dataset.targets = dataset.samples, [target for _, target in dataset.samples]
+    dataset.classes, dataset.class_to_idx = names, {name: index for index, name in enumerate(names)}
+    if not all(keep):
+        _logger.warning(f'{printable(str(root))}: left out {len(keep) - sum(keep)} hidden files (._*, .*, __MACOSX)')
+    check_look_alikes(names, repr(printable(str(root))))
 
 
 def _check_flat(paths: Sequence[str], reader: Any) -> None:

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
@@ -11,7 +12,9 @@ import torch
 from PIL import ImageMode
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets import ImageFolder
 
+from .._timm import names_of_reader
 from ..data import (
     IMAGE_MODES,
     SPLIT_FOLDERS,
@@ -27,9 +30,12 @@ from ..data import (
     default_image_mode,
     hold_out,
     image_endings,
+    leave_hidden_folders_out,
     leave_out_what_is_no_data,
     load_class_map,
     names_by_index,
+    probe_keys,
+    read_image,
     same_names,
     sample_keys,
 )
@@ -114,6 +120,8 @@ def load_dataset(
         _learn_classes(dataset.reader, args)
     if prefix in ('hfds', 'hfids', 'tfds'):
         _check_columns(dataset.reader, args)
+    if class_map is not None and prefix != '':
+        _check_map_is_whole(class_map, names_of_reader(dataset.reader), args.class_map)
     if prefix == 'wds':
         _check_shards(dataset.reader, split)
     if prefix == '':
@@ -132,6 +140,9 @@ def load_dataset(
             f'--max-bad-samples {args.max_bad_samples}: --dataset {args.dataset!r} is read by torchvision, which stops '
             f'at an image that cannot be read.'
         )
+    if isinstance(dataset, ImageFolder):
+        leave_hidden_folders_out(dataset)
+        dataset.loader = partial(read_image, mode=image_mode)  # torchvision's own clips 16 bits
     # timm leaves torchvision's images as they are
     return ConvertedImages(dataset, image_mode) if prefix == 'torch' else dataset
 
@@ -146,6 +157,16 @@ def _class_map(args: argparse.Namespace, prefix: str) -> Optional[Dict[Any, int]
             f'{args.dataset!r}, whose labels are indices; leave the flag out.'
         )
     return load_class_map(args.class_map, args.data_dir)
+
+
+def _check_map_is_whole(class_map: Dict[Any, int], names: Dict[int, str], flag: str) -> None:
+    """Refuse a class map without a class of the data: each image of it would seem to be broken."""
+    missing = [name for index, name in names.items() if name not in class_map and index not in class_map]
+    if missing:
+        raise UserError(
+            f'--class-map {flag!r}: expected an index for every class of the data, got none for '
+            f'{printable(", ".join(missing[:5]))}; add {"it" if len(missing) == 1 else "them"}.'
+        )
 
 
 def _check_source(args: argparse.Namespace, split: str, needs_folder: bool) -> str:
@@ -230,6 +251,9 @@ def class_names(dataset: Dataset) -> Optional[ClassNames]:
     reader = getattr(dataset, 'reader', dataset)
     # timm's reader of tar files has another name for it
     mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
+    if mapping and all(isinstance(name, int) for name in mapping):  # a class map from indices to indices
+        source = names_of_reader(reader)
+        mapping = {source[old]: new for old, new in mapping.items() if old in source}
     if mapping:
         return names_by_index(mapping)
     names = getattr(reader, 'classes', None)
@@ -266,7 +290,9 @@ def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, 
     for flag, given in (('--train-num-samples', args.train_num_samples), ('--epoch-repeats', args.epoch_repeats)):
         if given and not isinstance(train, IterableDataset):
             raise UserError(f'{flag} {given} is for streams alone ({", ".join(f"{p}/" for p in _STREAMS)}).')
-    record = dict(train_split=args.train_split, val_split=args.val_split)
+    record: Dict[str, Any] = dict(train_split=args.train_split, val_split=args.val_split)
+    if not isinstance(train, IterableDataset):
+        record.update(train_size=len(train), train_probe=probe_keys(train))
     if args.val_split:
         if same_split(args.val_split, args.train_split) and '[' not in args.val_split:
             _logger.warning(f'--val-split {args.val_split}: the images that are trained on will choose the best epoch.')
@@ -287,6 +313,5 @@ def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, 
         val_seed=args.val_seed,
         val_indices=torch.tensor(held),
         val_keys=sample_keys(train, held),
-        train_size=len(train),
     )
     return TransformSubset(train, kept), TransformSubset(train, held), record

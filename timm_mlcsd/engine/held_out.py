@@ -8,7 +8,7 @@ from typing import Any, Dict, Tuple
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from ..data import TransformSubset, hold_out, image_name, sample_keys
+from ..data import TransformSubset, hold_out, image_name, probe_keys, sample_keys
 from ..errors import UserError, printable
 from ..network import load_checkpoint
 from .datasets import load_dataset, same_split
@@ -49,6 +49,7 @@ def check_held_out(dataset: Dataset, checkpoint: Dict[str, Any], what: str) -> N
     Raises:
         UserError: It has another number of images, or others at the places of the held-out ones.
     """
+    _check_record(checkpoint)
     advice = 'put the files back as they were, or train anew'
     size, indices = checkpoint['train_size'], checkpoint['val_indices'].tolist()
     if len(dataset) != size:
@@ -70,6 +71,21 @@ def check_held_out(dataset: Dataset, checkpoint: Dict[str, Any], what: str) -> N
             f'one, so images that were trained on would be taken for held out: files of {what} were added, removed, '
             f'renamed or moved; {advice}.'
         )
+
+
+def _check_record(checkpoint: Dict[str, Any]) -> None:
+    """Refuse a record of held-out images that train.py did not write."""
+    size, indices, keys = (checkpoint.get(name) for name in ('train_size', 'val_indices', 'val_keys'))
+    right = (
+        isinstance(size, int)
+        and isinstance(indices, torch.Tensor)
+        and indices.ndim == 1
+        and indices.dtype == torch.int64
+        and bool(((indices >= 0) & (indices < size)).all())
+        and (keys is None or (isinstance(keys, torch.Tensor) and keys.shape == indices.shape))
+    )
+    if not right or not len(indices):
+        raise UserError('the checkpoint has no record of held-out images that can be used; name other images.')
 
 
 def halves_of(dataset: TransformSubset) -> Tuple[TransformSubset, TransformSubset]:
@@ -110,10 +126,14 @@ def warn_of_seen_images(args: argparse.Namespace, record: Dict[str, Any]) -> Non
 
 
 def is_data_of(dataset: Dataset, checkpoint: Dict[str, Any]) -> bool:
-    """Whether a data set is what a training's images were held out of, wherever it lies now."""
-    if 'val_keys' not in checkpoint or isinstance(dataset, IterableDataset) or len(dataset) != checkpoint['train_size']:
+    """Whether a data set is what a checkpoint was trained on, wherever it lies now."""
+    if 'train_probe' not in checkpoint or isinstance(dataset, IterableDataset):
         return False
-    return torch.equal(sample_keys(dataset, checkpoint['val_indices'].tolist()), checkpoint['val_keys'])
+    return len(dataset) == checkpoint.get('train_size') and _equal(probe_keys(dataset), checkpoint['train_probe'])
+
+
+def _equal(keys: torch.Tensor, recorded: Any) -> bool:
+    return isinstance(recorded, torch.Tensor) and torch.equal(keys, recorded)
 
 
 def is_trained_on(args: argparse.Namespace, checkpoint: Dict[str, Any], split: str) -> bool:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from timm.utils import random_seed
 from torch.utils.data import Dataset, IterableDataset
 
-from ..errors import UserError, run_script
+from ..errors import UserError, blame, run_script
+from ..files import replacing
 from ..network import BEST, LAST
 from .build import resolve_device
 from .config import parse_args
@@ -65,6 +67,10 @@ def _train(args: argparse.Namespace, device: torch.device, world: World, folder:
     if args.dry_run:
         rehearse(training)
         return
+    if world.is_first and not weights_only:
+        _take_best_along(args, folder)
+    if not (folder / BEST).exists():
+        training.best = float('-inf')  # the best so far lies elsewhere, perhaps on other data
     record = RunRecord(args, folder, training.start_epoch, training.best) if world.is_first else None
     _logger.info(
         f'{args.model}: {training.model.num_exits} exits, {training.num_classes} classes, {len(training.train_data)} '
@@ -86,6 +92,17 @@ def _train(args: argparse.Namespace, device: torch.device, world: World, folder:
     finally:
         if record:
             record.logs.close()
+
+
+def _take_best_along(args: argparse.Namespace, folder: Path) -> None:
+    """Copy the best checkpoint of a run that goes on in another folder."""
+    resumed = Path(args.resume) if os.path.isdir(args.resume) else Path(args.resume).parent
+    best = resumed / BEST
+    if os.path.exists(args.resume) and best.is_file() and not (folder / BEST).exists():
+        with blame(f'--output {args.output!r} cannot be written'):
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / BEST) as temporary:
+                shutil.copyfile(best, temporary)
 
 
 def _run(training: Training, record: Optional[RunRecord], termination: Termination) -> None:

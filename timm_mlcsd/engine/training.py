@@ -90,7 +90,8 @@ class Training:
         self.start_epoch, self.best, self.progress = 0, float('-inf'), None
         if checkpoint:
             same_data = is_same_data(args, checkpoint)
-            check_same_run(checkpoint, self.identity, self.val_data, weights_only, same_data)
+            identity = self.identity if weights_only else dict(self.identity, data_config=self.data_config)
+            check_same_run(checkpoint, identity, self.val_data, weights_only, same_data)
             self.start_epoch, self.best, self.progress = resume(
                 checkpoint, self.task, self.optimizer, self.scaler, args, world, weights_only, self.lr_rule
             )

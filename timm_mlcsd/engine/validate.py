@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
-from ..adaptive import evaluate_policy
+from ..adaptive import ExitPolicy, evaluate_policy
 from ..cost import ExitCost, exit_costs
 from ..data import IMAGE_MODE
 from ..errors import UserError, blame, install_hint, run_script
@@ -23,10 +23,10 @@ from .adaptive import run_adaptive, tables
 from .build import autocast_of, compiled, data_config_of, resolve_device
 from .calibration import Logits, check_flags, policy_of, policy_path, reports_on_half
 from .config import parse_args
-from .datasets import check_classes, class_names, load_dataset
+from .datasets import check_classes, class_names, load_dataset, same_split
 from .evaluate import Evaluation, evaluate, exit_logits
 from .flags import validate_parser
-from .held_out import halves_of, held_out, is_same_data
+from .held_out import halves_of, held_out, is_data_of, is_same_data
 from .loaders import eval_loader
 from .page import Album, page_data
 
@@ -128,6 +128,11 @@ def _check_outputs(args: argparse.Namespace) -> None:
     if args.report and Path(args.report).suffix not in ('.html', '.htm'):
         raise UserError(f'--report {args.report!r} must end in .html.')
     policy = str(policy_path(args)) if args.save_policy else None
+    if policy and Path(policy).suffix != '.json':
+        raise UserError(f'--save-policy {policy!r} must end in .json.')
+    if policy and Path(policy).exists():
+        with blame(f'--save-policy {policy!r} would replace a file that is not a policy; name another'):
+            ExitPolicy.load(policy)
     for path in filter(None, (args.results_file, args.plot, args.report, policy)):
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +172,13 @@ def load_split(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[An
     if not args.held_out:
         # the folder that was trained on is no split of itself
         of_it = is_same_data(args, checkpoint) and args.split != checkpoint.get('train_split')
-        return load_dataset(args, args.split, needs_folder=of_it and 'val_indices' in checkpoint), args.split
+        dataset = load_dataset(args, args.split, needs_folder=of_it and 'val_indices' in checkpoint)
+        if is_data_of(dataset, checkpoint) and not same_split(args.split, checkpoint['train_split']):
+            raise UserError(
+                f'--split {args.split}: these are the images that the checkpoint was trained on; --split '
+                f'{checkpoint["train_split"]} evaluates on them on purpose, --held-out on those held out.'
+            )
+        return dataset, args.split
     if 'val_indices' not in checkpoint:
         raise UserError('--held-out needs a checkpoint whose training held images out of its train split.')
     dataset, name = held_out(args, checkpoint)
