@@ -1,6 +1,7 @@
 """A trained network, with its exit policy if it has one, to a folder or the Hub: ``mlcsd-push CHECKPOINT TARGET``."""
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from ..network import Network, load_network
 from ..report import check_license
 
 __all__ = ['folder_of', 'main', 'push']
+
+_logger = logging.getLogger('push')
 
 # what a reader of the card wants to know of the training
 _SETTINGS = (
@@ -77,6 +80,8 @@ def push(args: argparse.Namespace) -> str:
             what['policy'] = ExitPolicy.load(network.policy_file)
             what['policy'].check(network.model.num_exits, network.model.exit_names)
             what['policy'].check_weights(network.model)
+        if what['policy'].weights_digest is None:
+            _logger.warning(f'{network.policy_file} does not say which weights it was fitted to; it is bound to these.')
     with blame(f'{args.target!r} cannot be written'):
         if folder is not None:
             save_pretrained(network.model, folder, **what)
