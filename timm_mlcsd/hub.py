@@ -16,12 +16,20 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, _get_global_pool, hf_split, save_config_for_hf
 
 from .data import IMAGE_MODE
-from .errors import UserError, shortened
+from .errors import UserError, blame, shortened
 from .files import replacing_together
 from .hub_errors import explained, has_no_connection, is_not_there, reason_of
-from .models import MultiExitModel, create_named
+from .models import MultiExitModel, create_named, is_tap
 from .report import is_own_card, model_card
-from .stored import check_config, class_list, is_network_argument, missing_weights, read_json
+from .stored import (
+    check_config,
+    check_data_config,
+    check_values,
+    class_list,
+    is_network_argument,
+    missing_weights,
+    read_json,
+)
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -83,6 +91,7 @@ def save_pretrained(
         if policy.weights_digest is None:
             policy = policy.for_weights(model)
     names = label_names(model) if class_names is None else class_list(class_names, model.num_classes)
+    check_data_config(data_config or {})
     image_mode = (data_config or {}).get(IMAGE_MODE, model.pretrained_cfg.get(IMAGE_MODE))
     data_config = resolve_input_data_config(model, {'input_size': model.probe_size, **(data_config or {})})
     data_config[IMAGE_MODE] = image_mode
@@ -187,6 +196,11 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
     name = str(source)
     scheme, _, place = name.partition(':')
     on_hub = scheme in HUB
+    refused = {'pretrained', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay'} & set(kwargs)
+    if refused:
+        raise ValueError(
+            f'{", ".join(sorted(refused))}: the weights and their config are those of {name!r}; leave it out.'
+        )
     if on_hub:
         with explained(f'{name!r} cannot be loaded'):
             folder = _download(place, kwargs.get('cache_dir'))
@@ -203,6 +217,8 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
         model = create_named(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
     except Exception as e:  # files that others made are broken in as many ways as there are files
         raise UserError(f'{name!r} cannot be loaded: {shortened(e)}') from e
+    with blame(f'{name!r} cannot be loaded'):
+        check_values(safetensors.torch.load_file(folder / HF_SAFE_WEIGHTS_NAME), model)
     missing = missing_weights(model, shapes)
     if missing and kwargs.get('pretrained_strict', True):
         raise UserError(f'{name} has no weights for {", ".join(missing[:3])}, {len(missing)} in all.')
@@ -309,10 +325,23 @@ def _write_config(
         with_gaps = {str(index): name for index, name in enumerate(names) if name is not None}
         config['label_names'] = with_gaps if None in names else list(names)
     try:
-        check_config(config, {name: tuple(t.shape) for name, t in tensors.items()})
+        made = check_config(config, {name: tuple(t.shape) for name, t in tensors.items()})
+        _check_same_modules(model, made)
     except ValueError as e:
         raise ValueError(f'the network cannot be saved so that it loads again: {shortened(e)}') from e
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+
+
+def _check_same_modules(model: MultiExitModel, made: MultiExitModel) -> None:
+    """Refuse a network with other modules than its arguments make, or with hooks: these cannot be stored."""
+    theirs = {name: type(module).__name__ for name, module in made.named_modules()}
+    for name, module in model.named_modules():
+        kind, expected = type(module).__name__, theirs.get(name)
+        if kind != expected and not ('BatchNorm' in kind and 'BatchNorm' in str(expected)):
+            raise ValueError(f'its module {name!r} is a {kind}, and would be loaded as {expected}')
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if not all(is_tap(hook) for hook in hooks):
+            raise ValueError(f'its module {name!r} has forward hooks, which would not be loaded')
 
 
 def _is_own(card: Path) -> bool:

@@ -12,7 +12,7 @@ from .data import IMAGE_MODE, pad_names
 from .errors import UserError, blame
 from .hub import CONFIG, POLICY, SOURCES, find_policy, from_pretrained, label_names
 from .models import MultiExitModel, create_named
-from .stored import check_model_source, class_list
+from .stored import check_model_source, check_values, class_list
 
 __all__ = ['BEST', 'LAST', 'Network', 'load_checkpoint', 'load_network', 'policy_place']
 
@@ -103,6 +103,7 @@ def _model_of(checkpoint: Dict[str, Any], source: str, use_ema: bool = False) ->
         check_model_source(checkpoint['arch'], checkpoint['model_args'], checkpoint['data_config'], shapes)
         model = create_named(checkpoint['arch'], **checkpoint['model_args'])
     with blame(f'{source!r} does not fit {checkpoint["arch"]}'):
+        check_values(checkpoint[key], model)
         model.load_state_dict(checkpoint[key])
     return model
 

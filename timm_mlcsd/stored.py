@@ -7,7 +7,7 @@ import json
 import math
 import threading
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 import timm
 import torch
@@ -18,7 +18,16 @@ from .data import IMAGE_MODE, IMAGE_MODES
 from .errors import printable, shortened
 from .models import MultiExitModel, create_named
 
-__all__ = ['check_config', 'check_model_source', 'class_list', 'is_network_argument', 'missing_weights', 'read_json']
+__all__ = [
+    'check_config',
+    'check_data_config',
+    'check_model_source',
+    'check_values',
+    'class_list',
+    'is_network_argument',
+    'missing_weights',
+    'read_json',
+]
 
 Shapes = Dict[str, Tuple[int, ...]]
 
@@ -91,7 +100,10 @@ def check_model_source(
     """
     _check_arguments(architecture, model_args)
     if data_config is not None:
-        _check_data_config(data_config)
+        check_data_config(data_config)
+        missing = sorted({'input_size', 'interpolation', 'mean', 'std', 'crop_pct'} - set(data_config))
+        if missing:
+            raise ValueError(f'data_config lacks {", ".join(missing)}, without which images cannot be prepared.')
         unknown = sorted(set(data_config) - set(_DATA_KEYS))
         if unknown:
             raise ValueError(f'data_config has unknown entries: {_shown(unknown)}; expected {", ".join(_DATA_KEYS)}.')
@@ -100,7 +112,7 @@ def check_model_source(
         _check_weights(architecture, model_args, shapes)
 
 
-def check_config(config: Any, shapes: Shapes) -> None:
+def check_config(config: Any, shapes: Shapes) -> MultiExitModel:
     """Refuse a ``config.json`` that makes another network than its weights are of, or does more than make one.
 
     As `check_model_source`, and all numbers of classes agree, the class names fit, and the weights lie beside it.
@@ -108,6 +120,9 @@ def check_config(config: Any, shapes: Shapes) -> None:
     Args:
         config: Its content.
         shapes: Shapes of the weights beside it, by name.
+
+    Returns:
+        The network that it makes, on the meta device.
 
     Raises:
         ValueError: It does; the message says why.
@@ -124,7 +139,7 @@ def check_config(config: Any, shapes: Shapes) -> None:
             raise ValueError(
                 f'pretrained_cfg.{key}={_shown(cfg[key])}: expected none; the weights are those beside the config.'
             )
-    _check_data_config({**cfg, IMAGE_MODE: config.get(IMAGE_MODE)}, 'pretrained_cfg')
+    check_data_config({**cfg, IMAGE_MODE: config.get(IMAGE_MODE)}, 'pretrained_cfg')
     _check_channels(model_args, cfg)
     for key, known in (('architecture', architecture), ('fixed_input_size', None)):
         value = cfg.get(key)
@@ -146,6 +161,25 @@ def check_config(config: Any, shapes: Shapes) -> None:
     model = _check_weights(architecture, {'num_classes': num_classes, **model_args}, shapes, cfg)
     _check_module_names(architecture, cfg, model)
     class_list(config.get('label_names', cfg.get('label_names')), num_classes)
+    return model
+
+
+def check_values(tensors: Mapping[str, torch.Tensor], model: MultiExitModel) -> None:
+    """Refuse stored weights that are of another kind than the network's, or not finite: loading would cast them, and
+    answers would be NaN.
+
+    Args:
+        tensors: Weights by name.
+        model: The network.
+    """
+    for name, own in model.state_dict().items():
+        stored = tensors.get(name)
+        if stored is None:
+            continue
+        if stored.is_floating_point() != own.is_floating_point() or stored.is_complex():
+            raise ValueError(f'the weight {_shown(name)} is of type {stored.dtype}; expected {own.dtype}.')
+        if stored.is_floating_point() and not stored.isfinite().all():
+            raise ValueError(f'the weight {_shown(name)} has values that are not finite; train the network again.')
 
 
 def class_list(names: Any, num_classes: int) -> Optional[List[Optional[str]]]:
@@ -244,6 +278,8 @@ def _check_arguments(architecture: Any, model_args: Any) -> None:
         if not is_network_argument(key):
             raise ValueError(f'model_args.{_shown(key)[1:-1]}: a stored network cannot have this argument; remove it.')
         _check_plain(value, f'model_args.{_shown(key)[1:-1]}')
+        if key.startswith('drop') and isinstance(value, (int, float)) and not 0 <= value < 1:
+            raise ValueError(f'model_args.{_shown(key)[1:-1]}={value}: expected a rate from 0 to below 1.')
     sizes = model_args.get('img_size')
     for side in sizes if isinstance(sizes, (list, tuple)) else [sizes]:
         if side is not None and not (isinstance(side, int) and 1 <= side <= MAX_SIDE):
@@ -271,7 +307,7 @@ def _check_plain(value: Any, where: str, depth: int = 0) -> None:
         raise ValueError(f'{where} holds a {type(value).__name__}; expected plain values of JSON.')
 
 
-def _check_data_config(config: Any, where: str = 'data_config') -> None:
+def check_data_config(config: Any, where: str = 'data_config') -> None:
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise ValueError(f'{where} must be entries by name.')
     side = 1

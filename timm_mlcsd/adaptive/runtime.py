@@ -179,6 +179,9 @@ class AdaptiveModel:
 
     def _run(self, x: torch.Tensor, deadline: Optional[float] = None) -> Prediction:
         self._check_mode()
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f'images are {kind}; expected a floating point tensor [B, C, H, W], normalised.')
         if x.ndim != 4 or not len(x):
             raise ValueError(f'images have shape {tuple(x.shape)}; expected [B, C, H, W], B at least 1.')
         batch = _Batch(len(x))

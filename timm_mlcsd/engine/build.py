@@ -45,6 +45,8 @@ def resolve_device(args: argparse.Namespace) -> torch.device:
         raise UserError(f'--torchcompile-mode {args.torchcompile_mode} does nothing without --torchcompile.')
     with blame(f'--device {args.device} cannot be used'):
         device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        if device.type == 'meta':
+            raise UserError('--device meta: expected a device that computes, cpu or cuda say.')
         if device.type == 'cuda' and 'LOCAL_RANK' in os.environ:
             device = _own_gpu(device)
         if device.index is not None and device.type == 'cuda':

@@ -246,7 +246,11 @@ def resume(
         for group in optimizer.param_groups:
             for key in {'lr', 'initial_lr'} & group.keys():
                 group[key] *= args.lr / before
-    epoch, best = checkpoint['epoch'] + 1, checkpoint['best_metric']
+    epoch, best = checkpoint['epoch'] + 1, checkpoint.get('best_metric')
+    if not isinstance(best, float) or epoch < 0:
+        raise UserError(
+            f'--resume: the checkpoint has epoch {epoch - 1} and best_metric {best!r}; train.py did not write it.'
+        )
     if 'progress' not in checkpoint or weights_only:
         _logger.info(f'Resuming after epoch {epoch - 1}')
         return epoch, best, None

@@ -8,6 +8,7 @@ from .multi_exit import MultiExitModel, MultiExitOutput
 from .ranet import RANet
 from .registry import create_named  # registers mlcsd_* with timm
 from .shufflenetv2 import ShuffleNetV2
+from .taps import is_tap
 from .weights import load_backbone, weights_digest
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     'ShuffleNetV2',
     'create_multi_exit',
     'create_named',
+    'is_tap',
     'load_backbone',
     'weights_digest',
 ]

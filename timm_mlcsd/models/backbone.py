@@ -14,6 +14,7 @@ from timm.models import get_model_input_config, get_model_traits
 
 from .contract import BackboneContract, check_pool
 from .heads import ExitHead, check_kinds, head_style
+from .hooks import what_hangs_on
 from .multi_exit import MultiExitModel, MultiExitOutput
 from .plan import Plan, plan_stages
 from .probe import Place
@@ -134,6 +135,8 @@ class MultiExitBackbone(BackboneContract):
         # spelled out, so that what is saved today means the same network when a default changes
         exits = list(exits) if isinstance(exits, (list, tuple)) else self.num_exits
         self.exit_args = dict(exits=exits, exit_head=exit_head, exit_pool=exit_pool, small_input=small_input)
+        self.training = backbone.training
+        self.heads.train(backbone.training)
         _WRAPPED.add(backbone)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
@@ -173,6 +176,9 @@ class MultiExitBackbone(BackboneContract):
     @property
     def why_not_resumable(self) -> Optional[str]:
         """Why the stages cannot be run one by one; None where they can."""
+        hanging = what_hangs_on(self)
+        if hanging:
+            return f'the network itself has {hanging}, which its stages would leave out'
         return self.program.why_not(self)
 
     def run_stage(self, k: int, state: Any) -> Any:
@@ -254,6 +260,8 @@ def _check_backbone(backbone: nn.Module) -> None:
     kind = type(backbone).__name__
     if isinstance(backbone, MultiExitModel):
         raise ValueError(f'{kind} has exits already; pass a plain backbone.')
+    if hasattr(backbone, '_orig_mod'):
+        raise ValueError('the backbone is compiled, so nothing in it can be watched; wrap it first, then compile.')
     needed = ('default_cfg', 'feature_info', 'forward_features', 'forward_head')
     missing = [name for name in needed if not hasattr(backbone, name)]
     if missing:

@@ -231,7 +231,10 @@ class GraphProgram:
                 self.exports[exported] = e
         if isinstance(self.exports[exported], CutError):
             raise self.exports[exported]
-        cut = CutGraph(self.exports[exported], model.backbone, len(self.taps), device)
+        try:
+            cut = CutGraph(self.exports[exported], model.backbone, len(self.taps), device)
+        except (KeyError, AttributeError) as e:  # weights that belong to no module, of a function on the instance
+            raise CutError(f'its graph reads what no module of the backbone owns: {shortened(e)}') from e
         if device.type != 'meta':
             try:
                 # another copy: the first may have kept tensors of the trace

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from .probe import Place
 
-__all__ = ['Taps']
+__all__ = ['Taps', 'is_tap']
 
 
 class _Slot:
@@ -41,6 +41,11 @@ class _Tap:
 
     def __reduce__(self) -> Tuple:
         return _Tap, ()
+
+
+def is_tap(hook: Any) -> bool:
+    """Whether a forward hook is one with which an exit reads a module."""
+    return isinstance(hook, _Tap)
 
 
 class Taps:

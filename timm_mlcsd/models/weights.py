@@ -1,6 +1,7 @@
 """Weights that go from a plain backbone to its multi-exit network and back."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Dict, Tuple, Union
@@ -83,12 +84,13 @@ def drop_unfit_classifiers(state_dict: Dict[str, torch.Tensor], model: MultiExit
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of a network's parameters and buffers: names, types, shapes and values, wherever they lie in memory.
+    """A digest of a network: its exits and heads, and names, types, shapes and values of its parameters and buffers.
 
     Returns:
         ``sha256:`` and 64 hexadecimal digits.
     """
-    digest = hashlib.sha256()
+    arguments = json.dumps(getattr(model, 'exit_args', {}), sort_keys=True, default=str)
+    digest = hashlib.sha256(arguments.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
