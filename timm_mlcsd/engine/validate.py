@@ -173,7 +173,9 @@ def load_split(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[An
         # the folder that was trained on is no split of itself
         of_it = is_same_data(args, checkpoint) and args.split != checkpoint.get('train_split')
         dataset = load_dataset(args, args.split, needs_folder=of_it and 'val_indices' in checkpoint)
-        if is_data_of(dataset, checkpoint) and not same_split(args.split, checkpoint['train_split']):
+        named = [checkpoint.get(name) for name in ('train_split', 'val_split')]
+        meant = any(name and same_split(args.split, name) for name in named)
+        if not meant and is_data_of(dataset, checkpoint):
             raise UserError(
                 f'--split {args.split}: these are the images that the checkpoint was trained on; --split '
                 f'{checkpoint["train_split"]} evaluates on them on purpose, --held-out on those held out.'
