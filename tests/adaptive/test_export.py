@@ -398,5 +398,9 @@ def test_command(tmp_path, capsys):
     foreign.save(tmp_path / 'net')
     before = contents(tmp_path / 'out')
     code, error = run(tmp_path / 'net', tmp_path / 'out', '--format', 'torch')
-    assert code == 2 and 'data pictures, images 12' in error and 'validate.py --adaptive --save-policy' in error
+    assert (
+        code == 2
+        and 'data pictures, images 12' in error
+        and 'validate.py --adaptive --max-drop P --save-policy' in error
+    )
     assert contents(tmp_path / 'out') == before

@@ -149,7 +149,11 @@ def _walk(root: str) -> List[str]:
     for place, folders, files in os.walk(root, followlinks=True):
         below = os.path.normpath(os.path.relpath(place, root))
         real = os.path.realpath(place)
-        _check_twice(seen, real, place)
+        if os.path.islink(place) and f'{os.path.realpath(os.path.dirname(place))}/'.startswith(f'{real}/'):
+            _check_twice({real: real}, real, place)  # for ever: it leads to a folder that it lies in
+        if real in seen:
+            _logger.warning(f'{printable(place)} is {printable(seen[real])} by a symbolic link: images count twice')
+        seen[real] = place
         found += [os.path.normpath(os.path.join(below, name)) for name in files]
         found += [below + '/'] if not files and not folders and place != root else []
         links += [os.path.join(place, name) for name in files if os.path.islink(os.path.join(place, name))]

@@ -62,7 +62,7 @@ def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--epochs', type=positive_int, default=300, metavar='N')
     group.add_argument('--sched', default='cosine', metavar='NAME')
     group.add_argument('--sched-on-updates', action='store_true', help='step on updates instead of epochs')
-    group.add_argument('--lr', type=positive_float, default=None, help='learning rate (default: from --lr-base)')
+    group.add_argument('--lr', type=number(at_least=0), default=None, help='learning rate (default: from --lr-base)')
     group.add_argument('--lr-base', type=positive_float, default=0.1, help='learning rate of a batch of --lr-base-size')
     group.add_argument('--lr-base-size', type=positive_int, default=256, metavar='N')
     group.add_argument(
