@@ -41,8 +41,8 @@ def test_every_number_flag_refuses_what_is_not_a_number(parser, action):
 @pytest.mark.parametrize(
     'flags, refused, taken',
     [
-        ('lr lr-base clip-grad opt-eps exit-lr-mult', '-1 0 -0.0', '1e-5 1 5'),
-        ('min-lr warmup-lr weight-decay', '-1 -1e-9', '0 1e-5'),
+        ('lr-base clip-grad opt-eps exit-lr-mult', '-1 0 -0.0', '1e-5 1 5'),
+        ('lr min-lr warmup-lr weight-decay', '-1 -1e-9', '0 1e-5'),
         (
             'momentum pool-momentum smoothing model-ema-decay opt-betas bce-target-thresh drop drop-path',
             '-0.1 1 2',

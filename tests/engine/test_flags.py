@@ -67,7 +67,7 @@ def test_resolved_arguments_are_a_config(tmp_path):
         ('batch-size: 8\nlr: 0.1\nbatch_size: 16', "'batch-size' and 'batch_size' are the same flag"),
         ('dr: 0.5\ndecay-rate: 0.1', "'dr' and 'decay-rate' are the same flag"),
         ('opt_args: {nesterov: true}\nopt-kwargs: {nesterov: false}', "'opt_args' and 'opt-kwargs' are the same flag"),
-        ('lr: .nan', "argument --lr: expected a number above 0, got '.nan'"),
+        ('lr: .nan', "argument --lr: expected a number at least 0, got '.nan'"),
         ('batch_size: true', 'batch_size takes one value'),
         ('epochs: 1:30', "got '1:30'"),
         ('epochs: 1_000', "got '1_000'"),
