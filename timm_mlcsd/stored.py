@@ -101,15 +101,16 @@ def check_model_source(
     _check_arguments(architecture, model_args)
     if data_config is not None:
         check_data_config(data_config)
-        missing = sorted({'input_size', 'interpolation', 'mean', 'std', 'crop_pct'} - set(data_config))
-        if missing:
-            raise ValueError(f'data_config lacks {", ".join(missing)}, without which images cannot be prepared.')
         unknown = sorted(set(data_config) - set(_DATA_KEYS))
         if unknown:
             raise ValueError(f'data_config has unknown entries: {_shown(unknown)}; expected {", ".join(_DATA_KEYS)}.')
         _check_channels(model_args, data_config)
     if shapes is not None:
         _check_weights(architecture, model_args, shapes)
+    if data_config is not None:
+        missing = sorted({'input_size', 'interpolation', 'mean', 'std', 'crop_pct'} - set(data_config))
+        if missing:
+            raise ValueError(f'data_config lacks {", ".join(missing)}, without which images cannot be prepared.')
 
 
 def check_config(config: Any, shapes: Shapes) -> MultiExitModel:
