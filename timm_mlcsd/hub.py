@@ -17,6 +17,7 @@ from timm.models._hub import HF_SAFE_WEIGHTS_NAME, _get_global_pool, hf_split, s
 
 from .data import IMAGE_MODE
 from .errors import UserError, blame, shortened
+from .file_checks import read_json
 from .files import replacing_together
 from .hub_errors import explained, has_no_connection, is_not_there, reason_of
 from .models import MultiExitModel, create_named, is_tap
@@ -28,7 +29,6 @@ from .stored import (
     class_list,
     is_network_argument,
     missing_weights,
-    read_json,
 )
 from .version import __version__
 

@@ -1,13 +1,10 @@
 """What a file may say of a network: its name, its arguments, its preprocessing and the names of its classes."""
 
-import collections
 import contextlib
 import dataclasses
-import json
 import math
 import threading
-from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple
 
 import timm
 import torch
@@ -26,7 +23,6 @@ __all__ = [
     'class_list',
     'is_network_argument',
     'missing_weights',
-    'read_json',
 ]
 
 Shapes = Dict[str, Tuple[int, ...]]
@@ -43,7 +39,6 @@ CROP_MODES = ('center', 'squash', 'border')
 MAX_NUMBER = 1_000_000
 MAX_TEXT = 1000
 MAX_DEPTH = 8
-MAX_JSON_BYTES = 64 * 2**20
 
 _DATA_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode', IMAGE_MODE)
 # what timm's factory takes beside a network's own arguments: where weights lie, and how and where the network runs
@@ -235,34 +230,6 @@ def missing_weights(model: MultiExitModel, shapes: Shapes) -> List[str]:
     ours = tuple(f'heads.{k}.fc.' for k in range(model.num_exits))
     classifiers = ours + tuple(f'{name}.' for name in _classifier_names(model))
     return [name for name in model.state_dict() if name not in shapes and not name.startswith(classifiers)]
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        ValueError: It is too large, not JSON, nested too deeply, has a key twice or a number that is not finite.
-        OSError: It cannot be read.
-    """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f'{constant} is not a number that JSON has')
-
-    def once(pairs: Sequence[Tuple[str, Any]]) -> Dict[str, Any]:
-        content = dict(pairs)
-        if len(content) != len(pairs):
-            (key, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f'the key {_shown(key)} is there twice')
-        return content
-
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f'{path.name} is larger than {MAX_JSON_BYTES // 2**20} MiB.')
-    try:
-        return json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=once, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError(f'{path.name} cannot be read as JSON: it is nested too deeply.') from None
-    except ValueError as e:
-        raise ValueError(f'{path.name} cannot be read as JSON: {shortened(e)}') from None
 
 
 def _check_arguments(architecture: Any, model_args: Any) -> None:

@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..arguments import ScriptParser
 from ..cost import exit_costs
 from ..errors import UserError, install_hint, run_script, shortened
+from ..file_checks import MANIFEST_FORMAT, SUFFIXES, VERSION, check_class_names, check_data_config, check_manifest
 from ..models import MultiExitModel, weights_digest
 from ..network import load_network
 from ..version import __version__
 from .exported import MANIFEST, read_manifest
-from .file_checks import MANIFEST_FORMAT, SUFFIXES, VERSION, check_class_names, check_data_config, check_manifest
 from .policy import ExitPolicy
 
 __all__ = ['FORMATS', 'export_stages', 'main']

@@ -8,7 +8,7 @@ from torch.export.passes import move_to_device_pass
 from torch.fx.graph import CodeGen
 
 from ..cost import ExitCost
-from .file_checks import check_manifest, read_json
+from ..file_checks import check_manifest, read_json
 from .policy import ExitPolicy
 
 __all__ = ['MANIFEST', 'ExportedModel', 'read_manifest']

@@ -11,10 +11,10 @@ import torch
 from timm.utils import unwrap_model
 
 from ..errors import printable
+from ..file_checks import AGGREGATES, POLICY_FORMAT, SCORES, VERSION, check_policy, read_json
 from ..files import replacing
 from ..hub import POLICY
 from ..models import weights_digest
-from .file_checks import AGGREGATES, POLICY_FORMAT, SCORES, VERSION, check_policy, read_json
 
 __all__ = ['AGGREGATES', 'SCORES', 'ExitPolicy', 'Memory', 'score_of']
 

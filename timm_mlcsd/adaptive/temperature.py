@@ -6,8 +6,8 @@ from typing import Callable, List, Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 
+from ..file_checks import check_scales
 from .evaluate import Logits, as_logits, as_targets, check_finite
-from .file_checks import check_scales
 
 # far below every logit, and finite, so that gradients are 0 and not NaN
 IMPOSSIBLE = -1e200

@@ -1,12 +1,13 @@
 """Names of classes by index: an index may have none, and then goes by its number."""
 
-import pickle
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Union
 
-from ..errors import UserError
+from timm.data.readers import class_map
+
+from ..errors import UserError, shortened
 
 __all__ = [
     'ClassNames',
@@ -98,7 +99,7 @@ def load_class_map(path: Union[str, Path], root: Union[str, Path, None] = None) 
         raise UserError(f'{flag}: expected a .txt or .pkl file, got {kind or "no ending"}; write one name per line.')
     try:
         mapping = _from_text(place, flag) if kind == '.txt' else _from_pickle(place, flag)
-    except (OSError, UnicodeDecodeError, pickle.UnpicklingError, EOFError) as e:
+    except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'{flag} cannot be read: {e}') from e
     if not mapping:
         raise UserError(f'{flag}: expected names of classes, got an empty file; write one name per line.')
@@ -124,21 +125,11 @@ def _from_text(path: Path, flag: str) -> Dict[str, int]:
     return mapping
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads plain values alone: whatever would run code needs a global."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f'it holds {module}.{name}, not only names and numbers')
-
-
 def _from_pickle(path: Path, flag: str) -> Dict[Any, int]:
-    with open(path, 'rb') as f:
-        try:
-            mapping = _PlainUnpickler(f).load()
-        except (pickle.UnpicklingError, OSError, EOFError):
-            raise
-        except Exception as e:  # damaged pickles fail in as many ways as there are instructions
-            raise pickle.UnpicklingError(str(e)) from e
+    try:
+        mapping = class_map.load_class_map(str(path))  # timm's unpickler runs no code
+    except Exception as e:  # damaged pickles fail in as many ways as there are instructions
+        raise UserError(f'{flag} cannot be read: {shortened(e)}') from e
     right = isinstance(mapping, dict) and all(
         isinstance(name, (str, int)) and type(index) is int and 0 <= index < MAX_CLASSES
         for name, index in mapping.items()

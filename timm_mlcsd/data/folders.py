@@ -7,7 +7,7 @@ import re
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Set, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Set
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,7 @@ _logger = logging.getLogger(__name__)
 
 # what timm takes for one another
 SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'), ('test',))
+_KNOWN_SPLITS = {name for names in SPLIT_FOLDERS for name in names}
 IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
 # images too, as far as people are concerned, which need a package or a program of their own
 _OTHER_IMAGE_ENDINGS = {'.heic', '.heif', '.jxl', '.svg', '.raw', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.npy'}
@@ -142,43 +143,37 @@ def _walk(root: str) -> List[str]:
     """All files below a folder, and empty folders with a slash at the end.
 
     Raises:
-        UserError: Symbolic links lead to a folder or file twice: its images would count twice, and might be trained on
-            and held out.
+        UserError: A symbolic link leads to a folder that it lies in, or a file to another one there: images would
+            count twice, and might be trained on and held out.
     """
-    found, seen, links = [], {}, []
+    found, links, plain, folders_seen = [], [], {}, {}
     for place, folders, files in os.walk(root, followlinks=True):
-        below = os.path.normpath(os.path.relpath(place, root))
-        real = os.path.realpath(place)
+        below, real = os.path.normpath(os.path.relpath(place, root)), os.path.realpath(place)
         if os.path.islink(place) and f'{os.path.realpath(os.path.dirname(place))}/'.startswith(f'{real}/'):
-            _check_twice({real: real}, real, place)  # for ever: it leads to a folder that it lies in
-        if real in seen:
-            _logger.warning(f'{printable(place)} is {printable(seen[real])} by a symbolic link: images count twice')
-        seen[real] = place
-        found += [os.path.normpath(os.path.join(below, name)) for name in files]
-        found += [below + '/'] if not files and not folders and place != root else []
-        links += [os.path.join(place, name) for name in files if os.path.islink(os.path.join(place, name))]
-    if links:
-        seen = {
-            os.path.join(os.path.realpath(folder), name): os.path.join(folder, name) for folder, name in _plain(root)
-        }
-        for link in links:
-            _check_twice(seen, os.path.realpath(link), link)
+            raise UserError(_twice(place, real))
+        if real in folders_seen:
+            _logger.warning(_twice(place, folders_seen[real]))
+        folders_seen[real] = place
+        for name in files:
+            path = os.path.join(place, name)
+            found.append(os.path.normpath(os.path.join(below, name)))
+            if os.path.islink(path):
+                links.append(path)
+            else:
+                plain[os.path.join(real, name)] = path
+        found += [f'{below}/'] if not files and not folders and place != root else []
+    for link in links:
+        other = plain.setdefault(os.path.realpath(link), link)
+        if other != link:
+            raise UserError(_twice(link, other))
     return found
 
 
-def _plain(root: str) -> Iterator[Tuple[str, str]]:
-    """Folder and name of every file below a folder that is not a link itself."""
-    for place, _, files in os.walk(root, followlinks=True):
-        yield from ((place, name) for name in files if not os.path.islink(os.path.join(place, name)))
-
-
-def _check_twice(seen: Dict[str, str], real: str, path: str) -> None:
-    if real in seen:
-        raise UserError(
-            f'{printable(path)!r} is {printable(seen[real])!r} by a symbolic link: the same images would be there '
-            f'twice; remove the link.'
-        )
-    seen[real] = path
+def _twice(link: str, other: str) -> str:
+    return (
+        f'{printable(link)!r} is {printable(other)!r} by a symbolic link: the same images would be there twice; remove '
+        f'the link.'
+    )
 
 
 def leave_hidden_folders_out(dataset: Any) -> None:
@@ -239,17 +234,19 @@ def _image_endings_of_pillow() -> Set[str]:
 
 def is_divided(root: str) -> bool:
     """Whether a folder of images has folders for splits."""
-    known = {name for names in SPLIT_FOLDERS for name in names}
-    return Path(root).is_dir() and any(path.is_dir() and path.name in known for path in Path(root).iterdir())
+    return bool(_folders_in(root) & _KNOWN_SPLITS)
+
+
+def _folders_in(root: str) -> Set[str]:
+    return {path.name for path in Path(root).iterdir() if path.is_dir()} if Path(root).is_dir() else set()
 
 
 def check_folder_has_split(root: str, split: str, needs_folder: bool) -> None:
     """Refuse a split that a folder of splits doesn't have; timm would take all its images, whatever their split."""
-    folders = {p.name for p in Path(root).iterdir() if p.is_dir()} if Path(root).is_dir() else set()
+    folders = _folders_in(root)
     accepted = next((names for names in SPLIT_FOLDERS if split in names), (split,))
-    known = {name for names in SPLIT_FOLDERS for name in names}
-    if not folders.intersection(accepted) and (needs_folder or folders & known):
-        if folders & known:
+    if not folders.intersection(accepted) and (needs_folder or is_divided(root)):
+        if is_divided(root):
             raise UserError(f'{root!r} has no split {split!r}; it has {", ".join(sorted(folders))}.')
         raise UserError(
             f'{root!r} is not divided into splits: as split {split!r} it would give the images that are trained on. '

@@ -21,7 +21,6 @@ __all__ = [
     'Logits',
     'backbone_macs',
     'check_flags',
-    'fits_a_policy',
     'load_calibration',
     'policy_of',
     'policy_path',
@@ -201,7 +200,7 @@ def policy_path(args: argparse.Namespace) -> Path:
 def reports_on_half(args: argparse.Namespace) -> bool:
     """Whether one half of the held-out images is reported on and the other fitted to: where there is no other split."""
     alone = not args.dataset and not is_divided(args.data_dir)
-    return args.held_out and alone and fits_a_policy(args) and not args.calibration_split
+    return args.held_out and alone and _fits_a_policy(args) and not args.calibration_split
 
 
 def _others(args: argparse.Namespace) -> str:
@@ -211,7 +210,7 @@ def _others(args: argparse.Namespace) -> str:
     return '--held-out for the half of the held-out images that it is not fitted to'
 
 
-def fits_a_policy(args: argparse.Namespace) -> bool:
+def _fits_a_policy(args: argparse.Namespace) -> bool:
     """Whether the flags fit policies: to a goal, or for the page."""
     goals = (args.budget, args.latency_budget, args.max_drop)
     return args.adaptive and (any(goal is not None for goal in goals) or bool(args.report))

@@ -1,4 +1,4 @@
-"""What the JSON files of a policy and of an exported folder may hold.
+"""How JSON files are read, and what those of a policy and of an exported folder may hold.
 
 Plain Python: the exported runner has the same functions, word for word.
 """
