@@ -14,7 +14,7 @@ from .hub import CONFIG, POLICY, SOURCES, find_policy, from_pretrained, label_na
 from .models import MultiExitModel, create_named
 from .stored import check_model_source, check_values, class_list
 
-__all__ = ['BEST', 'LAST', 'Network', 'load_checkpoint', 'load_network', 'policy_place']
+__all__ = ['BEST', 'LAST', 'Network', 'load_checkpoint', 'load_network', 'policy_place', 'stored_names']
 
 BEST = 'model_best.pth.tar'
 LAST = 'last.pth.tar'
@@ -66,10 +66,20 @@ def load_network(source: Union[str, Path], use_ema: bool = False) -> Network:
     policy_file = policy_place(source)
     policy_file = policy_file if policy_file.is_file() else None
     with blame(f'{source!r} cannot be used'):
-        names = checkpoint.get('class_names')
-        # checkpoints did not always name all classes
-        names = class_list(pad_names(names, model.num_classes) if isinstance(names, list) else names, model.num_classes)
+        names = stored_names(checkpoint)
     return Network(model, checkpoint['data_config'], names, checkpoint, policy_file)
+
+
+def stored_names(checkpoint: Dict[str, Any]) -> Optional[List[Optional[str]]]:
+    """The class names in a checkpoint of train.py, one per class, None for a class without a name.
+
+    Raises:
+        ValueError: They are not names of its classes.
+    """
+    names = checkpoint.get('class_names')
+    num_classes = checkpoint['model_args'].get('num_classes', len(names) if isinstance(names, list) else 0)
+    # checkpoints did not always name all classes
+    return class_list(pad_names(names, num_classes) if isinstance(names, list) else names, num_classes)
 
 
 def _best_of_run(source: str) -> Path:

@@ -12,9 +12,9 @@ import torch
 from timm.utils import NativeScaler
 from torch.utils.data import Dataset
 
-from ..data import ClassNames, class_label, image_name, pad_names, same_names
+from ..data import ClassNames, class_label, image_name, same_names
 from ..errors import UserError, blame, printable
-from ..stored import class_list
+from ..network import stored_names
 from ..task import MLCSDTask
 from .checkpoint import load_newest
 from .claim import claimed, new_folder
@@ -131,10 +131,7 @@ def check_same_run(
     """
     held_out = ('val_fraction', 'val_seed', 'val_indices', 'val_keys', 'train_size')
     with blame('--resume'):
-        num_classes = checkpoint['model_args'].get('num_classes', 0)
-        names = checkpoint.get('class_names')
-        names = class_list(pad_names(names, num_classes) if isinstance(names, list) else names, num_classes)
-        checkpoint = {**checkpoint, 'class_names': names}
+        checkpoint = {**checkpoint, 'class_names': stored_names(checkpoint)}
     for key, value in identity.items():
         if weights_only and not same_data and key in held_out:
             continue  # of the images held out now, the weights have seen none
