@@ -21,6 +21,14 @@ from timm_mlcsd.network import load_checkpoint
 FLAGS = ['--drop', '0.3', '--model-ema', '--sched', 'cosine', '--sched-on-updates']
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C works in the processes that a test starts, also where the tests are a background job that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def summary(folder):
     return [{k: v for k, v in row.items()} for row in csv.DictReader((folder / 'summary.csv').open())]
 
@@ -82,6 +90,15 @@ def wait_for(path, process):
         time.sleep(0.05)
 
 
+def ended(process):
+    """What a process has said on stderr; it is killed, with its group, where it does not end."""
+    try:
+        return process.communicate(timeout=60)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('number, name', [(signal.SIGTERM, 'SIGTERM'), (signal.SIGINT, 'SIGINT (Ctrl-C)')])
 def test_a_signal_from_outside(number, name, workers, small, tmp_path):
@@ -90,7 +107,7 @@ def test_a_signal_from_outside(number, name, workers, small, tmp_path):
     wait_for(tmp_path / 'run' / 'last.pth.tar', process)
     # to the loader's processes too, as torchrun, most schedulers and terminals do
     os.killpg(process.pid, number)
-    _, error = process.communicate(timeout=60)
+    error = ended(process)
     assert process.returncode == 0
     assert f'Stopped by {name}; saved, go on with --resume {tmp_path / "run"}' in error
     assert ('press it again to stop at once' in error) == (number == signal.SIGINT)
@@ -147,7 +164,7 @@ def test_a_second_ctrl_c_stops_at_once(small, tmp_path):
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
     began = time.monotonic()
-    _, error = process.communicate(timeout=60)
+    error = ended(process)
     # an update takes 30 seconds
     assert process.returncode == 130 and time.monotonic() - began < 20
     assert 'Traceback' not in error and 'Stopped by' not in error
@@ -165,7 +182,7 @@ def test_ctrl_c_elsewhere_ends_without_a_traceback(what, workers, small, trained
     argv += ['--workers', workers, '--batch-size', 2]
     process = start_slowly('validate' if what == 'validate' else 'train', 'read', argv, tmp_path)
     os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    error = ended(process)
     assert process.returncode == 130 and 'Traceback' not in error and 'KeyboardInterrupt' not in error
 
 
