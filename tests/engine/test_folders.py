@@ -146,7 +146,7 @@ def test_loaders_and_prediction_make_the_same_tensor(tmp_path, size, more):
     odd_files(tmp_path / 'data' / 'a')
     odd_files(tmp_path / 'data' / 'b')
     args = parse_args(train_parser(), [str(tmp_path / 'data'), '-j', '0', '-b', '7', *map(str, more)])
-    args.in_chans = size[0]
+    args.in_chans, args.input_img_mode = size[0], {1: 'L', 3: 'RGB', 4: 'RGBA'}[size[0]]
     mean, std = [0.485, 0.456, 0.406, 0.5][: size[0]], [0.229, 0.224, 0.225, 0.25][: size[0]]
     config = dict(input_size=size, interpolation='bicubic', mean=mean, std=std, crop_pct=0.9, crop_mode='center')
     data = load_dataset(args, 'train')
@@ -163,7 +163,7 @@ def test_another_mode_is_part_of_the_preprocessing(small, tmp_path, capsys):
     assert load_checkpoint(tmp_path / 'run')['data_config']['input_img_mode'] == 'YCbCr'
     for mode in ('I;16', 'F', 'P', '1', 'nonsense'):
         assert run(train.main, [*small, '--input-img-mode', mode, '--experiment', 'other']) == 2
-        assert f'--input-img-mode {mode}: expected a mode with 8 bits per channel' in capsys.readouterr().err
+        assert f'--input-img-mode {mode} is no mode of Pillow with 8 bits per channel' in capsys.readouterr().err
 
 
 def test_images_of_no_known_range_and_extreme_sizes_are_named(mine, small, caplog, capsys):

@@ -27,7 +27,6 @@ from ..data import (
     check_class_folders,
     check_folder_has_split,
     class_label,
-    default_image_mode,
     hold_out,
     image_endings,
     leave_hidden_folders_out,
@@ -75,11 +74,11 @@ def load_dataset(
     Raises:
         UserError: It cannot be read.
     """
-    with blame(f'--in-chans {args.in_chans}'):
-        image_mode = args.input_img_mode or default_image_mode(args.in_chans)
+    image_mode = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
     if image_mode not in IMAGE_MODES:
         raise UserError(
-            f'--input-img-mode {image_mode}: expected a mode with 8 bits per channel, one of {", ".join(IMAGE_MODES)}.'
+            f'--input-img-mode {image_mode} is no mode of Pillow with 8 bits per channel: expected one of '
+            f'{", ".join(IMAGE_MODES)}.'
         )
     channels = len(ImageMode.getmode(image_mode).bands)
     if args.in_chans and channels != args.in_chans:

@@ -13,7 +13,7 @@ import torch
 
 from ..adaptive import ExitPolicy, evaluate_policy
 from ..cost import ExitCost, exit_costs
-from ..data import IMAGE_MODE
+from ..data import IMAGE_MODE, default_image_mode
 from ..errors import UserError, blame, install_hint, run_script
 from ..hub import SOURCES
 from ..models import MultiExitModel
@@ -58,7 +58,8 @@ def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
     data_flags_from(args, checkpoint)
     args.in_chans = args.in_chans or model.in_chans
     data_config = data_config_of(args, model, checkpoint.get('data_config') or network.data_config)
-    args.input_img_mode = data_config.get(IMAGE_MODE)
+    with blame(f'--in-chans {args.in_chans}'):
+        args.input_img_mode = data_config.get(IMAGE_MODE) or default_image_mode(args.in_chans)
     if (args.plot or args.adaptive) and not model.resumable:
         flag = '--adaptive' if args.adaptive else '--plot'
         raise UserError(f'{flag}: the exits have no cost of their own: {model.why_not_resumable}.')
