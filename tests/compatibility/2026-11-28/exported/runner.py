@@ -1,0 +1,649 @@
+"""Run the multi-exit network in this folder; needs numpy and onnxruntime, and Pillow to read image files.
+
+    from runner import AdaptiveModel
+    model = AdaptiveModel('.')
+    logits, exit_index, cost = model.predict(model.prepare('photo.jpg'))
+
+or, in a terminal: python runner.py photo.jpg
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import onnxruntime
+
+__all__ = ['AdaptiveModel', 'Prediction']
+
+SCORES = ('confidence', 'entropy', 'margin', 'patience')
+AGGREGATES = ('last', 'mean', 'fitted')
+POLICY_FORMAT = 'timm_mlcsd exit policy'
+MANIFEST_FORMAT = 'timm_mlcsd exported stages'
+VERSION = 1
+MAX_BYTES = 2**24
+# temperatures and weights: what is fitted lies within e^-9 and e^9; beyond, float32 logits overflow
+SCALE = (1e-4, 1e4)
+# scores are at most 1 or a number of exits; what is smaller than the second rounds to 0 in float32
+MAX_THRESHOLD, MIN_THRESHOLD = 1e9, 1e-30
+# pixels on a side of an image before it is cropped
+MAX_SIDE = 8192
+POLICY = dict(
+    thresholds=None,
+    score='confidence',
+    temperatures=None,
+    aggregate='last',
+    weights=None,
+    exit_names=None,
+    weights_digest=None,
+    calibration_data=None,
+    calibration_images=None,
+)
+SUFFIXES = {'onnx': 'onnx', 'torch': 'pt2'}
+# channels of the modes that an image can be converted to; the first of each number is the default
+IMAGE_MODES = {'L': 1, 'LA': 2, 'RGB': 3, 'RGBA': 4, 'CMYK': 4, 'YCbCr': 3, 'HSV': 3}
+INTERPOLATIONS = {'nearest': 0, 'lanczos': 1, 'bilinear': 2, 'bicubic': 3, 'box': 4, 'hamming': 5}
+CROP_MODES = ('center', 'squash', 'border')
+# a longer image would be resized to gigabytes before it is cropped
+MAX_ASPECT_RATIO = 256
+# what timm takes where a folder doesn't say
+DATA_CONFIG = dict(
+    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875, crop_mode='center', interpolation='bicubic'
+)
+
+
+class Prediction(NamedTuple):
+    """What a batch of B images is taken for, in the order in which they came.
+
+    Attributes:
+        logits: The answers [B, C]; their softmax is what the policy believes.
+        exit_index: The exit that answered each, from 0, [B].
+        cost: Multiply-adds spent on each, [B].
+    """
+
+    logits: np.ndarray
+    exit_index: np.ndarray
+    cost: np.ndarray
+
+
+class AdaptiveModel:
+    """A multi-exit network in which each sample of a batch leaves when it is sure.
+
+    Args:
+        folder: Where manifest.json and the graphs are.
+        policy: When samples leave, as the manifest has it under ``policy``; default: that one.
+        providers: Execution providers of ONNX Runtime.
+        threads: Threads per graph; 0 lets ONNX Runtime choose.
+
+    Raises:
+        ValueError: The folder holds no such network, the policy is another's or none at all, or this ONNX Runtime has
+            no such provider.
+    """
+
+    def __init__(
+        self,
+        folder: Union[str, Path] = Path(__file__).parent,
+        policy: Optional[dict] = None,
+        providers: Sequence[str] = ('CPUExecutionProvider',),
+        threads: int = 0,
+    ):
+        folder = Path(folder)
+        source = repr(str(folder / 'manifest.json'))
+        self.manifest = read_json(folder / 'manifest.json')
+        check_manifest(self.manifest, source)
+        if self.manifest['kind'] != 'onnx':
+            raise ValueError(f'{source}: the stages are for {self.manifest["kind"]}, not for ONNX Runtime.')
+        self.stages = self.manifest['stages']
+        self.policy = check_policy(self.manifest['policy'] if policy is None else policy, 'policy')
+        self._check_fit()
+        self.thresholds = [*self.policy['thresholds'], -math.inf]
+        self.is_on = [t != math.inf for t in self.thresholds]
+        for k, stage in enumerate(self.stages):
+            if self.is_on[k] and not stage['answers']:
+                raise ValueError(f'exit {k} was off in the policy that was exported; export again with this one.')
+        available = onnxruntime.get_available_providers()
+        names = [p[0] if isinstance(p, tuple) and p else p for p in providers]
+        if isinstance(providers, str) or not names or not all(name in available for name in names):
+            raise ValueError(f'providers: expected a list out of {", ".join(available)}, got {_shown(providers)}.')
+        _integer('threads', threads, 0, 1024)
+        own = [s['stage_macs'] + (s['head_macs'] if on else 0) for s, on in zip(self.stages, self.is_on)]
+        self.costs = np.cumsum(np.array(own, dtype=np.float64))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # the threads of a stage that has run must not spin while the next one works
+        options.add_session_config_entry('session.force_spinning_stop', '1')
+        # the stages take turns, so they share what each would keep for itself
+        _register_shared_memory()
+        options.add_session_config_entry('session.use_env_allocators', '1')
+        self.sessions = [
+            onnxruntime.InferenceSession(str(folder / Path(stage['file']).name), options, providers=list(providers))
+            for stage in self.stages
+        ]
+        for k, (session, stage) in enumerate(zip(self.sessions, self.stages)):
+            classes = [o.shape[-1] for o in session.get_outputs() if o.name == 'logits']
+            if stage['answers'] and classes != [self.manifest['num_classes']]:
+                raise ValueError(
+                    f'{stage["file"]}: expected logits of {self.manifest["num_classes"]} classes at exit {k}.'
+                )
+        self._only_needed = onnxruntime.RunOptions()
+        self._only_needed.only_execute_path_to_fetches = True  # a head that was exported and is off
+
+    def _check_fit(self) -> None:
+        """Raise a ValueError where the policy is another network's."""
+        policy, names = self.policy, [stage['exit'] for stage in self.stages]
+        if len(policy['thresholds']) != len(names) - 1:
+            raise ValueError(f'the policy has {len(policy["thresholds"])} thresholds for {len(names)} exits.')
+        if policy['exit_names'] and list(policy['exit_names']) != names:
+            raise ValueError(
+                f'the policy is for exits at {", ".join(policy["exit_names"])}; the network has them at '
+                f'{", ".join(names)}.'
+            )
+        if policy['weights_digest'] not in (None, self.manifest.get('weights_digest')):
+            raise ValueError(
+                'the policy was fitted to other weights than those in this folder: fit one to these, or remove its '
+                '"weights_digest" if you know that it fits.'
+            )
+
+    def warm_up(self) -> None:
+        """Run all stages once on an empty image, so that setting up takes no time of the first prediction."""
+        state = [np.zeros((1, *self.manifest['data_config']['input_size']), dtype=np.float32)]
+        for k in range(len(self.stages)):
+            state, _ = self._run(k, state)
+
+    def predict(self, x: np.ndarray) -> Prediction:
+        """Answer for every image at the first exit that is sure of it.
+
+        An image whose answer isn't a finite number at an exit doesn't leave there.
+
+        Args:
+            x: Images [B, C, H, W] in float32, prepared as the manifest says under ``data_config``.
+
+        Raises:
+            ValueError: The images have another size, or there are none.
+        """
+        x = np.ascontiguousarray(x, dtype=np.float32)
+        size = tuple(self.manifest['data_config']['input_size'])
+        if x.ndim != 4 or not len(x) or x.shape[1:] != size:
+            raise ValueError(f'images have shape {x.shape}; expected [B, {str(size)[1:-1]}], B at least 1.')
+        with np.errstate(over='ignore', invalid='ignore'):  # what isn't finite goes on to the last exit
+            return self._predict(x)
+
+    def _predict(self, x: np.ndarray) -> Prediction:
+        rows = np.arange(len(x))
+        logits = np.empty((len(x), self.manifest['num_classes']), dtype=np.float32)
+        exit_index = np.zeros(len(x), dtype=np.int64)
+        state, memory = [x], ((), None, None)
+        for k, threshold in enumerate(self.thresholds):
+            state, z = self._run(k, state)
+            if z is None:
+                continue
+            answer, score, memory = self._answer(k, z, memory)
+            leaves = score >= threshold if k < len(self.stages) - 1 else np.ones(len(score), dtype=bool)
+            if not leaves.any():
+                continue
+            logits[rows[leaves]] = answer[leaves]
+            exit_index[rows[leaves]] = k
+            if leaves.all():
+                break
+            # the last rows that stay fill the gaps of those that leave
+            count = len(rows) - int(leaves.sum())
+            moves = list(zip(count + np.flatnonzero(~leaves[count:]), np.flatnonzero(leaves)))
+            rows, *state = (_close_up(a, count, moves) for a in (rows, *state))
+            log_probs, prediction, agreeing = memory
+            memory = (
+                tuple(_close_up(p, count, moves) for p in log_probs),
+                None if prediction is None else _close_up(prediction, count, moves),
+                None if agreeing is None else _close_up(agreeing, count, moves),
+            )
+        return Prediction(logits, exit_index, self.costs[exit_index])
+
+    def _run(self, k: int, state: List[np.ndarray]) -> Tuple[List[np.ndarray], Optional[np.ndarray]]:
+        stage, inputs = self.stages[k], dict(zip(self.stages[k]['inputs'], state))
+        if not self.is_on[k]:
+            wanted = [name for name in stage['outputs'] if name != 'logits']
+            return self.sessions[k].run(wanted, inputs, self._only_needed), None
+        *state, logits = self.sessions[k].run(stage['outputs'], inputs)
+        return state, logits
+
+    def _answer(self, k: int, logits: np.ndarray, memory: Tuple) -> Tuple[np.ndarray, np.ndarray, Tuple]:
+        """What exit k says (logits), how sure it is, and what later exits need of it."""
+        policy, (log_probs, last, agreeing) = self.policy, memory
+        if policy['temperatures'] is not None:
+            logits = logits / np.float32(policy['temperatures'][k])
+        if policy['aggregate'] != 'last':
+            log_probs = (*log_probs, _log_softmax(logits))
+            on = [j for j in range(k + 1) if self.is_on[j]]
+            if policy['aggregate'] == 'mean':
+                weights = [1 / len(on)] * len(on)
+            else:
+                row = policy['weights'][k]
+                weights = [row[j] * sum(row) / sum(row[i] for i in on) for j in on]
+            logits = _log_softmax(sum(np.float32(w) * p for w, p in zip(weights, log_probs)))
+        is_number = np.isfinite(logits.max(-1))
+        if policy['score'] != 'patience':
+            return logits, np.where(is_number, _score(logits, policy['score']), -np.inf), (log_probs, None, None)
+        prediction = logits.argmax(-1)
+        run = np.ones(len(prediction), dtype=np.int64)
+        if last is not None:
+            run += np.where(prediction == last, agreeing, 0)
+        run *= is_number
+        return logits, np.where(is_number, run, -np.inf), (log_probs, prediction, run)
+
+    def prepare(self, image: Any) -> np.ndarray:
+        """One image file, or Pillow image, as the network wants it: [1, C, H, W].
+
+        Raises:
+            ValueError: The image has pixels of no known range, or is too long, or the network is not for images of
+                files.
+            OSError: It cannot be decoded; other errors of Pillow's decoders are possible.
+        """
+        from PIL import Image
+
+        config = {**DATA_CONFIG, **{name: v for name, v in self.manifest['data_config'].items() if v is not None}}
+        channels, *wanted = config['input_size']
+        modes = [mode for mode, count in IMAGE_MODES.items() if count == channels]
+        if not modes:
+            raise ValueError(f'the network takes {channels} channels, which image files do not have; use predict.')
+        mode = config.get('input_img_mode', modes[0])
+        if isinstance(image, Image.Image):
+            image = _upright(image, mode)
+        else:
+            with Image.open(image) as file:
+                image = _upright(file, mode)
+        mean, std = (_per_channel(config[name], channels) for name in ('mean', 'std'))
+        image = _resized(image, wanted, config)
+        # a border has the mean's colour; what a crop lacks is black
+        fill = tuple(round(255 * m) for m in mean) if config['crop_mode'] == 'border' else (0,) * channels
+        top, left = (round((s - n) / 2) if s > n else -((n - s) // 2) for s, n in zip(image.size[::-1], wanted))
+        canvas = Image.new(image.mode, wanted[::-1], fill if channels > 1 else fill[0])
+        canvas.paste(image, (-left, -top))
+        pixels = np.asarray(canvas).astype(np.float32).reshape(*wanted, channels).transpose(2, 0, 1)
+        # the order in which timm's loader does it, to the last bit
+        mean, std = (np.array([255 * v for v in values], np.float32)[:, None, None] for values in (mean, std))
+        pixels = (pixels - mean) / std
+        return np.ascontiguousarray(pixels[None])
+
+
+@functools.cache
+def _register_shared_memory() -> None:
+    """Make one pool of CPU memory for all graphs of this process that ask for it, once."""
+    cpu = onnxruntime.OrtMemoryInfo(
+        'Cpu', onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    try:
+        # without a limit, the rest as usual
+        onnxruntime.create_and_register_allocator(cpu, onnxruntime.OrtArenaCfg(0, -1, -1, -1))
+    except Exception as e:  # another folder's runner was first
+        if 'already' not in str(e):
+            raise
+
+
+def _close_up(a: np.ndarray, count: int, moves: Sequence[Tuple[int, int]]) -> np.ndarray:
+    """The first `count` rows after `moves` (from, to), within the array."""
+    for source, gap in moves:
+        a[gap] = a[source]
+    return a[:count]
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _score(logits: np.ndarray, score: str) -> np.ndarray:
+    """How sure logits are, between 0 and 1."""
+    if score == 'confidence':  # the largest of the exponentials is 1
+        return 1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
+    probs = np.exp(_log_softmax(logits))
+    if score == 'entropy':
+        logs = np.log(np.where(probs > 0, probs, 1))
+        return np.maximum(1 + (probs * logs).sum(-1) / math.log(max(probs.shape[-1], 2)), 0)
+    if probs.shape[-1] == 1:
+        return probs[:, 0]
+    best = np.partition(probs, -2, axis=-1)
+    return best[:, -1] - best[:, -2]
+
+
+def _upright(image: Any, mode: str) -> Any:
+    """A Pillow image in another mode, turned as its EXIF orientation says, 16 bits scaled to 8."""
+    from PIL import Image, ImageOps
+
+    width, height = image.size
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(
+            f'its size is {width}x{height}; expected sides that differ by a factor of at most {MAX_ASPECT_RATIO}; '
+            f'crop or split it'
+        )
+    # releases of Pillow before 11 open a 16-bit PNG as 32-bit integers
+    is_16_bit = image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG')
+    if image.mode in ('I', 'F') and not is_16_bit:
+        kind = 'integers' if image.mode == 'I' else 'floating point numbers'
+        raise ValueError(f'its pixels are 32-bit {kind}, whose range is unknown; save it with 8 or 16 bits per channel')
+    image = ImageOps.exif_transpose(image)
+    if is_16_bit:
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return image.convert(mode)
+
+
+def _resized(image: Any, wanted: Sequence[int], config: Dict[str, Any]) -> Any:
+    """A Pillow image in the size (height, width) from which the wanted one is cut, rounded as timm does."""
+    height, width = (math.floor(n / config['crop_pct']) for n in wanted)
+    w, h = image.size
+    if config['crop_mode'] != 'squash':  # the sides keep their ratio; with 'border' all of the image is inside
+        if config['crop_mode'] == 'center' and height == width:
+            width, height = (width, int(height * h / w)) if w <= h else (int(width * w / h), height)
+        else:
+            ratio = (max if config['crop_mode'] == 'border' else min)(h / height, w / width)
+            height, width = round(h / ratio), round(w / ratio)
+    return (
+        image if (w, h) == (width, height) else image.resize((width, height), INTERPOLATIONS[config['interpolation']])
+    )
+
+
+def _per_channel(values: Sequence[float], channels: int) -> Sequence[float]:
+    return values if len(values) == channels else [np.mean(values).item()] * channels
+
+
+def read_json(path: Any) -> Any:
+    """What a JSON file holds; a ValueError names the file and what is wrong with it."""
+
+    def unique(pairs: List) -> Dict[str, Any]:
+        content = {}
+        for name, value in pairs:
+            if name in content:
+                raise ValueError(f'the entry {_shown(name)} is there twice')
+            content[name] = value
+        return content
+
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f'{name} is not a number in JSON')
+
+    try:
+        with open(path, 'rb') as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f'it has more than {MAX_BYTES} bytes')
+        return json.loads(data.decode('utf-8-sig'), object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError(f'{str(path)!r} cannot be read as JSON: it is nested too deeply.') from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f'{str(path)!r} cannot be read as JSON: {" ".join(str(e).split())[:300]}.') from None
+
+
+def check_policy(content: Any, source: str) -> Dict[str, Any]:
+    """The fields of a policy with defaults for those left out, ``off`` as inf; a ValueError names source and field."""
+    _check_format(content, source, POLICY_FORMAT)
+    unknown = [_shown(name) for name in content if name not in POLICY and name not in ('format', 'version')]
+    if unknown:
+        raise ValueError(f'{source}: unknown entries: {", ".join(unknown)[:300]}.')
+    policy = {name: content.get(name, default) for name, default in POLICY.items()}
+
+    def where(field: str) -> str:
+        return f'{source}: {field}'
+
+    thresholds = _list(where('thresholds'), policy['thresholds'], 0, 999, 'numbers')
+    policy['thresholds'] = [_threshold(where(f'thresholds[{k}]'), t) for k, t in enumerate(thresholds)]
+    num_exits = len(thresholds) + 1
+    _one_of(where('score'), policy['score'], SCORES)
+    _one_of(where('aggregate'), policy['aggregate'], AGGREGATES)
+    if policy['temperatures'] is not None:
+        policy['temperatures'] = check_scales(where('temperatures'), policy['temperatures'], num_exits)
+    if (policy['aggregate'] == 'fitted') != (policy['weights'] is not None):
+        expected = 'those that fit_weights gives' if policy['weights'] is None else 'none'
+        raise ValueError(f'{source}: weights: expected {expected} with aggregate={policy["aggregate"]!r}.')
+    if policy['weights'] is not None:
+        rows = _list(where('weights'), policy['weights'], num_exits, num_exits)
+        policy['weights'] = [check_scales(where(f'weights[{k}]'), row, k + 1) for k, row in enumerate(rows)]
+    if policy['exit_names'] is not None:
+        names = _list(where('exit_names'), policy['exit_names'], num_exits, num_exits)
+        policy['exit_names'] = [_text(where(f'exit_names[{k}]'), name) for k, name in enumerate(names)]
+    _check_digest(where('weights_digest'), policy['weights_digest'])
+    if policy['calibration_data'] is not None:
+        _text(where('calibration_data'), policy['calibration_data'])
+    if policy['calibration_images'] is not None:
+        _integer(where('calibration_images'), policy['calibration_images'], 1, 10**12)
+    return policy
+
+
+def check_manifest(manifest: Any, source: str) -> None:
+    """Raise a ValueError that names source and field where a folder's manifest isn't one that an export writes."""
+    _check_format(manifest, source, MANIFEST_FORMAT)
+    missing = [name for name in ('kind', 'num_classes', 'data_config', 'policy', 'stages') if name not in manifest]
+    if missing:
+        raise ValueError(f'{source} is broken: it has no {", ".join(missing)}.')
+    kind = _one_of(f'{source}: kind', manifest['kind'], tuple(SUFFIXES))
+    num_classes = _integer(f'{source}: num_classes', manifest['num_classes'], 1, 10**7)
+    check_class_names(manifest.get('class_names'), num_classes, f'{source}: class_names')
+    _check_digest(f'{source}: weights_digest', manifest.get('weights_digest'))
+    _check_digest(f'{source}: runner_digest', manifest.get('runner_digest'))
+    check_data_config(manifest['data_config'], f'{source}: data_config')
+    stages = _list(f'{source}: stages', manifest['stages'], 1, 1000)
+    policy = check_policy(manifest['policy'], f'{source}: policy')
+    if len(policy['thresholds']) != len(stages) - 1:
+        raise ValueError(f'{source}: policy: {len(policy["thresholds"])} thresholds for {len(stages)} exits.')
+    tensors = ['images']
+    for k, stage in enumerate(stages):
+        tensors = _check_stage(stage, f'{source}: stages[{k}]', f'stage_{k}.{SUFFIXES[kind]}', tensors)
+        is_on = k == len(stages) - 1 or policy['thresholds'][k] != math.inf
+        if stage['answers'] != is_on:
+            _refuse(f'{source}: stages[{k}].answers', f'{is_on}, as the policy has it', stage['answers'])
+    if policy['weights_digest'] not in (None, manifest.get('weights_digest')):
+        raise ValueError(f'{source}: policy: weights_digest: it was fitted to other weights than those in the folder.')
+
+
+def _check_stage(stage: Any, source: str, file: str, inputs: List[str]) -> List[str]:
+    """The names of the tensors that a stage leaves."""
+    needed = ('file', 'exit', 'answers', 'inputs', 'outputs', 'macs', 'params', 'stage_macs', 'head_macs', 'depth')
+    missing = [name for name in needed if not isinstance(stage, dict) or name not in stage]
+    if missing:
+        raise ValueError(f'{source} is broken: it has no {", ".join(missing)}.')
+    _one_of(f'{source}.file', stage['file'], (file,))
+    _text(f'{source}.exit', stage['exit'])
+    for name in needed[5:]:
+        _integer(f'{source}.{name}', stage[name], 0, 10**18)
+    if not isinstance(stage['answers'], bool):
+        _refuse(f'{source}.answers', 'true or false', stage['answers'])
+    for name in ('inputs', 'outputs'):
+        for tensor in _list(f'{source}.{name}', stage[name], 1, 1000):
+            _text(f'{source}.{name}', tensor)
+    if list(stage['inputs']) != inputs:
+        _refuse(f'{source}.inputs', f'what the stage before leaves, {_shown(inputs)}', stage['inputs'])
+    left = [name for name in stage['outputs'] if name != 'logits']
+    if list(stage['outputs']) != left + ['logits'] * stage['answers']:
+        _refuse(f'{source}.outputs', 'logits at the end where the exit answers, else none', stage['outputs'])
+    return left
+
+
+def check_class_names(names: Any, num_classes: int, where: str) -> None:
+    """Raise a ValueError where class names aren't one per class, None for those without."""
+    if names is None:
+        return
+    for k, name in enumerate(_list(where, names, num_classes, num_classes)):
+        if name is not None and not (isinstance(name, str) and name):
+            _refuse(f'{where}[{k}]', 'a name, or null where the class has none', name)
+
+
+def check_data_config(config: Any, source: str) -> None:
+    """Raise a ValueError where the preprocessing of images has an entry that is out of its range."""
+    if not isinstance(config, dict):
+        _refuse(source, 'an object', config)
+    channels, *sides = _list(f'{source}.input_size', config.get('input_size'), 3, 3)
+    _integer(f'{source}.input_size[0]', channels, 1, 1024)
+    for side in sides:
+        _integer(f'{source}.input_size', side, 1, MAX_SIDE)
+    for name in ('mean', 'std'):
+        if config.get(name) is not None:
+            for value in _list(f'{source}.{name}', config[name], 1, 1024):
+                _number(f'{source}.{name}', value, *(SCALE if name == 'std' else (-SCALE[1], SCALE[1])))
+    if config.get('crop_pct') is not None:
+        _number(f'{source}.crop_pct', config['crop_pct'], max(sides) / MAX_SIDE, 2.0)
+    for name, known in (('interpolation', INTERPOLATIONS), ('crop_mode', CROP_MODES)):
+        if config.get(name) is not None:
+            _one_of(f'{source}.{name}', config[name], tuple(known))
+    if config.get('input_img_mode') is not None:
+        fitting = tuple(mode for mode, count in IMAGE_MODES.items() if count == channels)
+        _one_of(f'{source}.input_img_mode', config['input_img_mode'], fitting)
+
+
+def check_scales(where: str, values: Any, length: int) -> List[float]:
+    """So many temperatures or weights as floats."""
+    return [_number(where, v, *SCALE) for v in _list(where, values, length, length, 'positive numbers')]
+
+
+def _check_format(content: Any, source: str, format: str) -> None:
+    if not isinstance(content, dict):
+        _refuse(source, f'an object of format {format!r}', content)
+    if not isinstance(content.get('format'), str) or content['format'] != format:
+        _refuse(f'{source}: format', repr(format), content.get('format'))
+    version = content.get('version')
+    if isinstance(version, bool) or not isinstance(version, int) or version != VERSION:
+        _refuse(f'{source}: version', f'{VERSION}, which this release reads', version)
+
+
+def _check_digest(where: str, digest: Any) -> None:
+    if digest is not None and not (isinstance(digest, str) and re.fullmatch('sha256:[0-9a-f]{64}', digest)):
+        _refuse(where, 'sha256: and 64 hexadecimal digits', digest)
+
+
+def _threshold(where: str, value: Any) -> float:
+    if isinstance(value, str) and value == 'off':
+        return math.inf
+    number = _number(where, value, -MAX_THRESHOLD, MAX_THRESHOLD, ', or \'off\'')
+    if 0 < abs(number) < MIN_THRESHOLD:
+        _refuse(where, f'0 or a number of at least {MIN_THRESHOLD:g} in size', value)
+    return number
+
+
+def _number(where: str, value: Any, low: float, high: float, more: str = '') -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        _refuse(where, f'a number from {low:g} to {high:g}{more}', value)
+    return float(value)
+
+
+def _integer(where: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        _refuse(where, f'an integer from {low} to {high}', value)
+    return value
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= 300 or not value.isprintable():
+        _refuse(where, 'a text of 1 to 300 printable characters', value)
+    return value
+
+
+def _one_of(where: str, value: Any, known: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in known:
+        _refuse(where, f'one of {", ".join(known)}', value)
+    return value
+
+
+def _list(where: str, value: Any, low: int, high: int, what: str = 'entries') -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)) or not low <= len(value) <= high:
+        _refuse(where, f'a list of {low if low == high else f"{low} to {high}"} {what}', value)
+    return value
+
+
+def _refuse(where: str, expected: str, value: Any) -> NoReturn:
+    raise ValueError(f'{where}: expected {expected}, got {_shown(value)}.')
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, however long or odd it is."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits, a list in itself
+        text = f'a {type(value).__name__}'
+    return text if len(text) <= 100 else f'{text[:100]} ...'
+
+
+def _printable(text: str) -> str:
+    """Text from a file, with everything escaped that a terminal would obey instead of showing it."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def _warn(message: Any, *_: Any, **__: Any) -> None:
+    print(f'runner.py: warning: {_printable(" ".join(str(message).split()))}', file=sys.stderr)
+
+
+def _label(model: AdaptiveModel, path: str) -> str:
+    """One line on an image file."""
+    if os.path.isdir(path):
+        raise ValueError('it is a folder; name the image files in it')
+    x = model.prepare(path)
+    start = time.perf_counter()
+    prediction = model.predict(x)
+    milliseconds = 1000 * (time.perf_counter() - start)
+    logits, names = prediction.logits[0], model.manifest.get('class_names') or []
+    if not np.isfinite(logits.max()):
+        raise ValueError('the network answers with numbers that are not finite')
+    probs = np.exp(_log_softmax(logits))
+    best = [(names[i] if names and names[i] is not None else str(i), probs[i]) for i in probs.argsort()[::-1][:3]]
+    labels = ', '.join(f'{_printable(name)} {p:.1%}' for name, p in best)
+    return f'{_printable(path)}: {labels} (Ex{prediction.exit_index[0] + 1}, {milliseconds:.1f} ms)'
+
+
+def _fail(error: Exception, what: str = '') -> None:
+    text = ' '.join(str(error).split())[:300] or type(error).__name__
+    print(f'runner.py: error: {_printable(what + text)}', file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f'runner.py: error: {_printable(message)} (--help tells more)', file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Label image files; 2 where one of them, or the folder, cannot be read."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
+    parser = _Parser(prog='runner.py', description='Label images with the multi-exit network in this folder.')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
+    paths = parser.parse_args(argv).images
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _label_all(paths)
+
+
+def _label_all(paths: Sequence[str]) -> int:
+    try:
+        import PIL  # noqa: F401
+
+        model = AdaptiveModel()
+        model.warm_up()
+    except ImportError as e:
+        _fail(e, 'reading image files needs Pillow (pip install pillow): ')
+        return 2
+    except Exception as e:  # ONNX Runtime fails in as many ways as there are broken files
+        _fail(e)
+        return 2
+    code = 0
+    for path in paths:
+        try:
+            line = _label(model, path)
+        except Exception as e:  # so do Pillow's decoders
+            _fail(e, f'{path}: ')
+            code = 2
+        else:
+            print(line, flush=True)
+    return code
+
+
+if __name__ == '__main__':
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the answers has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
