@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from timm_mlcsd.arguments import positive_int, seed
+from timm_mlcsd.cli.arguments import positive_int, seed
 from timm_mlcsd.network import load_checkpoint
 from timm_mlcsd.report import format_table
 
@@ -113,7 +113,7 @@ def sigterm(runs: Runs, name: str) -> str:
     if took > 30:
         raise RuntimeError(f'took {took:.0f} s to leave')
     runs.resume(name)
-    return 'stopped' if 'Stopped by SIGTERM' in complaint else 'had ended'
+    return 'stopped' if 'StopRequested by SIGTERM' in complaint else 'had ended'
 
 
 def worker(runs: Runs, name: str) -> str:

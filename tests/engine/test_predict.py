@@ -9,7 +9,7 @@ import pytest
 from hub_server import hub_server
 from scripts import run
 
-from timm_mlcsd.engine import predict
+from timm_mlcsd.cli import predict
 
 
 @pytest.fixture

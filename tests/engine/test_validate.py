@@ -8,7 +8,7 @@ import timm
 import torch
 from scripts import run
 
-from timm_mlcsd.engine import validate
+from timm_mlcsd.cli import validate
 from timm_mlcsd.network import load_checkpoint
 
 

@@ -15,14 +15,14 @@ from PIL import Image
 from timm.data.dataset import IterableImageDataset
 from timm.data.readers.targets import get_field
 
-from ..errors import shortened
-from .checked import NamesBroken
+from ..errors import one_line
+from .checked import BrokenSampleTracker
 from .image import convert_image, read_image
 
 __all__ = ['CheckedStream']
 
 
-class CheckedStream(NamesBroken, IterableImageDataset):
+class CheckedStream(BrokenSampleTracker, IterableImageDataset):
     """A timm reader's stream without the images that cannot be read.
 
     In training the stream goes on until it has given as many images as without them.
@@ -54,7 +54,7 @@ class CheckedStream(NamesBroken, IterableImageDataset):
     def _leave_out(self, name: str, error: Exception) -> None:
         if name not in self._seen:
             self._seen.add(name)
-            self._log.add([name, shortened(error, 120)])
+            self._log.add([name, one_line(error, 120)])
         if len(self._seen) > self.limit:
             raise ValueError('too many images are broken')
 

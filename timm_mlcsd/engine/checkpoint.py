@@ -10,8 +10,8 @@ from typing import Any, Dict, Iterator, List, Union
 
 import torch
 
-from ..errors import UserError, shortened
-from ..files import replacing
+from ..errors import UserError, one_line
+from ..files import atomic_write
 from ..network import BEST, LAST, load_checkpoint
 
 __all__ = ['CheckpointSaver', 'load_newest']
@@ -57,8 +57,8 @@ class CheckpointSaver:
         """
         path = self.folder / f'checkpoint-{epoch}.pth.tar'
         is_best = metric > self.best_metric
-        with _one_line(path):
-            with replacing(path) as temporary:
+        with _as_disk_error(path):
+            with atomic_write(path) as temporary:
                 _dump(state, temporary)
             if is_best:
                 self.best_metric = metric
@@ -73,8 +73,8 @@ class CheckpointSaver:
     def save_last(self, state: Dict[str, Any]) -> None:
         """Save the state of an unfinished epoch, as the last checkpoint alone; the one before stays as its stand-in."""
         path, previous = self.folder / LAST, self.folder / PREVIOUS
-        with _one_line(path):
-            with replacing(path) as temporary:
+        with _as_disk_error(path):
+            with atomic_write(path) as temporary:
                 _dump(state, temporary)
                 # one that another process wrote may be damaged, and the stand-in what the run has come back from
                 if path.exists() and (self._wrote_last or not previous.exists()):
@@ -83,7 +83,7 @@ class CheckpointSaver:
             _sync_folder(self.folder)
 
     def _also_as(self, path: Path, name: str) -> None:
-        with replacing(self.folder / name) as temporary:
+        with atomic_write(self.folder / name) as temporary:
             try:
                 os.link(path, temporary)
             except OSError:  # a file system without hard links
@@ -132,7 +132,7 @@ def _dump(state: Dict[str, Any], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_line(path: Path) -> Iterator[None]:
+def _as_disk_error(path: Path) -> Iterator[None]:
     """A full disk, or one that is gone, as a `UserError`; what was there before stays."""
     try:
         yield
@@ -140,7 +140,7 @@ def _one_line(path: Path) -> Iterator[None]:
         if isinstance(e.__context__, KeyboardInterrupt):  # and one of Ctrl-C
             raise e.__context__ from None
         raise UserError(
-            f'the checkpoint {str(path)!r} cannot be written: {shortened(e)}. Earlier ones are kept; make room and go '
+            f'the checkpoint {str(path)!r} cannot be written: {one_line(e)}. Earlier ones are kept; make room and go '
             f'on with --resume {path.parent}'
         ) from e
 

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import Iterator, Optional
 
-from ..errors import UserError, blame
+from ..errors import UserError, as_user_error
 
 __all__ = ['LOCK', 'claimed', 'new_folder']
 
@@ -20,7 +20,7 @@ def new_folder(parent: Path, name: str) -> Path:
     Raises:
         UserError: It cannot be written.
     """
-    with blame(f'--output {str(parent)!r} cannot be written'):
+    with as_user_error(f'--output {str(parent)!r} cannot be written'):
         parent.mkdir(parents=True, exist_ok=True)
         number = 0
         while True:
@@ -46,7 +46,7 @@ def claimed(folder: Path, is_new: bool = False) -> Iterator[None]:
     """
     path = folder / LOCK
     is_new = is_new or not folder.exists()
-    with blame(f'the folder {str(folder)!r} cannot be written'):
+    with as_user_error(f'the folder {str(folder)!r} cannot be written'):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
     try:

@@ -1,12 +1,12 @@
-"""From flags to data sets, which timm reads."""
+"""Data sets, which timm reads, from their configuration."""
 
-import argparse
 import importlib.util
 import logging
 import os
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from PIL import ImageMode
@@ -38,9 +38,11 @@ from ..data import (
     same_names,
     sample_keys,
 )
-from ..errors import UserError, blame, install_hint, printable
+from ..errors import UserError, as_user_error, install_hint, printable
 
 __all__ = [
+    'DataConfig',
+    'TrainDataConfig',
     'check_classes',
     'class_names',
     'load_dataset',
@@ -55,89 +57,169 @@ _STREAMS = ('hfids', 'tfds', 'wds')
 _TRAIN_AND_TEST = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')
 
 
+@dataclass
+class DataConfig:
+    """Data sets, how their images are read and prepared, and how they are batched.
+
+    Fields are the flags of the same names; `timm_mlcsd.cli` documents them.
+
+    Attributes:
+        data_dir: Folder with the data.
+        dataset: Type of the data, in timm's form; empty for folders of images.
+        dataset_download: Whether data may be downloaded.
+        dataset_trust_remote_code: Whether a data set of the Hub may run its code.
+        class_map: File that maps class names to indices.
+        input_img_mode: Pillow mode of the images, None for RGB or L.
+        input_key: Column with the images.
+        target_key: Column with the labels.
+        img_size: Height and width in pixels, None for the model's.
+        in_chans: Number of image channels.
+        input_size: Channels, height and width.
+        crop_pct: Share of the image in the evaluation crop.
+        mean: Channel means.
+        std: Channel standard deviations.
+        interpolation: How images are resized, empty for the model's way.
+        batch_size: Images per batch and process.
+        workers: Loader processes.
+        max_bad_samples: Number of unreadable images that are left out before it is an error.
+        pin_mem: Whether batches lie in pinned memory, None for: with a GPU.
+    """
+
+    data_dir: Optional[str] = None
+    dataset: str = ''
+    dataset_download: bool = False
+    dataset_trust_remote_code: bool = False
+    class_map: str = ''
+    input_img_mode: Optional[str] = None
+    input_key: Optional[str] = None
+    target_key: Optional[str] = None
+    img_size: Optional[int] = None
+    in_chans: Optional[int] = None
+    input_size: Optional[List[int]] = None
+    crop_pct: Optional[float] = None
+    mean: Optional[List[float]] = None
+    std: Optional[List[float]] = None
+    interpolation: str = ''
+    batch_size: int = 128
+    workers: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
+    max_bad_samples: int = 0
+    pin_mem: Optional[bool] = None
+
+    def __post_init__(self):
+        if self.input_size and self.in_chans is None:
+            self.in_chans = self.input_size[0]
+
+
+@dataclass
+class TrainDataConfig(DataConfig):
+    """`DataConfig` with what only a training needs.
+
+    Attributes:
+        train_split: Split to train on.
+        cache_dataset: ``device`` keeps small images decoded on the training device.
+        train_num_samples: Length of a stream that does not tell it.
+        epoch_repeats: Passes per epoch over a stream.
+        val_split: Split that chooses the best epoch, None to hold images out of the train split.
+        val_fraction: Share of the train split that is held out.
+        val_seed: Seed of that choice.
+        validation_batch_size: Images per batch of the evaluation, None for `batch_size`.
+    """
+
+    train_split: str = 'train'
+    cache_dataset: str = ''
+    train_num_samples: Optional[int] = None
+    epoch_repeats: float = 0.0
+    val_split: Optional[str] = None
+    val_fraction: float = 0.1
+    val_seed: int = 0
+    validation_batch_size: Optional[int] = None
+
+
 def load_dataset(
-    args: argparse.Namespace,
+    config: DataConfig,
     split: str,
     is_training: bool = False,
     num_samples: Optional[int] = None,
     needs_folder: bool = False,
+    seed: int = 42,
 ) -> Dataset:
-    """Load one split of what ``--dataset`` and ``--data-dir`` name.
+    """Load one split of a data set.
 
     Args:
-        args: The flags.
+        config: What to load.
         split: Which.
         is_training: Whether streamed data is shuffled.
         num_samples: Length of a stream to train on, where it doesn't tell.
-        needs_folder: Whether a folder without splits is a mistake, instead of being the split itself.
+        needs_folder: Whether a folder without splits is an error, instead of being the split itself.
+        seed: Seed of the order in which streamed data is shuffled.
 
     Raises:
         UserError: It cannot be read.
     """
-    image_mode = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
+    image_mode = config.input_img_mode or ('L' if config.in_chans == 1 else 'RGB')
     if image_mode not in IMAGE_MODES:
         raise UserError(
             f'--input-img-mode {image_mode} is no mode of Pillow with 8 bits per channel: expected one of '
             f'{", ".join(IMAGE_MODES)}.'
         )
     channels = len(ImageMode.getmode(image_mode).bands)
-    if args.in_chans and channels != args.in_chans:
+    if config.in_chans and channels != config.in_chans:
         raise UserError(
-            f'--in-chans {args.in_chans}: images are read as {image_mode}, with {channels} channels; name another '
+            f'--in-chans {config.in_chans}: images are read as {image_mode}, with {channels} channels; name another '
             f'--input-img-mode: L has 1, RGB 3, RGBA and CMYK 4.'
         )
-    if args.dataset == 'digits':
-        _class_map(args, 'torch')
-        with blame('--dataset digits'):
+    if config.dataset == 'digits':
+        _class_map(config, 'torch')
+        with as_user_error('--dataset digits'):
             return DigitsDataset(split, image_mode=image_mode)
-    prefix = _check_source(args, split, needs_folder)
+    prefix = _check_source(config, split, needs_folder)
     if prefix == 'hfids' and not is_training:
         num_samples = 1  # timm insists, and uses it for training alone
-    keys = dict(input_key=args.input_key, target_key=args.target_key) if prefix not in ('', 'torch') else {}
-    class_map = _class_map(args, prefix)
+    keys = dict(input_key=config.input_key, target_key=config.target_key) if prefix not in ('', 'torch') else {}
+    class_map = _class_map(config, prefix)
     asks = prefix in _STREAMS and is_training and not num_samples
     hint = ' (--train-num-samples N tells how long it is)' if asks else ''
-    hint = f' with the classes of --class-map {args.class_map}' if args.class_map else hint
-    what = f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read{hint}'
-    with blame(what), image_endings():
+    hint = f' with the classes of --class-map {config.class_map}' if config.class_map else hint
+    what = f'split {split!r} of --dataset {config.dataset!r} at {config.data_dir!r} cannot be read{hint}'
+    with as_user_error(what), image_endings():
         dataset = create_dataset(
-            args.dataset,
-            root=args.data_dir,
+            config.dataset,
+            root=config.data_dir,
             split=split,
             is_training=is_training,
             class_map=class_map or '',
-            download=args.dataset_download,
-            batch_size=args.batch_size,
+            download=config.dataset_download,
+            batch_size=config.batch_size,
             num_samples=num_samples,
-            repeats=args.epoch_repeats if is_training else 0,
-            seed=getattr(args, 'seed', 42),
+            repeats=getattr(config, 'epoch_repeats', 0) if is_training else 0,
+            seed=seed,
             input_img_mode=image_mode,
-            trust_remote_code=args.dataset_trust_remote_code,
+            trust_remote_code=config.dataset_trust_remote_code,
             **keys,
         )
     if prefix == 'hfids':
-        _learn_classes(dataset.reader, args)
+        _learn_classes(dataset.reader, config)
     if prefix in ('hfds', 'hfids', 'tfds'):
-        _check_columns(dataset.reader, args)
+        _check_columns(dataset.reader, config)
     if class_map is not None and prefix != '':
-        _check_map_is_whole(class_map, names_of_reader(dataset.reader), args.class_map)
+        _check_map_is_whole(class_map, names_of_reader(dataset.reader), config.class_map)
     if prefix == 'wds':
         _check_shards(dataset.reader, split)
     if prefix == '':
-        with blame(what):
+        with as_user_error(what):
             leave_out_what_is_no_data(dataset.reader, class_map is not None)
-        check_class_folders(dataset.reader, args.class_map)
+        check_class_folders(dataset.reader, config.class_map)
     if isinstance(dataset, ImageDataset):
-        return CheckedImages(dataset.reader, image_mode, args.max_bad_samples)
+        return CheckedImages(dataset.reader, image_mode, config.max_bad_samples)
     if prefix in _STREAMS:
         if not is_training:
             # timm would part it among processes, and repeat or lose images
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
-        return CheckedStream(dataset.reader, prefix, image_mode, args.max_bad_samples)
-    if args.max_bad_samples:
+        return CheckedStream(dataset.reader, prefix, image_mode, config.max_bad_samples)
+    if config.max_bad_samples:
         raise UserError(
-            f'--max-bad-samples {args.max_bad_samples}: --dataset {args.dataset!r} is read by torchvision, which stops '
-            f'at an image that cannot be read.'
+            f'--max-bad-samples {config.max_bad_samples}: --dataset {config.dataset!r} is read by torchvision, which '
+            f'stops at an image that cannot be read.'
         )
     if isinstance(dataset, ImageFolder):
         leave_hidden_folders_out(dataset)
@@ -146,16 +228,16 @@ def load_dataset(
     return ConvertedImages(dataset, image_mode) if prefix == 'torch' else dataset
 
 
-def _class_map(args: argparse.Namespace, prefix: str) -> Optional[Dict[Any, int]]:
+def _class_map(config: DataConfig, prefix: str) -> Optional[Dict[Any, int]]:
     """The indices that ``--class-map`` gives to classes, None without that flag."""
-    if not args.class_map:
+    if not config.class_map:
         return None
     if prefix in ('torch', 'wds'):
         raise UserError(
-            f'--class-map {args.class_map!r}: expected a folder of images, hfds/, hfids/ or tfds/ data, got --dataset '
-            f'{args.dataset!r}, whose labels are indices; leave the flag out.'
+            f'--class-map {config.class_map!r}: expected a folder of images, hfds/, hfids/ or tfds/ data, got '
+            f'--dataset {config.dataset!r}, whose labels are indices; leave the flag out.'
         )
-    return load_class_map(args.class_map, args.data_dir)
+    return load_class_map(config.class_map, config.data_dir)
 
 
 def _check_map_is_whole(class_map: Dict[Any, int], names: Dict[int, str], flag: str) -> None:
@@ -168,28 +250,26 @@ def _check_map_is_whole(class_map: Dict[Any, int], names: Dict[int, str], flag: 
         )
 
 
-def _check_source(args: argparse.Namespace, split: str, needs_folder: bool) -> str:
+def _check_source(config: DataConfig, split: str, needs_folder: bool) -> str:
     """Refuse data that timm would not find, or take for other data; returns which of timm's sources it is."""
-    if not args.dataset and not args.data_dir:
-        tag = getattr(args, 'pretrained_backbone', None)
-        swallowed = f' --pretrained-backbone took {tag!r} for a tag.' if isinstance(tag, str) else ''
-        raise UserError(f'no data: give a path (./train.py DIR), or --dataset digits, which needs none.{swallowed}')
-    prefix, _, name = args.dataset.partition('/')
+    if not config.dataset and not config.data_dir:
+        raise UserError('no data: give a path (./train.py DIR), or --dataset digits, which needs none.')
+    prefix, _, name = config.dataset.partition('/')
     if prefix.lower() not in _PREFIXES:  # timm would take it for a folder of images
         raise UserError(
-            f'--dataset {args.dataset!r} is unknown: leave it out for a folder of images, or give digits or a name '
+            f'--dataset {config.dataset!r} is unknown: leave it out for a folder of images, or give digits or a name '
             f'that begins with {", ".join(p + "/" for p in _PREFIXES if p)}.'
         )
     prefix = prefix.lower()
     if prefix == 'torch':
-        _check_torchvision_has_split(name, args.data_dir, split)
-    path = args.data_dir if prefix in ('', 'torch') else name
-    looks_local = path == args.data_dir or path.startswith(('/', './', '../'))
-    if path and looks_local and not args.dataset_download and not Path(path).exists():
+        _check_torchvision_has_split(name, config.data_dir, split)
+    path = config.data_dir if prefix in ('', 'torch') else name
+    looks_local = path == config.data_dir or path.startswith(('/', './', '../'))
+    if path and looks_local and not config.dataset_download and not Path(path).exists():
         raise UserError(f'no data at {path!r}: there is no such file or folder.')
     if prefix == '' or name in ('folder', 'image_folder'):
-        check_folder_has_split(args.data_dir, split, needs_folder)
-    _check_package(args.dataset, prefix)
+        check_folder_has_split(config.data_dir, split, needs_folder)
+    _check_package(config.dataset, prefix)
     return prefix
 
 
@@ -200,17 +280,17 @@ def _check_package(dataset: str, prefix: str) -> None:
         raise UserError(f'--dataset {dataset} needs the package {package}; {install_hint(extra)}.')
 
 
-def _learn_classes(reader: Any, args: argparse.Namespace) -> None:
+def _learn_classes(reader: Any, config: DataConfig) -> None:
     """Ask the first shard for columns and class names that a streamed data set does not state."""
     info = reader.builder.info
     if info.features is None:
         info.features = reader.builder.as_streaming_dataset(split=reader.split).features
-    names = getattr((info.features or {}).get(args.target_key or 'label'), 'names', None)
+    names = getattr((info.features or {}).get(config.target_key or 'label'), 'names', None)
     if names and not reader.class_to_idx:
         reader.class_to_idx = {name: i for i, name in enumerate(names)}
 
 
-def _check_columns(reader: Any, args: argparse.Namespace) -> None:
+def _check_columns(reader: Any, config: DataConfig) -> None:
     """Refuse keys that no sample has: each of them would seem to be broken."""
     if hasattr(reader, 'dataset'):
         # timm has added an empty column of that name
@@ -218,10 +298,10 @@ def _check_columns(reader: Any, args: argparse.Namespace) -> None:
         columns = [name for name in table.column_names if table.column(name).null_count < len(table)]
     else:
         columns = reader.builder.info.features or ()
-    for flag, keys in (('--input-key', args.input_key or 'image'), ('--target-key', args.target_key or 'label')):
+    for flag, keys in (('--input-key', config.input_key or 'image'), ('--target-key', config.target_key or 'label')):
         for key in keys.split(','):
             if columns and not {key.strip(), key.strip().partition('/')[0]}.intersection(columns):
-                raise UserError(f'{flag} {keys!r}: {args.dataset!r} has no such column; it has {", ".join(columns)}.')
+                raise UserError(f'{flag} {keys!r}: {config.dataset!r} has no such column; it has {", ".join(columns)}.')
 
 
 def _check_shards(reader: Any, split: str) -> None:
@@ -279,37 +359,39 @@ def same_split(split: str, other: str) -> bool:
     return whole(split) == whole(other)
 
 
-def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, Dict[str, Any]]:
+def train_and_val_datasets(config: TrainDataConfig, seed: int = 42) -> Tuple[Dataset, Dataset, Dict[str, Any]]:
     """The data to train on, the data that chooses the best epoch, and a record of which was which.
 
     Without ``--val-split`` the second is held out of the train split by a seed of its own; the record then holds the
     indices and a key of every image there, so that images that were trained on are never taken for held-out ones.
     """
-    train = load_dataset(args, args.train_split, is_training=True, num_samples=args.train_num_samples)
-    for flag, given in (('--train-num-samples', args.train_num_samples), ('--epoch-repeats', args.epoch_repeats)):
+    train = load_dataset(config, config.train_split, is_training=True, num_samples=config.train_num_samples, seed=seed)
+    for flag, given in (('--train-num-samples', config.train_num_samples), ('--epoch-repeats', config.epoch_repeats)):
         if given and not isinstance(train, IterableDataset):
             raise UserError(f'{flag} {given} is for streams alone ({", ".join(f"{p}/" for p in _STREAMS)}).')
-    record: Dict[str, Any] = dict(train_split=args.train_split, val_split=args.val_split)
+    record: Dict[str, Any] = dict(train_split=config.train_split, val_split=config.val_split)
     if not isinstance(train, IterableDataset):
         record.update(train_size=len(train), train_probe=probe_keys(train))
-    if args.val_split:
-        if same_split(args.val_split, args.train_split) and '[' not in args.val_split:
-            _logger.warning(f'--val-split {args.val_split}: the images that are trained on will choose the best epoch.')
+    if config.val_split:
+        if same_split(config.val_split, config.train_split) and '[' not in config.val_split:
+            _logger.warning(
+                f'--val-split {config.val_split}: the images that are trained on will choose the best epoch.'
+            )
         # without a folder for it, timm would take the training images once more
-        val = load_dataset(args, args.val_split, needs_folder=True)
-        check_classes(class_names(val), class_names(train), f'split {args.val_split!r}')
+        val = load_dataset(config, config.val_split, needs_folder=True)
+        check_classes(class_names(val), class_names(train), f'split {config.val_split!r}')
         return train, val, record
     if isinstance(train, IterableDataset):
-        raise UserError(f'--dataset {args.dataset!r} is a stream, nothing can be held out of it: name a --val-split.')
-    if not 0.0 < args.val_fraction < 1.0:
+        raise UserError(f'--dataset {config.dataset!r} is a stream, nothing can be held out of it: name a --val-split.')
+    if not 0.0 < config.val_fraction < 1.0:
         raise UserError(
-            f'--val-fraction {args.val_fraction} must lie between 0 and 1: the held-out part chooses the best epoch. '
+            f'--val-fraction {config.val_fraction} must lie between 0 and 1: the held-out part chooses the best epoch. '
             f'To train on the whole split, name a --val-split.'
         )
-    kept, held = hold_out(len(train), args.val_fraction, args.val_seed)
+    kept, held = hold_out(len(train), config.val_fraction, config.val_seed)
     record.update(
-        val_fraction=args.val_fraction,
-        val_seed=args.val_seed,
+        val_fraction=config.val_fraction,
+        val_seed=config.val_seed,
         val_indices=torch.tensor(held),
         val_keys=sample_keys(train, held),
     )

@@ -1,6 +1,5 @@
-"""``--fsdp``: parameters, gradients and optimizer state shared out among the processes (FSDP2)."""
+"""Parameters, gradients and optimizer state sharded over the processes (FSDP2)."""
 
-import argparse
 from typing import Any, Dict
 
 import torch
@@ -14,45 +13,24 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from ..errors import UserError
+from ..distributed import DistributedContext
 from ..models import MultiExitModel
 from ..task import MLCSDTask
-from .world import World
 
-__all__ = ['check_fsdp', 'load_sharded', 'shard_task', 'sharded_state']
+__all__ = ['load_sharded', 'shard_task', 'sharded_state']
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def check_fsdp(args: argparse.Namespace, world: World) -> None:
-    """Refuse what does not go together with ``--fsdp``."""
-    if world.size == 1:
-        raise UserError('--fsdp shares a network out among processes: start several with torchrun.')
-    others = dict(
-        model_ema=args.model_ema,
-        torchcompile=args.torchcompile,
-        heads_only=args.heads_only,
-        sync_bn=args.sync_bn,
-        grad_checkpointing=args.grad_checkpointing,
-    )
-    others = [f'--{name.replace("_", "-")}' for name, given in others.items() if given]
-    if args.clip_grad is not None and args.clip_mode == 'agc':
-        others.append('--clip-mode agc (take norm)')
-    if args.amp and args.amp_dtype == 'float16':
-        others.append('--amp-dtype float16 (take bfloat16)')
-    if others:
-        raise UserError(f'--fsdp does not go together with {", ".join(others)}.')
-
-
-def shard_task(task: MLCSDTask, model: MultiExitModel, world: World) -> None:
+def shard_task(task: MLCSDTask, model: MultiExitModel, dist_context: DistributedContext) -> None:
     """Share network and loss out, block by block, before the optimizer is made.
 
     Args:
         task: Network and loss; their parameters go to its device.
         model: The network.
-        world: The processes.
+        dist_context: The processes.
     """
-    mesh = init_device_mesh(task.device.type, (world.size,))
+    mesh = init_device_mesh(task.device.type, (dist_context.size,))
     names = {place.name for place in model.plan.places} if hasattr(model, 'plan') else set()
     wrapped = getattr(model, 'backbone', model)
     blocks = [module for name, module in wrapped.named_modules() if name in names]

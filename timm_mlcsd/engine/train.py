@@ -1,169 +1,164 @@
-"""The training loop behind train.py."""
+"""A training from its first epoch to its last, with checkpoints, logs and stop requests."""
 
-import argparse
 import contextlib
 import logging
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Optional
 
 import torch
 from timm.utils import random_seed
 from torch.utils.data import Dataset, IterableDataset
 
-from ..errors import UserError, blame, run_script
-from ..files import replacing
+from ..distributed import SINGLE_PROCESS, DistributedContext
+from ..errors import UserError, as_user_error
+from ..files import atomic_write
 from ..network import BEST, LAST
-from .build import resolve_device
-from .config import parse_args
-from .dry_run import rehearse
-from .epoch import Progress, Stopped, Termination
-from .finite import NotFinite
-from .flags import train_parser
+from .config import TrainConfig
+from .device import resolve_device
+from .dry_run import dry_run
+from .epoch import Progress
+from .finite import NonFiniteError
 from .logs import LOGS
-from .record import RunRecord
-from .resume import find_checkpoint, run_folder
-from .training import EpochResult, Training
-from .world import World, end_process, join_world
+from .resume import RunConfig, find_checkpoint, run_folder
+from .run_folder import RunFolder
+from .signals import SigtermHandler, StopRequested
+from .trainer import EpochResult, Trainer
 
-__all__ = ['main', 'train']
+__all__ = ['train']
 
 _logger = logging.getLogger('train')
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Entry point of train.py and mlcsd-train."""
-    run_script('train.py', lambda: train(parse_args(train_parser(), argv)))
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        end_process()
+def train(
+    config: TrainConfig,
+    device: Optional[torch.device] = None,
+    dist_context: DistributedContext = SINGLE_PROCESS,
+) -> Path:
+    """Train a multi-exit network.
 
-
-def train(args: argparse.Namespace) -> Path:
-    """Train a multi-exit network as the flags say.
+    Args:
+        config: Configuration of the training; with its `run.dry_run` two updates are tried and nothing is written.
+        device: Device to train on, None for the one that the configuration names.
+        dist_context: Processes that train together.
 
     Returns:
-        The folder with checkpoints, ``summary.csv`` and the resolved arguments, ``args.yaml``.
+        The folder with checkpoints, ``summary.csv`` and the configuration, ``args.yaml``.
 
     Raises:
-        UserError: The flags, the data or a checkpoint don't fit.
+        UserError: Settings, data or a checkpoint do not fit.
     """
-    device = resolve_device(args)
-    world = join_world(device)
-    random_seed(args.seed)
-    with run_folder(args, world) as folder:
-        _train(args, device, world, folder)
-    world.leave()
+    device = device or resolve_device(config.device)
+    random_seed(config.trainer.seed)
+    with run_folder(config.run, config.model.model, dist_context) as folder:
+        checkpoint, weights_only = find_checkpoint(config.run, folder)
+        trainer = Trainer(config, device, dist_context, checkpoint, weights_only)
+        del checkpoint  # it takes as much memory as all that trains
+        if config.run.dry_run:
+            dry_run(trainer)
+        else:
+            _train(trainer, folder, weights_only)
     return folder
 
 
-def _train(args: argparse.Namespace, device: torch.device, world: World, folder: Path) -> None:
-    """Train, or rehearse that, in a folder that is this run's alone."""
-    checkpoint, weights_only = find_checkpoint(args, folder)
-    training = Training(args, device, world, checkpoint, weights_only)
-    del checkpoint  # as large as all that trains
-    if args.dry_run:
-        rehearse(training)
-        return
-    if world.is_first and not weights_only:
-        _take_best_along(args, folder)
+def _train(trainer: Trainer, folder: Path, weights_only: bool) -> None:
+    dist_context = trainer.dist_context
+    if dist_context.is_primary and not weights_only:
+        _copy_best_checkpoint(trainer.config.run, folder)
     if not (folder / BEST).exists():
-        training.best = float('-inf')  # the best so far lies elsewhere, perhaps on other data
-    record = RunRecord(args, folder, training.start_epoch, training.best) if world.is_first else None
+        trainer.best = float('-inf')  # the best so far lies elsewhere, perhaps on other data
+    files = RunFolder(trainer.config, folder, trainer.start_epoch, trainer.best) if dist_context.is_primary else None
     _logger.info(
-        f'{args.model}: {training.model.num_exits} exits, {training.num_classes} classes, {len(training.train_data)} '
-        f'images to train on, {_number(training.val_data)} to choose the best epoch, {world.size} process(es), output '
-        f'in {folder}'
+        f'{trainer.config.model.model}: {trainer.model.num_exits} exits, {trainer.num_classes} classes, '
+        f'{len(trainer.train_data)} images to train on, {_number(trainer.val_data)} to choose the best epoch, '
+        f'{dist_context.size} process(es), output in {folder}'
     )
-    termination = Termination()
+    handler = SigtermHandler()
     try:
-        with termination:
-            _run(training, record, termination)
-    except NotFinite as e:
-        raise UserError(f'{e}: {_way_out(e, folder, world.is_first)}') from e
-    except Stopped:
-        by = next(filter(None, world.gather(termination.by)), 'a signal')
+        with handler:
+            _run_epochs(trainer, files, handler)
+    except NonFiniteError as e:
+        raise UserError(f'{e}: {_advice(e, folder, dist_context.is_primary)}') from e
+    except StopRequested:
+        by = next(filter(None, dist_context.all_gather(handler.by)), 'a signal')
         _logger.info(f'Stopped by {by}; saved, go on with --resume {folder}')
     else:
         where = f', in {folder / BEST}' if (folder / BEST).exists() else ' before this run was resumed'
-        _logger.info(f'Best validation mean top-1 {training.best:.2f}{where}')
+        _logger.info(f'Best validation mean top-1 {trainer.best:.2f}{where}')
     finally:
-        if record:
-            record.logs.close()
+        if files:
+            files.logs.close()
 
 
-def _take_best_along(args: argparse.Namespace, folder: Path) -> None:
-    """Copy the best checkpoint of a run that goes on in another folder."""
-    resumed = Path(args.resume) if os.path.isdir(args.resume) else Path(args.resume).parent
+def _copy_best_checkpoint(config: RunConfig, folder: Path) -> None:
+    """Copy the best checkpoint of a run that continues in another folder."""
+    resumed = Path(config.resume) if os.path.isdir(config.resume) else Path(config.resume).parent
     best = resumed / BEST
-    if os.path.exists(args.resume) and best.is_file() and not (folder / BEST).exists():
-        with blame(f'--output {args.output!r} cannot be written'):
+    if os.path.exists(config.resume) and best.is_file() and not (folder / BEST).exists():
+        with as_user_error(f'--output {config.output!r} cannot be written'):
             folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / BEST) as temporary:
+            with atomic_write(folder / BEST) as temporary:
                 shutil.copyfile(best, temporary)
 
 
-def _run(training: Training, record: Optional[RunRecord], termination: Termination) -> None:
-    """Train epoch by epoch and record them; `record` is the first process's.
+def _run_epochs(trainer: Trainer, files: Optional[RunFolder], handler: SigtermHandler) -> None:
+    """Train epoch by epoch and record them; only the primary process has `files`.
 
     Raises:
-        Stopped: Somebody wants the process to end; what was reached is saved.
+        StopRequested: The process was asked to end; the state is saved.
     """
-    args, world = training.args, training.world
-    # under FSDP no process can look alone
-    drawn = any(getattr(args, f'log_{name}') for name in LOGS) and (record is not None or args.fsdp)
-    for epoch in range(training.start_epoch, training.num_epochs):
+    config, dist_context = trainer.config, trainer.dist_context
+    # under FSDP no process can compute the weights alone
+    has_logs = any(getattr(config.log, f'log_{name}') for name in LOGS)
+    log_weights = has_logs and (files is not None or config.trainer.fsdp)
+    for epoch in range(trainer.start_epoch, trainer.num_epochs):
 
         def save(progress: Progress, epoch: int = epoch) -> None:
-            by_rank = world.gather(progress.on_cpu()._asdict())
-            state = training.state(epoch=epoch - 1, progress=by_rank)
-            if record:
-                record.saver.save_last(state)
+            by_rank = dist_context.all_gather(progress.on_cpu()._asdict())
+            state = trainer.state(epoch=epoch - 1, progress=by_rank)
+            if files:
+                files.saver.save_last(state)
 
-        began, best = time.perf_counter(), training.best
-        result = training.run_epoch(epoch, save, termination)
-        weights = training.mixing_weights() if drawn else None
-        state = training.state(
+        began, best = time.perf_counter(), trainer.best
+        result = trainer.run_epoch(epoch, save, handler)
+        weights = trainer.mixing_weights() if log_weights else None
+        state = trainer.state(
             epoch=epoch,
             metric=result.evaluation.mean_top1,
             results=[metrics._asdict() for metrics in result.evaluation.exits],
             measured_on=f'the {result.evaluation.num_samples} images that chose the epoch',
         )
-        if record:
-            record.add(epoch, result, weights)
-            record.saver.save(state, epoch, result.evaluation.mean_top1)
-        minutes = (training.num_epochs - epoch - 1) * (time.perf_counter() - began) / 60
-        _logger.info(_line(epoch, result, training.best > best, minutes))
-        if world.any(termination.wished) and epoch + 1 < training.num_epochs:
-            raise Stopped
+        if files:
+            files.add(epoch, result, weights)
+            files.saver.save(state, epoch, result.evaluation.mean_top1)
+        minutes = (trainer.num_epochs - epoch - 1) * (time.perf_counter() - began) / 60
+        _logger.info(_epoch_summary(epoch, result, trainer.best > best, minutes))
+        if dist_context.any_rank(handler.stop_requested) and epoch + 1 < trainer.num_epochs:
+            raise StopRequested
 
 
 def _number(images: Dataset) -> str:
-    """How many there are; streams don't tell."""
+    """The number of images; a stream does not tell it."""
     return 'a stream of them' if isinstance(images, IterableDataset) else str(len(images))
 
 
-def _way_out(error: NotFinite, folder: Path, writes: bool) -> str:
-    """What to do about it; the first process also writes down all images of the batch."""
+def _advice(error: NonFiniteError, folder: Path, is_primary: bool) -> str:
+    """What to do about it; the primary process also writes all images of the batch into a file."""
     images = ''
-    if error.images and writes:
+    if error.images and is_primary:
         path = folder / 'not_finite.txt'
-        with contextlib.suppress(OSError):  # a full disk must not hide what was found
+        with contextlib.suppress(OSError):  # a full disk must not hide the error
             path.write_text('\n'.join(error.images) + '\n')
             images = f' The images are listed in {path}.'
     kept = f'the last good checkpoint is {folder / LAST}' if (folder / LAST).exists() else 'no checkpoint is there yet'
     return f'try a smaller --lr, --clip-grad or --distill-warmup-epochs; {kept}.{images}'
 
 
-def _line(epoch: int, result: EpochResult, is_best: bool, minutes: float) -> str:
+def _epoch_summary(epoch: int, result: EpochResult, is_best: bool, minutes: float) -> str:
     accuracies = ' '.join(f'Ex{k} {e.top1:.1f}' for k, e in enumerate(result.evaluation.exits, 1))
     return (
         f'epoch {epoch}: loss {result.losses["loss"]:.3f}, validation mean top-1 {result.evaluation.mean_top1:.2f}'
         f'{" (best)" if is_best else ""}: {accuracies}; {result.speed:.0f} images/s, {minutes:.0f} min to go'
     )
-
-
-if __name__ == '__main__':
-    main(sys.argv[1:])

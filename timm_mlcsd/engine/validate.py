@@ -1,140 +1,138 @@
-"""What every exit of a trained network costs and gets right: the loop behind validate.py."""
+"""Accuracy and cost of every exit of a trained network, and of a policy that lets images leave early."""
 
-import argparse
 import csv
 import importlib.util
 import json
 import logging
-import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import torch
+from torch.utils.data import Dataset
 
 from ..adaptive import ExitPolicy, evaluate_policy
 from ..cost import ExitCost, exit_costs
 from ..data import IMAGE_MODE, default_image_mode
-from ..errors import UserError, blame, install_hint, run_script
-from ..hub import SOURCES
+from ..errors import UserError, as_user_error, install_hint
+from ..hub import URI_SCHEMES
 from ..models import MultiExitModel
 from ..network import Network, load_network
 from ..report import format_table, plot_accuracy_against_cost, write_page
-from .adaptive import run_adaptive, tables
-from .build import autocast_of, compiled, data_config_of, resolve_device
-from .calibration import Logits, check_flags, policy_of, policy_path, reports_on_half
-from .config import parse_args
+from .benchmark import benchmark_policy, tables
+from .build import resolve_data_config
+from .combinations import check_input
 from .datasets import check_classes, class_names, load_dataset, same_split
-from .evaluate import Evaluation, evaluate, exit_logits
-from .flags import validate_parser
+from .device import resolve_device
+from .evaluator import Evaluation, Evaluator
+from .gallery import ExampleGallery, page_data
 from .held_out import halves_of, held_out, is_data_of, is_same_data
-from .loaders import eval_loader
-from .page import Album, page_data
+from .policy import check_policy_flags, fit_or_load_policy, reports_on_half, saved_policy_path
+from .validate_config import ValidateConfig
 
-__all__ = ['data_flags_from', 'load_model', 'load_split', 'main', 'validate']
+__all__ = ['load_model', 'load_split', 'validate', 'with_trained_data']
 
 
 _logger = logging.getLogger('validate')
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Entry point of validate.py and mlcsd-validate."""
-    run_script('validate.py', lambda: validate(parse_args(validate_parser(), argv)))
-
-
-def validate(args: argparse.Namespace) -> List[Dict[str, Any]]:
-    """Evaluate all exits as the flags say; print the table, write what was asked for.
+def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
+    """Evaluate all exits; print the table, and write what the configuration asks for.
 
     Returns:
         One dict per exit, in the order of the table.
 
     Raises:
-        UserError: The flags, the data or the checkpoint don't fit.
+        UserError: Settings, data or checkpoint do not fit.
     """
-    check_flags(args)
-    _check_outputs(args)
-    device = resolve_device(args)
-    network = load_model(args)
-    model, checkpoint = network.model, network.checkpoint
-    data_flags_from(args, checkpoint)
-    args.in_chans = args.in_chans or model.in_chans
-    data_config = data_config_of(args, model, checkpoint.get('data_config') or network.data_config)
-    with blame(f'--in-chans {args.in_chans}'):
-        args.input_img_mode = data_config.get(IMAGE_MODE) or default_image_mode(args.in_chans)
-    if (args.plot or args.adaptive) and not model.resumable:
-        flag = '--adaptive' if args.adaptive else '--plot'
+    check_input(config.data)
+    check_policy_flags(config)
+    _check_outputs(config)
+    device = resolve_device(config.device)
+    network = load_model(config)
+    model = network.model
+    config, data_config = with_trained_data(config, network)
+    if (config.plot or config.adaptive) and not model.resumable:
+        flag = '--adaptive' if config.adaptive else '--plot'
         raise UserError(f'{flag}: the exits have no cost of their own: {model.why_not_resumable}.')
     costs = exit_costs(model, data_config['input_size']) if model.resumable else [None] * model.num_exits
-
-    dataset, split = load_split(args, checkpoint)
+    dataset, split = load_split(config, network.checkpoint)
     names = class_names(dataset)
     check_classes(names, network.class_names, split)
     if names and len(names) > model.num_classes:
         raise UserError(f'the data has {len(names)} classes, the model {model.num_classes}: they do not fit.')
-    model.to(device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    forward = compiled(model.forward_exits, args)
-
-    def loader_of(dataset: Any) -> Any:
-        with blame('the data flags cannot be used'):
-            return eval_loader(args, dataset, data_config, device, num_classes=model.num_classes)
-
-    def batches_of(loader: Any) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-        return exit_logits(model, loader, device, autocast_of(args, device), args.channels_last, forward)
-
-    source = args.checkpoint or args.model
-    size = 'x'.join(map(str, data_config['input_size']))
-    if not args.adaptive:
-        result = evaluate(batches_of(loader_of(dataset)))
-        rows, record = _rows(model, result, costs), {}
-        print(f'{source}: {result.num_samples} images of {split}, input {size}\n{_table(rows, result)}')
+    evaluator = Evaluator(model, data_config, config.data, config.device, device=device)
+    if config.adaptive:
+        result, record = _validate_adaptive(config, network, evaluator, dataset, split, costs)
     else:
-        policy, val, fitted_to = policy_of(args, network, names, costs, loader_of, batches_of)
-        loader = loader_of(dataset)
-        test = Logits.of(batches_of(loader))
-        result = evaluate(zip(test.logits.split(1024, dim=1), test.targets.split(1024)))
-        rows = _rows(model, result, costs)
-        print(f'{source}: {result.num_samples} images of {split}, input {size}\n{_table(rows, result)}')
-        with blame(f'the images of {split} do not fit the network'):
-            adaptive = evaluate_policy(*test, costs, policy)
-        album = Album(adaptive, test, policy, data_config) if args.report else None
-        run = run_adaptive(args, model, policy, loader, len(test.targets), device, album and album.look)
-        text, record = tables(policy, adaptive, run, test, costs, args.batch_size)
-        print(f'\nAdaptive, {fitted_to}: {policy.score}, aggregate {policy.aggregate}\n{text}')
-        record['fitted_to'] = fitted_to
-        if args.save_policy:
-            policy.save(policy_path(args))
-            print(f'policy: {policy_path(args)}')
-        if args.report:
-            names = names or network.class_names
-            title = f'{source} on {split}'
-            write_page(args.report, page_data(title, fitted_to, policy, val, test, costs, run, album, names))
-            print(f'page: {args.report}')
-    if args.results_file:
-        _write_results(Path(args.results_file), rows, result, source, split, record)
-    if args.plot:
+        result, record = evaluator.evaluate(dataset), {}
+        _print_exits(config, evaluator, result, costs, split)
+    rows = _rows(model, result, costs)
+    if config.results_file:
+        _write_results(Path(config.results_file), rows, result, config.source, split, record)
+    if config.plot:
         points = [(row['macs'] / 1e6, row['top1']) for row in rows]
-        plot_accuracy_against_cost(args.plot, {source: points}, title=f'{source} on {split}')
+        plot_accuracy_against_cost(config.plot, {config.source: points}, title=f'{config.source} on {split}')
     return rows
 
 
-def _check_outputs(args: argparse.Namespace) -> None:
+def _validate_adaptive(
+    config: ValidateConfig,
+    network: Network,
+    evaluator: Evaluator,
+    dataset: Dataset,
+    split: str,
+    costs: Sequence[ExitCost],
+) -> Tuple[Evaluation, Dict[str, Any]]:
+    """Evaluate all exits, and a policy beside the plain backbone; returns the metrics and the record of the policy."""
+    names = class_names(dataset)
+    policy, val, origin = fit_or_load_policy(config, network, evaluator, names, costs)
+    loader = evaluator.loader(dataset)
+    test = evaluator.logits(loader)
+    result = test.evaluate()
+    _print_exits(config, evaluator, result, costs, split)
+    with as_user_error(f'the images of {split} do not fit the network'):
+        adaptive = evaluate_policy(*test, costs, policy)
+    gallery = ExampleGallery(adaptive, test, policy, evaluator.data_config) if config.report else None
+    benchmark = benchmark_policy(evaluator, policy, loader, len(test.targets), gallery and gallery.collect)
+    text, record = tables(policy, adaptive, benchmark, test, costs, config.data.batch_size)
+    print(f'\nAdaptive, {origin}: {policy.score}, aggregate {policy.aggregate}\n{text}')
+    record['fitted_to'] = origin
+    if config.save_policy:
+        policy.save(saved_policy_path(config))
+        print(f'policy: {saved_policy_path(config)}')
+    if config.report:
+        title = f'{config.source} on {split}'
+        names = names or network.class_names
+        write_page(config.report, page_data(title, origin, policy, val, test, costs, benchmark, gallery, names))
+        print(f'page: {config.report}')
+    return result, record
+
+
+def _print_exits(
+    config: ValidateConfig, evaluator: Evaluator, result: Evaluation, costs: Sequence[Optional[ExitCost]], split: str
+) -> None:
+    size = 'x'.join(map(str, evaluator.data_config['input_size']))
+    print(f'{config.source}: {result.num_samples} images of {split}, input {size}')
+    print(_table(_rows(evaluator.model, result, costs), result))
+
+
+def _check_outputs(config: ValidateConfig) -> None:
     """Find out before the work whether its results can be written."""
-    if args.results_file and Path(args.results_file).suffix not in ('.csv', '.json'):
-        raise UserError(f'--results-file {args.results_file!r} must end in .csv or .json.')
-    if args.plot and Path(args.plot).suffix != '.png':
-        raise UserError(f'--plot {args.plot!r} must end in .png.')
-    if args.plot and importlib.util.find_spec('matplotlib') is None:
+    if config.results_file and Path(config.results_file).suffix not in ('.csv', '.json'):
+        raise UserError(f'--results-file {config.results_file!r} must end in .csv or .json.')
+    if config.plot and Path(config.plot).suffix != '.png':
+        raise UserError(f'--plot {config.plot!r} must end in .png.')
+    if config.plot and importlib.util.find_spec('matplotlib') is None:
         raise UserError(f'--plot needs matplotlib; {install_hint("plot")}.')
-    if args.report and Path(args.report).suffix not in ('.html', '.htm'):
-        raise UserError(f'--report {args.report!r} must end in .html.')
-    policy = str(policy_path(args)) if args.save_policy else None
+    if config.report and Path(config.report).suffix not in ('.html', '.htm'):
+        raise UserError(f'--report {config.report!r} must end in .html.')
+    policy = str(saved_policy_path(config)) if config.save_policy else None
     if policy and Path(policy).suffix != '.json':
         raise UserError(f'--save-policy {policy!r} must end in .json.')
     if policy and Path(policy).exists():
-        with blame(f'--save-policy {policy!r} would replace a file that is not a policy; name another'):
+        with as_user_error(f'--save-policy {policy!r} would replace a file that is not a policy; name another'):
             ExitPolicy.load(policy)
-    for path in filter(None, (args.results_file, args.plot, args.report, policy)):
+    for path in filter(None, (config.results_file, config.plot, config.report, policy)):
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             is_new = not Path(path).exists()
@@ -145,47 +143,69 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise UserError(f'{path!r} cannot be written: {e.strerror}.') from None
 
 
-def load_model(args: argparse.Namespace) -> Network:
-    """The network that ``--checkpoint`` or ``--model`` names, with its weights."""
-    if bool(args.checkpoint) == bool(args.model):
+def load_model(config: ValidateConfig) -> Network:
+    """Load the network that `checkpoint` or `model` names.
+
+    Raises:
+        UserError: There is none, or both are given.
+    """
+    if bool(config.checkpoint) == bool(config.model):
         raise UserError('give either --checkpoint PATH (of train.py) or --model hf-hub:REPO|local-dir:PATH.')
-    if args.model and not args.model.startswith(SOURCES):
-        raise UserError(f'--model {args.model!r} must be hf-hub:REPO or local-dir:PATH.')
-    network = load_network(args.checkpoint or args.model, args.use_ema)
-    if 'state_dict_ema' in network.checkpoint and not args.use_ema:
+    if config.model and not config.model.startswith(URI_SCHEMES):
+        raise UserError(f'--model {config.model!r} must be hf-hub:REPO or local-dir:PATH.')
+    network = load_network(config.source, config.use_ema)
+    if 'state_dict_ema' in network.checkpoint and not config.use_ema:
         _logger.warning('The checkpoint also has averaged weights, which chose its epoch: --use-ema evaluates them.')
     return network
 
 
-def data_flags_from(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> None:
-    """Where the flags name no data, fill in what the checkpoint was trained on."""
-    trained = checkpoint.get('args', {})
-    if not args.dataset and not args.data_dir:
-        args.dataset, args.data_dir = trained.get('dataset', ''), trained.get('data_dir')
-        args.class_map = args.class_map or trained.get('class_map', '')
+def with_trained_data(config: ValidateConfig, network: Network) -> Tuple[ValidateConfig, Dict[str, Any]]:
+    """Complete a configuration with what a network was trained on.
+
+    Returns:
+        The configuration, whose data is named and read as in training where the user has not said otherwise; and the
+        preprocessing.
+
+    Raises:
+        UserError: The settings do not fit the network.
+    """
+    trained = network.checkpoint.get('args', {})
+    data = replace(config.data)
+    if not data.dataset and not data.data_dir:
+        data.dataset, data.data_dir = trained.get('dataset', ''), trained.get('data_dir')
+        data.class_map = data.class_map or trained.get('class_map', '')
     for key in ('input_key', 'target_key', 'input_img_mode', 'in_chans'):
-        if getattr(args, key) is None:
-            setattr(args, key, trained.get(key))
+        if getattr(data, key) is None:
+            setattr(data, key, trained.get(key))
+    data.in_chans = data.in_chans or network.model.in_chans
+    data_config = resolve_data_config(data, network.model, network.checkpoint.get('data_config') or network.data_config)
+    with as_user_error(f'--in-chans {data.in_chans}'):
+        data.input_img_mode = data_config.get(IMAGE_MODE) or default_image_mode(data.in_chans)
+    return replace(config, data=data), data_config
 
 
-def load_split(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Any, str]:
-    """The data to evaluate on, ``--split`` or what training held out, and what to call it."""
-    if not args.held_out:
+def load_split(config: ValidateConfig, checkpoint: Dict[str, Any]) -> Tuple[Dataset, str]:
+    """The data to evaluate on, a split or the images that training held out, and its name.
+
+    Raises:
+        UserError: It cannot be read, or it is what the checkpoint was trained on under another name.
+    """
+    if not config.held_out:
         # the folder that was trained on is no split of itself
-        of_it = is_same_data(args, checkpoint) and args.split != checkpoint.get('train_split')
-        dataset = load_dataset(args, args.split, needs_folder=of_it and 'val_indices' in checkpoint)
+        of_it = is_same_data(config.data, checkpoint) and config.split != checkpoint.get('train_split')
+        dataset = load_dataset(config.data, config.split, needs_folder=of_it and 'val_indices' in checkpoint)
         named = [checkpoint.get(name) for name in ('train_split', 'val_split')]
-        meant = any(name and same_split(args.split, name) for name in named)
+        meant = any(name and same_split(config.split, name) for name in named)
         if not meant and is_data_of(dataset, checkpoint):
             raise UserError(
-                f'--split {args.split}: these are the images that the checkpoint was trained on; --split '
+                f'--split {config.split}: these are the images that the checkpoint was trained on; --split '
                 f'{checkpoint["train_split"]} evaluates on them on purpose, --held-out on those held out.'
             )
-        return dataset, args.split
+        return dataset, config.split
     if 'val_indices' not in checkpoint:
         raise UserError('--held-out needs a checkpoint whose training held images out of its train split.')
-    dataset, name = held_out(args, checkpoint)
-    if reports_on_half(args):
+    dataset, name = held_out(config.data, checkpoint)
+    if reports_on_half(config):
         return halves_of(dataset)[1], f'the other half of {name}'
     return dataset, name
 
@@ -235,7 +255,3 @@ def _write_results(
             writer = csv.DictWriter(f, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-
-
-if __name__ == '__main__':
-    main(sys.argv[1:])
