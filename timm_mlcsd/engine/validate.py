@@ -223,7 +223,7 @@ def _rows(model: MultiExitModel, result: Evaluation, costs: Sequence[Optional[Ex
 
 
 def _table(rows: Sequence[Dict[str, Any]], result: Evaluation) -> str:
-    headers = ('Exit', 'Tap', 'Top-1 %', 'Top-5 %', 'Loss', 'MMACs', 'Params M', 'Right here, wrong at the last %')
+    headers = ('Exit', 'Tap', 'Top-1 %', 'Top-5 %', 'Loss', 'MMACs', 'Params M', 'Overthinking %')
     lines = [
         (
             *(r[key] for key in ('exit', 'tap', 'top1', 'top5', 'loss')),
