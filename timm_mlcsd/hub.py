@@ -12,9 +12,14 @@ import safetensors.torch
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
-from timm.data.model_config import resolve_input_data_config
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, _get_global_pool, hf_split, save_config_for_hf
 
+from ._timm import (
+    HF_SAFE_WEIGHTS_NAME,
+    get_global_pool,
+    hf_split,
+    resolve_input_data_config,
+    save_config_for_hf,
+)
 from .cost import exit_costs
 from .data import IMAGE_MODE
 from .errors import UserError, as_user_error, one_line
@@ -324,7 +329,7 @@ def _write_config(
     # a backbone that was made first keeps its own arguments; the stored weights hold timm's already
     backbone = getattr(model, 'backbone', model)
     model_args = {**_own_args(backbone), **_own_args(model), **model.exit_args, 'pretrained_backbone': False}
-    pool = _get_global_pool(backbone)
+    pool = get_global_pool(backbone)
     if isinstance(pool, str):
         model_args['global_pool'] = pool  # as it is now
     save_config_for_hf(model, str(path), model_args=model_args, data_config=data_config)

@@ -5,8 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Union
 
-from timm.data.readers import class_map
-
+from .._timm import class_map
 from ..errors import UserError, one_line
 
 __all__ = [

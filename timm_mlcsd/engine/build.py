@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Union
 
 import torch
-from timm.data.model_config import resolve_input_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.loss import create_classification_loss
 from timm.models import load_state_dict
 
+from .._timm import resolve_input_data_config
 from ..data import IMAGE_MODE, default_image_mode
 from ..errors import UserError, as_user_error
 from ..losses import MLCSDLoss

@@ -11,9 +11,9 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 import torch.distributed as dist
 from timm.data import Mixup, create_loader
-from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from .._timm import fast_collate
 from ..data import (
     CachedLoader,
     CheckedCollate,
