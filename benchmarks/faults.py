@@ -113,7 +113,7 @@ def sigterm(runs: Runs, name: str) -> str:
     if took > 30:
         raise RuntimeError(f'took {took:.0f} s to leave')
     runs.resume(name)
-    return 'stopped' if 'StopRequested by SIGTERM' in complaint else 'had ended'
+    return 'stopped' if 'Stopped by SIGTERM' in complaint else 'had ended'
 
 
 def worker(runs: Runs, name: str) -> str:

@@ -110,7 +110,7 @@ def test_sigterm_stops_all_processes_where_they_can_go_on(folder, small_flags, t
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)  # torchrun passes it on to the workers and to their loaders
     output = job.communicate(timeout=120)[0]
-    assert 'StopRequested by SIGTERM; saved' in output and 'RuntimeError' not in output
+    assert 'Stopped by SIGTERM; saved' in output and 'RuntimeError' not in output
     assert load_checkpoint(tmp_path / 'cut')['epoch'] < 7
     jobs = [torchrun(*flags, '--experiment', 'whole'), torchrun(*flags, '--resume', tmp_path / 'cut')]
     for job in jobs:
@@ -156,7 +156,7 @@ import os, signal
 from timm_mlcsd.cli import train
 from timm_mlcsd.engine import finite
 
-see = finite.NonFiniteMonitor.see
+see = finite.NonFiniteMonitor.update
 
 
 def cut(self, batch, loss):
@@ -165,7 +165,7 @@ def cut(self, batch, loss):
     see(self, batch, loss)
 
 
-finite.NonFiniteMonitor.see = cut
+finite.NonFiniteMonitor.update = cut
 train.main()
 """
 
@@ -182,7 +182,7 @@ def test_running_statistics_of_each_process_come_back(folder, small_flags, tmp_p
     monkeypatch.delenv('CUT')
     done(jobs[0])
     output = done(jobs[1])
-    assert 'StopRequested by SIGTERM; saved' in output
+    assert 'Stopped by SIGTERM; saved' in output
     assert load_checkpoint(tmp_path / 'cut')['progress'][1]['step'] == batch + 1
     done(torchrun(*flags, '--resume', tmp_path / 'cut'))
     assert_same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))

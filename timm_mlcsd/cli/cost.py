@@ -129,3 +129,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             raise UserError(str(e)) from None
 
     run_script('mlcsd-cost', run)
+
+
+if __name__ == '__main__':
+    main()

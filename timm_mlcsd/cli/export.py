@@ -57,3 +57,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(f'{args.directory}: {network.model.num_exits} stages, {size:.1f} MB')
 
     run_script('mlcsd-export', run)
+
+
+if __name__ == '__main__':
+    main()

@@ -158,3 +158,7 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Entry point of mlcsd-predict."""
     run_script('mlcsd-predict', lambda: predict(predict_parser().parse_args(argv)))
+
+
+if __name__ == '__main__':
+    main()

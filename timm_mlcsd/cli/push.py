@@ -144,3 +144,7 @@ def _card(network: Network) -> Dict[str, Any]:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Entry point of mlcsd-push."""
     run_script('mlcsd-push', lambda: push(push_parser().parse_args(argv)))
+
+
+if __name__ == '__main__':
+    main()
