@@ -18,7 +18,7 @@ from scripts import ROOT, assert_same, run, weights
 from timm_mlcsd import MLCSDLoss, create_multi_exit
 from timm_mlcsd.cli import train
 from timm_mlcsd.distributed import DistributedContext
-from timm_mlcsd.engine import epoch, trainer
+from timm_mlcsd.engine import signals, trainer
 from timm_mlcsd.network import load_checkpoint
 from timm_mlcsd.task import MLCSDTask
 
@@ -138,8 +138,8 @@ def _stop_together(rank):
         world, had = DistributedContext(rank, 2, rank), []
         try:
             # the second has a batch less
-            had.extend(epoch.iterate_in_lockstep(_Wish(when if rank else 99), iter(range(5 - rank)), world))
-        except epoch.StopRequested:
+            had.extend(signals.iterate_in_lockstep(_Wish(when if rank else 99), iter(range(5 - rank)), world))
+        except signals.StopRequested:
             counts.append(-1)
         else:
             counts.append(len(had))
