@@ -2,7 +2,8 @@
 
 from .build import LossConfig, ModelConfig
 from .config import TrainConfig, TrainerConfig
-from .datasets import DataConfig, TrainDataConfig, load_dataset
+from .data_config import DataConfig, TrainDataConfig
+from .datasets import load_dataset
 from .device import DeviceConfig
 from .epoch import LoopConfig
 from .evaluator import Evaluation, Evaluator, ExitMetrics, LabelledLogits

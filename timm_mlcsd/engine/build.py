@@ -16,7 +16,7 @@ from ..errors import UserError, as_user_error
 from ..losses import MLCSDLoss
 from ..models import MultiExitModel, create_named, load_backbone
 from ..task import MLCSDTask
-from .datasets import DataConfig
+from .data_config import DataConfig
 from .loaders import AugmentConfig, mixup_active
 
 __all__ = [

@@ -5,7 +5,7 @@ from typing import Any, Dict, Sequence
 from ..distributed import DistributedContext
 from ..errors import UserError
 from .config import TrainConfig
-from .datasets import DataConfig
+from .data_config import DataConfig
 from .loaders import AugmentConfig
 from .optimizer import SchedulerConfig
 

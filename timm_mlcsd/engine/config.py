@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Dict
 
 from .build import LossConfig, ModelConfig
-from .datasets import TrainDataConfig
+from .data_config import TrainDataConfig
 from .device import DeviceConfig
 from .epoch import LoopConfig
 from .loaders import AugmentConfig

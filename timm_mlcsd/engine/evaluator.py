@@ -10,7 +10,7 @@ from ..adaptive import ExitPolicy
 from ..errors import UserError, as_user_error
 from ..losses import MLCSDLoss
 from ..models import MultiExitModel, MultiExitOutput
-from .datasets import DataConfig
+from .data_config import DataConfig
 from .device import DeviceConfig, compile_forward, make_autocast, resolve_device, to_channels_last
 from .loaders import eval_loader
 

@@ -10,7 +10,8 @@ from torch.utils.data import Dataset, IterableDataset
 from ..data import TransformSubset, hold_out, image_name, probe_keys, sample_keys
 from ..errors import UserError, printable
 from ..network import load_checkpoint
-from .datasets import DataConfig, TrainDataConfig, load_dataset, same_split
+from .data_config import DataConfig, TrainDataConfig
+from .datasets import load_dataset, same_split
 
 __all__ = [
     'check_held_out',

@@ -30,7 +30,7 @@ from ..data import (
 )
 from ..distributed import SINGLE_PROCESS, DistributedContext
 from ..errors import UserError, as_user_error
-from .datasets import DataConfig, TrainDataConfig
+from .data_config import DataConfig, TrainDataConfig
 
 __all__ = ['AugmentConfig', 'eval_loader', 'mixup_active', 'set_epoch', 'train_loader']
 

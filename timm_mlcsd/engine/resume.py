@@ -19,7 +19,7 @@ from ..network import stored_names
 from ..task import MLCSDTask
 from .checkpoint import load_newest
 from .claim import claimed, new_folder
-from .datasets import TrainDataConfig
+from .data_config import TrainDataConfig
 from .epoch import Progress
 from .fsdp import load_sharded
 from .held_out import is_same_data

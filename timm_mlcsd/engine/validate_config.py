@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Dict, Optional, Union
 
-from .datasets import DataConfig
+from .data_config import DataConfig
 from .device import DeviceConfig
 
 __all__ = ['ValidateConfig']
