@@ -5,7 +5,7 @@ RUN := output/quickstart
 # test processes, one thread and about 3 GB of memory each
 JOBS ?= 2
 
-.PHONY: quickstart test format
+.PHONY: quickstart test docs format
 
 .venv/installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,6 +26,13 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
