@@ -4,8 +4,9 @@ BIN := .venv/bin
 RUN := output/quickstart
 # test processes, one thread and about 3 GB of memory each
 JOBS ?= 2
+OLDEST := .venv-oldest
 
-.PHONY: quickstart test docs format
+.PHONY: quickstart test test-oldest docs format
 
 .venv/installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,6 +27,17 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+# the lower bounds of install_requires, exactly
+$(OLDEST)/installed: setup.cfg pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	sed -n 's/^ *\([a-z_]*\)>=\([0-9.]*\)$$/\1==\2/p' setup.cfg > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	touch $@
+
+test-oldest: $(OLDEST)/installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS)
 
 .venv/docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
