@@ -6,7 +6,7 @@ RUN := output/quickstart
 JOBS ?= 2
 OLDEST := .venv-oldest
 
-.PHONY: quickstart test test-oldest docs format
+.PHONY: quickstart test test-oldest docs dist format
 
 .venv/installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -45,6 +45,13 @@ test-oldest: $(OLDEST)/installed
 
 docs: .venv/docs
 	$(BIN)/mkdocs build --strict
+
+# what a release uploads; with TAG=vX.Y.Z, X.Y.Z must be the version
+dist: .venv/installed
+	test -z "$$TAG" || test "$$TAG" = "v$$($(BIN)/python -c 'import runpy; print(runpy.run_path("timm_mlcsd/version.py")["__version__"])')"
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
