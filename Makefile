@@ -6,7 +6,7 @@ RUN := output/quickstart
 JOBS ?= 2
 OLDEST := .venv-oldest
 
-.PHONY: quickstart test test-oldest docs dist format
+.PHONY: quickstart test test-oldest types docs dist format
 
 .venv/installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -38,6 +38,9 @@ $(OLDEST)/installed: setup.cfg pyproject.toml
 
 test-oldest: $(OLDEST)/installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS)
+
+types: .venv/installed
+	$(BIN)/mypy
 
 .venv/docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
