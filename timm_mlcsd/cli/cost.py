@@ -23,7 +23,7 @@ PLAIN = 'plain backbone'
 
 
 class _LastOnly(MultiExitModel):
-    """A network that answers at its last exit alone: what one designed with exits has for a plain backbone."""
+    """A network with its last exit only: the plain backbone of a network with built-in exits."""
 
     num_exits = 1
 
@@ -65,7 +65,7 @@ def compare_heads(args: argparse.Namespace) -> str:
     heads = [name for name in models if name != PLAIN]
     input_size = tuple(args.input_size or model.probe_size)
     costs = {head: exit_costs(m, input_size) for head, m in models.items()}
-    # in turn, so that a machine whose speed drifts is fair to all
+    # alternately, so that drifts of the machine's speed affect all alike
     rounds = [
         {head: exit_times(m, input_size, args.batch_size, repeats=1) for head, m in models.items()}
         for _ in range(args.repeats)

@@ -1,6 +1,6 @@
 """``mlcsd-export``: the stages of a network as graphs, for places without timm.
 
-``mlcsd-export output/train/RUN exported`` writes a folder with a runner of its own.
+``mlcsd-export output/train/RUN exported`` writes a folder that contains a runner.
 """
 
 import logging
@@ -33,7 +33,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     def run() -> None:
         args = export_parser().parse_args(argv)
         for name in ('onnxscript', 'onnx_ir', 'torch.onnx'):
-            logging.getLogger(name).setLevel(logging.WARNING)  # every pass of theirs has something to say
+            logging.getLogger(name).setLevel(logging.WARNING)  # they log every pass
         network = load_network(args.network, args.use_ema)
         policy_file = args.policy or network.policy_file
         if policy_file is None:

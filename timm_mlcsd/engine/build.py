@@ -131,13 +131,13 @@ def model_kwargs(config: ModelConfig, num_classes: int, in_chans: Optional[int] 
 
 
 def build_model(name: str, **model_args: Any) -> MultiExitModel:
-    """`create_named`, its errors the user's."""
+    """`create_named`, with its errors as `UserError`."""
     with as_user_error('--model'):
         return create_named(name, **model_args)
 
 
 def model_identity(model: MultiExitModel, name: str, model_args: Dict[str, Any]) -> Dict[str, Any]:
-    """Registered name and arguments that make the same network again, also where it came from the Hub or a folder."""
+    """Registered name and arguments that make the same network again, also for a network of the Hub or a folder."""
     if ':' in name:
         # timm keeps the arguments stored with a model together with those given
         model_args = {k: v for k, v in model._model_args.items() if k != 'pretrained_backbone'}
@@ -150,7 +150,7 @@ def resolve_data_config(
     """Input size, normalisation and crop of the images.
 
     Args:
-        data: What the user has set.
+        data: Settings of the user.
         model: The network, whose own values come last.
         stored: Preprocessing stored with a checkpoint, which comes second.
 
@@ -170,7 +170,7 @@ def resolve_data_config(
 
 
 def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:
-    """Start from the weights in `path`: of a multi-exit network like this one, or of its plain backbone."""
+    """Load weights of a multi-exit network like this one, or of its plain backbone."""
     if not os.path.isfile(path):
         raise UserError(f'--initial-checkpoint {path!r}: there is no such file.')
     with as_user_error(f'--initial-checkpoint {path!r} cannot be read'):
@@ -184,7 +184,7 @@ def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:
 
 
 def check_heads_only(config: ModelConfig, model: MultiExitModel, resumed: bool) -> None:
-    """Refuse to leave alone what has not been trained, or cannot be told from the exits."""
+    """Refuse to freeze a backbone that is untrained, or that has no exits apart from it."""
     if not hasattr(model, 'freeze_backbone'):
         raise UserError(f'--heads-only: {config.model} was made with its exits, it has no backbone of its own.')
     if model.num_exits == 1:

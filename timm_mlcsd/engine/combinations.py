@@ -1,4 +1,4 @@
-"""Settings that contradict each other, though each is right alone."""
+"""Checks of settings that are valid each, but contradict each other."""
 
 from typing import Any, Dict, Sequence
 

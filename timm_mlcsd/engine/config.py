@@ -75,7 +75,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, settings: Dict[str, Any]) -> 'TrainConfig':
-        """Create a configuration from settings by the names of the flags; what is missing has its default.
+        """Create a configuration from settings by the names of the flags; missing ones have their default.
 
         Raises:
             ValueError: A name is unknown.

@@ -32,7 +32,7 @@ class DataConfig:
         batch_size: Images per batch and process.
         workers: Loader processes.
         max_bad_samples: Number of unreadable images that are left out before it is an error.
-        pin_mem: Whether batches lie in pinned memory, None for: with a GPU.
+        pin_mem: Whether batches are in pinned memory, None for with a GPU only.
     """
 
     data_dir: Optional[str] = None
@@ -67,7 +67,7 @@ class TrainDataConfig(DataConfig):
     Attributes:
         train_split: Split to train on.
         cache_dataset: ``device`` keeps small images decoded on the training device.
-        train_num_samples: Length of a stream that does not tell it.
+        train_num_samples: Number of samples in a stream of unknown length.
         epoch_repeats: Passes per epoch over a stream.
         val_split: Split that chooses the best epoch, None to hold images out of the train split.
         val_fraction: Share of the train split that is held out.

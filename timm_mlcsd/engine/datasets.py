@@ -59,7 +59,7 @@ def load_dataset(
         config: The data.
         split: Name of the split.
         is_training: Whether streamed data is shuffled.
-        num_samples: Length of a stream to train on, where it does not tell.
+        num_samples: Number of samples in a training stream of unknown length.
         needs_folder: Whether a folder without splits is an error, instead of being the split itself.
         seed: Seed of the order in which streamed data is shuffled.
 
@@ -144,7 +144,7 @@ def _with_checked_images(
 
 
 def class_names(dataset: Dataset) -> Optional[ClassNames]:
-    """The names of the classes by index, None for an index without; None where the data set doesn't tell."""
+    """The names of the classes by index, None for an index without a name; None if the data set has no names."""
     while isinstance(dataset, (TransformSubset, ConvertedImages)):
         dataset = dataset.dataset
     reader = getattr(dataset, 'reader', dataset)
@@ -160,7 +160,7 @@ def class_names(dataset: Dataset) -> Optional[ClassNames]:
 
 
 def check_classes(names: Optional[ClassNames], expected: Optional[ClassNames], what: str) -> None:
-    """Refuse data whose classes have other names, and so other indices, than those trained on."""
+    """Refuse data whose class names, and so indices, differ from those of training."""
     if names and expected and not same_names(names, expected):
         ours, theirs = (', '.join(class_label(some, i) for i in range(min(len(some), 5))) for some in (names, expected))
         raise UserError(
@@ -170,7 +170,7 @@ def check_classes(names: Optional[ClassNames], expected: Optional[ClassNames], w
 
 
 def same_split(split: str, other: str) -> bool:
-    """Whether two names stand for the same images, or for some of the same: timm's synonyms, parts of one split."""
+    """Whether two names of splits share images: timm's synonyms, or slices of one split."""
 
     def whole(split: str) -> str:
         name = split.partition('[')[0].lower()
@@ -180,10 +180,20 @@ def same_split(split: str, other: str) -> bool:
 
 
 def train_and_val_datasets(config: TrainDataConfig, seed: int = 42) -> Tuple[Dataset, Dataset, Dict[str, Any]]:
-    """The data to train on, the data that chooses the best epoch, and a record of which was which.
+    """Load the training images and the images that choose the best epoch.
 
-    Without ``--val-split`` the second is held out of the train split by a seed of its own; the record then holds the
-    indices and a key of every image there, so that images that were trained on are never taken for held-out ones.
+    Without ``--val-split`` the latter are held out of the train split, chosen by `val_seed`. The record then has their
+    indices and keys, so that images that were trained on are never evaluated as held out.
+
+    Args:
+        config: The data.
+        seed: Seed of the order in which streamed data is shuffled.
+
+    Returns:
+        Training data, validation data, and the record for checkpoints.
+
+    Raises:
+        UserError: The data cannot be read, or nothing can be held out.
     """
     train = load_dataset(config, config.train_split, is_training=True, num_samples=config.train_num_samples, seed=seed)
     for flag, given in (('--train-num-samples', config.train_num_samples), ('--epoch-repeats', config.epoch_repeats)):

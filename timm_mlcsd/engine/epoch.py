@@ -210,7 +210,7 @@ class EpochLoop:
         return self._progress(len(self.batches))
 
     def _begin(self, epoch: int, num_updates: int, start: Optional[Progress]) -> None:
-        """Reset what is counted over an epoch, or set it to what `start` says."""
+        """Reset the counters of an epoch, or set them to those of `start`."""
         self.epoch = epoch
         self.num_updates = num_updates
         self.meters = EpochMeters(self.task.device, start)

@@ -206,7 +206,7 @@ def train_loader(
 
 
 def set_epoch(batches: Any, dataset: Dataset, epoch: int) -> None:
-    """Tell streams, and what shares the images out among processes, that another epoch begins."""
+    """Tell streams and distributed samplers the number of the epoch."""
     for it in (dataset, getattr(batches, 'sampler', None)):
         if hasattr(it, 'set_epoch'):
             it.set_epoch(epoch)
@@ -256,16 +256,16 @@ def eval_loader(
 
 
 def _pin_memory(config: DataConfig, device: torch.device) -> bool:
-    # from other memory a copy waits for all that the GPU has yet to do
+    # copies from pageable memory synchronise with the GPU
     return device.type == 'cuda' if config.pin_mem is None else config.pin_mem
 
 
 def _prepare_workers(loader: DataLoader) -> None:
-    """Make a loader's processes start without accidents."""
+    """Prepare the start of a loader's processes."""
     if not loader.num_workers:
         return
     if os.name == 'posix':
-        # while it starts it would lift what `CheckedLoader` does about signals
+        # its start would undo the signal mask of `CheckedLoader`
         resource_tracker.ensure_running()
     # before Python 3.12 a fork hangs for ever if a thread of torch.distributed enters Python at that moment
     forks = sys.version_info < (3, 12) and multiprocessing.get_start_method() == 'fork'
@@ -275,7 +275,7 @@ def _prepare_workers(loader: DataLoader) -> None:
 
 
 def _remember(loader: DataLoader) -> Optional[Callable[[int], List[int]]]:
-    """Make a loader remember its batches' indices; a stream has none."""
+    """Let a loader record the indices of its batches; None for a stream, which has none."""
     if isinstance(loader.dataset, IterableDataset):
         return None
     sampler = loader.batch_sampler.sampler = RecordingSampler(loader.batch_sampler.sampler)
@@ -283,7 +283,7 @@ def _remember(loader: DataLoader) -> Optional[Callable[[int], List[int]]]:
 
 
 def _check_cacheable(config: DataConfig, augment: AugmentConfig, dataset: Dataset) -> None:
-    """Refuse what ``--cache-dataset device`` does not do."""
+    """Refuse settings that ``--cache-dataset device`` does not support."""
     if isinstance(dataset, IterableDataset):
         raise UserError(f'--cache-dataset device: --dataset {config.dataset!r} is a stream, which cannot be kept.')
     undone = dict(
@@ -303,7 +303,7 @@ def _check_cacheable(config: DataConfig, augment: AugmentConfig, dataset: Datase
 
 
 def _cached(config: DataConfig, loader: Any, num_classes: Optional[int], **kwargs: Any) -> CachedLoader:
-    """The loader that gives what timm's would, from images kept on the device."""
+    """A loader of the same batches as timm's, from images kept on the device."""
     with as_user_error('--cache-dataset device'):
         try:
             images, targets = cache_images(loader.loader.dataset, loader.device, config.workers)

@@ -1,4 +1,4 @@
-"""Where an epoch's numbers go beside summary.csv: TensorBoard, Weights & Biases, trackio."""
+"""Loggers of an epoch's metrics beside summary.csv: TensorBoard, Weights & Biases, trackio."""
 
 import importlib
 import uuid
@@ -33,7 +33,7 @@ class LogConfig:
 
 
 class MetricLoggers:
-    """What ``--log-*`` asks for, opened; the numbers of an epoch go to all of them.
+    """The loggers that are switched on; each epoch's metrics are sent to all of them.
 
     Args:
         config: Which loggers are on.
@@ -55,8 +55,8 @@ class MetricLoggers:
         """Add an epoch.
 
         Args:
-            epoch: Its number.
-            values: By name.
+            epoch: Number of the epoch.
+            values: Metrics by name.
             weights: Mean mixing weights of the teachers, [K, K], drawn white for 1.
         """
         picture = None
@@ -125,7 +125,7 @@ LOGS = {'tensorboard': _TensorBoard, 'wandb': _WandB, 'trackio': _Trackio}
 
 
 def check_packages(config: LogConfig) -> None:
-    """Find out whether what ``--log-*`` asks for is installed.
+    """Check that the packages of the loggers are installed.
 
     Raises:
         UserError: It isn't.

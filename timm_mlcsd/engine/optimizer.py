@@ -95,7 +95,7 @@ class SchedulerConfig:
 
 
 def lr_rule(config: OptimizerConfig) -> Optional[Tuple[float, int, str]]:
-    """What the learning rate is derived from: `lr_base`, its images per update, and the kind of growth.
+    """The values that the learning rate is derived from: `lr_base`, its images per update, and the kind of growth.
 
     None where `lr` is given.
     """
@@ -141,7 +141,7 @@ def create_optimizer(
 
 
 def _scale_lr(optimizer: torch.optim.Optimizer, parameters: List[torch.nn.Parameter], factor: float) -> None:
-    """Give some parameters groups of their own, whose ``lr_scale`` timm's schedules multiply the rate with."""
+    """Move parameters to groups of their own with an ``lr_scale``, which timm's schedules apply."""
     ids = {id(p) for p in parameters}
     for group in list(optimizer.param_groups):
         theirs = [p for p in group['params'] if id(p) in ids]

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def check_policy_flags(config: ValidateConfig) -> None:
-    """Refuse flags that contradict each other."""
+    """Refuse policy flags that contradict each other."""
     goals = [flag for flag in ('budget', 'latency_budget', 'max_drop') if getattr(config, flag) is not None]
     others = [flag for flag in ('policy', 'save_policy', 'report', 'calibration_split') if getattr(config, flag)]
     named = [f'--{flag.replace("_", "-")}' for flag in (*goals, *others)]
@@ -64,7 +64,7 @@ def _budget(text: str, backbone: float) -> float:
 
 
 def load_calibration(config: ValidateConfig, checkpoint: Dict[str, Any]) -> Tuple[Any, str]:
-    """The images to fit a policy to, and what to call them: never those trained on, never those to report on.
+    """Load the calibration images, and a name for them: never training images, never those reported on.
 
     Raises:
         UserError: There are none, or they are the wrong ones.
@@ -152,7 +152,7 @@ def _load(path: Optional[Path], model: MultiExitModel) -> ExitPolicy:
 
 
 def saved_policy_path(config: ValidateConfig) -> Path:
-    """Where ``--save-policy`` wants the policy."""
+    """Path of the file that ``--save-policy`` names."""
     if config.save_policy is not True:
         return Path(config.save_policy)
     path = policy_path(config.source)
@@ -162,20 +162,20 @@ def saved_policy_path(config: ValidateConfig) -> Path:
 
 
 def reports_on_half(config: ValidateConfig) -> bool:
-    """Whether one half of the held-out images is reported on and the other fitted to: where there is no other split."""
+    """Whether one half of the held-out images is for calibration and one for the report, as there is no other split."""
     alone = not config.data.dataset and not is_divided(config.data.data_dir)
     return config.held_out and alone and _fits_a_policy(config) and not config.calibration_split
 
 
 def _others(config: ValidateConfig) -> str:
-    """Images to report on, for an error."""
+    """Advice in errors: other images to report on."""
     if config.data.dataset or is_divided(config.data.data_dir):
         return '--split test say'
     return '--held-out for the half of the held-out images that it is not fitted to'
 
 
 def _fits_a_policy(config: ValidateConfig) -> bool:
-    """Whether the flags fit policies: to a goal, or for the page."""
+    """Whether a policy is fitted: to a goal, or for the HTML report."""
     goals = (config.budget, config.latency_budget, config.max_drop)
     return config.adaptive and (any(goal is not None for goal in goals) or bool(config.report))
 

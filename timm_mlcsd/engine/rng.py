@@ -33,7 +33,7 @@ def set_rng_state(states: Dict[str, Any]) -> None:
 def isolated_rng(batches: Iterable[Any]) -> Iterator[Any]:
     """Iterate over batches with generator states of their own.
 
-    What the network draws (dropout, say) then does not change the batches that follow, so that a resumed epoch can skip
+    Random numbers that the network draws (for dropout) then do not change the batches that follow, so that a resumed epoch can skip
     its first batches without computing them.
     """
     own = rng_state()

@@ -63,7 +63,7 @@ class SigtermHandler:
 def iterate_in_lockstep(
     handler: SigtermHandler, batches: Iterator[Any], dist_context: DistributedContext
 ) -> Iterator[Any]:
-    """Iterate over the batches of this process, in step with the other processes, until one is asked to stop.
+    """Iterate over the batches of this process at the pace of all processes, until one is asked to stop.
 
     Raises:
         StopRequested: One process was asked to stop; raised in all processes at the same batch.

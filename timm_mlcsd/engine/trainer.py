@@ -285,7 +285,7 @@ class Trainer:
             NonFiniteError: The loss is not finite.
         """
         config, model_config = self.config, self.config.model
-        # each epoch has a seed of its own, so that a resumed run sees what an uninterrupted one would have seen
+        # a seed per epoch: a resumed run sees the same images as an uninterrupted one
         random_seed((config.trainer.seed + 1_000_003 * epoch) % 2**31, self.dist_context.rank)
         set_epoch(self.batches, self.train_data, epoch)
         off_epoch = config.augment.mixup_off_epoch

@@ -68,7 +68,7 @@ def _train(trainer: Trainer, folder: Path, weights_only: bool) -> None:
     if dist_context.is_primary and not weights_only:
         _copy_best_checkpoint(trainer.config.run, folder)
     if not (folder / BEST).exists():
-        trainer.best = float('-inf')  # the best so far lies elsewhere, perhaps on other data
+        trainer.best = float('-inf')  # the best checkpoint is of another run
     files = RunFolder(trainer.config, folder, trainer.start_epoch, trainer.best) if dist_context.is_primary else None
     _logger.info(
         f'{trainer.config.model.model}: {trainer.model.num_exits} exits, {trainer.num_classes} classes, '
@@ -140,7 +140,7 @@ def _run_epochs(trainer: Trainer, files: Optional[RunFolder], handler: SigtermHa
 
 
 def _number(images: Dataset) -> str:
-    """The number of images; a stream does not tell it."""
+    """The number of images as text; a stream has an unknown one."""
     return 'a stream of them' if isinstance(images, IterableDataset) else str(len(images))
 
 
