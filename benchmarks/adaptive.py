@@ -27,9 +27,9 @@ import torch
 
 import timm_mlcsd
 from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy, evaluate_policy, thresholds_for_exit_rates
-from timm_mlcsd.adaptive.evaluate import costs_of
+from timm_mlcsd.adaptive.evaluate import cumulative_costs
 from timm_mlcsd.adaptive.export import export_stages
-from timm_mlcsd.arguments import positive_float, positive_int
+from timm_mlcsd.cli.arguments import positive_float, positive_int
 from timm_mlcsd.cost import exit_costs
 from timm_mlcsd.report import format_table
 
@@ -185,7 +185,7 @@ def measure(args: argparse.Namespace) -> str:
                 realised = statistics.mean(took for took, _ in taken[i])
                 ratios.append(possible / realised)
                 speedups.append(plain / realised)
-                spent = costs_of(costs, policies[i])
+                spent = cumulative_costs(costs, policies[i])
                 macs.append(statistics.mean(spent[k].item() for k in exits) / plain_macs)
             medians = [statistics.median(column) for column in (macs, speedups, ratios)]
             rows.append((batch_size, share, *medians, max(ratios) - min(ratios)))

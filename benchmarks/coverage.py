@@ -185,13 +185,14 @@ def table(rows: List[Dict[str, Any]], families_known: List[str]) -> str:
         [
             '# Coverage',
             '',
-            'Written by `benchmarks/coverage.py`: the smallest member of every family of timm and one of the middle '
-            '(encoders without a classifier, `..._enc`, aside), '
-            'made by `create_multi_exit(name)` alone (most of those for images larger than 384 at 224 or 240). *Last '
-            'exit*: its logits equal the backbone\'s bit for bit in evaluation mode. *Trains*: one step of all-for-all '
-            'gives every parameter a finite gradient. *Stages*: run one by one they give every exit\'s logits bit for '
-            'bit, as a chain of modules or out of the exported graph (*How*). *Compiles*: `forward_exits` in one graph '
-            '(aot_eager). *Exports*: `torch.export` of `forward_exits`.',
+            '`benchmarks/coverage.py` writes this page. It tests two models of every timm family: the smallest one an'
+            'd the one in the middle by size (encoders without a classifier, `..._enc`, are excluded). Each network i'
+            's made by `create_multi_exit(name)` without other settings (most of those for images larger than 384 at '
+            "224 or 240). *Last exit*: in evaluation mode, its logits equal the backbone's bit for bit. *Trains*: one"
+            ' training step of all-for-all gives every parameter a finite gradient. *Stages*: the stages, run one by '
+            "one, give every exit's logits bit for bit, as a chain of modules or as parts of the exported graph (colu"
+            'mn *How*). *Compiles*: `forward_exits` compiles into one graph (aot_eager). *Exports*: `torch.export` of'
+            ' `forward_exits`.',
             '',
             f'{datetime.date.today()}, timm {timm.__version__}, torch {torch.__version__}, Python '
             f'{platform.python_version()}, CPU.',
@@ -200,7 +201,7 @@ def table(rows: List[Dict[str, Any]], families_known: List[str]) -> str:
             '',
             *lines,
             '',
-            '## Why not',
+            '## Failures',
             '',
             *(exceptions or ['No exceptions.']),
             *(['', f'Not tried yet: {", ".join(missing)}.'] if missing else []),

@@ -16,7 +16,7 @@ import torch
 
 import timm_mlcsd  # noqa: F401
 from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy
-from timm_mlcsd.arguments import positive_int
+from timm_mlcsd.cli.arguments import positive_int
 from timm_mlcsd.cost import stage_times
 from timm_mlcsd.report import format_table
 

@@ -16,7 +16,7 @@ import timm
 import torch
 
 from timm_mlcsd import MLCSDLoss
-from timm_mlcsd.arguments import positive_int
+from timm_mlcsd.cli.arguments import positive_int
 from timm_mlcsd.data import CachedLoader
 from timm_mlcsd.report import format_table
 

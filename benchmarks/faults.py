@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from timm_mlcsd.arguments import positive_int, seed
+from timm_mlcsd.cli.arguments import positive_int, seed
 from timm_mlcsd.network import load_checkpoint
 from timm_mlcsd.report import format_table
 

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List, Tuple
 
-from timm_mlcsd.arguments import positive_int
+from timm_mlcsd.cli.arguments import positive_int
 from timm_mlcsd.report import format_table
 
 TRAIN = Path(__file__).resolve().parents[1] / 'train.py'

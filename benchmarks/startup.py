@@ -18,7 +18,7 @@ import timm
 import torch
 
 import timm_mlcsd
-from timm_mlcsd.arguments import positive_int
+from timm_mlcsd.cli.arguments import positive_int
 from timm_mlcsd.report import format_table
 
 MODELS = ['resnet18', 'resnet50', 'mobilenetv2_100', 'vit_small_patch16_224']

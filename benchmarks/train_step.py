@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_mlcsd import MLCSDLoss, create_multi_exit
-from timm_mlcsd.arguments import positive_int
+from timm_mlcsd.cli.arguments import positive_int
 from timm_mlcsd.cost import exit_costs
 from timm_mlcsd.models import DEFAULT_EXIT_HEAD, EXIT_HEADS
 from timm_mlcsd.report import format_table

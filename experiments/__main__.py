@@ -15,7 +15,7 @@ from typing import List
 
 import torch
 
-from timm_mlcsd.arguments import ScriptParser, positive_float, positive_int
+from timm_mlcsd.cli.arguments import ScriptParser, positive_float, positive_int
 from timm_mlcsd.errors import UserError, run_script
 
 from .plan import HERE, Table, load_table, table_names

@@ -15,11 +15,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from timm_mlcsd.arguments import ScriptParser
+from timm_mlcsd.cli.arguments import ScriptParser
 from timm_mlcsd.errors import UserError, run_script
 from timm_mlcsd.report import format_table
 
-from .measure import Reader
+from .measure import RunEvaluator
 from .plan import ROOT, Run, load_table
 from .runner import Runner, load_results
 
@@ -60,8 +60,8 @@ def main() -> None:
         if errors:
             raise UserError(' '.join(errors))
 
-    def reader(run: Run) -> Reader:
-        return Reader(args.work / run.id / 'train', args.device)
+    def reader(run: Run) -> RunEvaluator:
+        return RunEvaluator(args.work / run.id / 'train', args.device)
 
     train(plain)
     before = reader(plain)
@@ -71,7 +71,7 @@ def main() -> None:
     given = {name: heads_only(taught, weights, **teacher) for name, teacher in TEACHERS.items()}
     train(*given.values(), menm)
 
-    answers = before.logits(before.loader('test')).logits[-1]
+    answers = before.logits('test').logits[-1]
     records, table = load_results(results), []
     for name, run in {'plain network': plain, **given, 'all of it, no distillation': menm}.items():
         test, minutes, same = records[run.id]['test'], records[run.id]['seconds'] / 60, ''
@@ -79,7 +79,7 @@ def main() -> None:
             after = reader(run)
             state = after.model.backbone.state_dict()
             tensors = state.keys() == backbone.keys() and all(torch.equal(t, backbone[n]) for n, t in state.items())
-            same = 'yes' if tensors and torch.equal(after.logits(after.loader('test')).logits[-1], answers) else 'NO'
+            same = 'yes' if tensors and torch.equal(after.logits('test').logits[-1], answers) else 'NO'
         exits = ' '.join(f'{accuracy:.1f}' for accuracy in test)
         table.append((name, run.flags['epochs'], minutes, exits, sum(test) / len(test), same))
     print(format_table(('', 'epochs', 'minutes', 'exits, test top-1', 'mean', 'same backbone'), table))

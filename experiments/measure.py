@@ -6,62 +6,67 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 import torch
+from torch.utils.data import Dataset
 
+from timm_mlcsd import MLCSDLoss
 from timm_mlcsd.adaptive import budgeted_curve
 from timm_mlcsd.cost import exit_costs
-from timm_mlcsd.engine.build import autocast_of, data_config_of, resolve_device
-from timm_mlcsd.engine.calibration import Logits
+from timm_mlcsd.engine.data_config import DataConfig
 from timm_mlcsd.engine.datasets import load_dataset
-from timm_mlcsd.engine.evaluate import evaluate, exit_logits
-from timm_mlcsd.engine.flags import validate_parser
+from timm_mlcsd.engine.device import DeviceConfig
+from timm_mlcsd.engine.evaluator import Evaluator, LabelledLogits
 from timm_mlcsd.engine.held_out import held_out
-from timm_mlcsd.engine.loaders import eval_loader
-from timm_mlcsd.engine.validate import data_flags_from
+from timm_mlcsd.engine.validate_config import ValidateConfig
+from timm_mlcsd.engine.validation import load_model, with_trained_data
 from timm_mlcsd.errors import run_script
-from timm_mlcsd.files import replacing
-from timm_mlcsd.network import load_network
-
-from .mixing_weights import mixing_weights
+from timm_mlcsd.files import atomic_write
 
 BATCH_SIZE = 250
 
 
-class Reader:
-    """A run's best epoch and the images it knows, in float32.
+class RunEvaluator:
+    """Evaluates the best epoch of a run on the images of that run, in float32.
 
     Attributes:
         model: The network.
-        checkpoint: What it comes from.
-        input_size: Of its images, (C, H, W).
+        checkpoint: The checkpoint that it comes from.
+        input_size: (C, H, W) of the images.
     """
 
     def __init__(self, run: Path, device: Optional[str] = None):
-        self._args = validate_parser().parse_args(['--checkpoint', str(run / 'model_best.pth.tar'), '--workers', '0'])
-        self._args.data_dir, self._args.batch_size = None, BATCH_SIZE
-        self._args.device = device
-        self._device = resolve_device(self._args)
-        network = load_network(self._args.checkpoint)
-        self.model, self.checkpoint = network.model.to(self._device), network.checkpoint
-        data_flags_from(self._args, self.checkpoint)
-        self._args.in_chans = self._args.in_chans or self.model.in_chans
-        self._data_config = data_config_of(self._args, self.model, self.checkpoint['data_config'])
-        self.input_size = self._data_config['input_size']
+        config = ValidateConfig(
+            checkpoint=str(run / 'model_best.pth.tar'),
+            data=DataConfig(batch_size=BATCH_SIZE, workers=0),
+            device=DeviceConfig(device=device),
+        )
+        network = load_model(config)
+        config, data_config = with_trained_data(config, network)
+        self.model, self.checkpoint = network.model, network.checkpoint
+        self.input_size = data_config['input_size']
+        self._data = config.data
+        self._evaluator = Evaluator(self.model, data_config, config.data, config.device)
 
-    def loader(self, split: str) -> Any:
+    def dataset(self, split: str) -> Dataset:
         """The images of a split, or with ``validation`` those that chose the epoch."""
-        args, checkpoint = self._args, self.checkpoint
         if split != 'validation':
-            dataset = load_dataset(args, split)
-        elif 'val_indices' in checkpoint:
-            dataset = held_out(args, checkpoint)[0]
-        else:
-            dataset = load_dataset(args, checkpoint['val_split'])
-        return eval_loader(args, dataset, self._data_config, self._device)
+            return load_dataset(self._data, split)
+        if 'val_indices' in self.checkpoint:
+            return held_out(self._data, self.checkpoint)[0]
+        return load_dataset(self._data, self.checkpoint['val_split'])
 
-    @torch.no_grad()
-    def logits(self, loader: Any) -> Logits:
-        """What the exits answer, with the targets."""
-        return Logits.of(exit_logits(self.model, loader, self._device, autocast_of(self._args, self._device)))
+    def logits(self, split: str) -> LabelledLogits:
+        """The logits of all exits on a split, with the targets."""
+        return self._evaluator.logits(self.dataset(split))
+
+    def mean_mixing_weights(self, split: str) -> Optional[torch.Tensor]:
+        """The CWEM's mean weights on a split, [K, K]; None where there is no CWEM."""
+        state = self.checkpoint.get('task_state', {}).get('criterion', {})
+        if self.checkpoint['args']['distill'] != 'all-for-all' or not state:
+            return None
+        criterion = MLCSDLoss(self.model.num_exits, self.model.exit_feature_dim).to(self._evaluator.device)
+        # the state of a distillation method does not affect the weights
+        criterion.load_state_dict({name: t for name, t in state.items() if name in criterion.state_dict()})
+        return self._evaluator.mean_mixing_weights(criterion, self._evaluator.loader(self.dataset(split)))
 
 
 def measure(run: Path, device: Optional[str] = None) -> Dict[str, Any]:
@@ -73,22 +78,21 @@ def measure(run: Path, device: Optional[str] = None) -> Dict[str, Any]:
         test accuracy), thresholds fitted to the validation images; ``weights``: the CWEM's, averaged over the test
         split (Table 15), where there is one.
     """
-    reader = Reader(run, device)
-    loader = reader.loader('test')
-    val, test = reader.logits(reader.loader('validation')), reader.logits(loader)
-    results = [evaluate(zip(z.logits.split(1024, dim=1), z.targets.split(1024))) for z in (val, test)]
+    evaluator = RunEvaluator(run, device)
+    val, test = evaluator.logits('validation'), evaluator.logits('test')
+    results = [logits.evaluate() for logits in (val, test)]
     record: Dict[str, Any] = dict(
-        epoch=reader.checkpoint['epoch'],
+        epoch=evaluator.checkpoint['epoch'],
         validation=[e.top1 for e in results[0].exits],
         test=[e.top1 for e in results[1].exits],
         rescued=[e.rescued for e in results[1].exits],
     )
-    costs = exit_costs(reader.model, reader.input_size)
+    costs = exit_costs(evaluator.model, evaluator.input_size)
     record.update({name: [getattr(c, name) for c in costs] for name in ('macs', 'params', 'depth')})
-    if reader.model.num_exits > 1:
+    if evaluator.model.num_exits > 1:
         record['curve'] = [(p.test.cost, p.test.accuracy) for p in budgeted_curve(val, test, costs)]
-    weights = mixing_weights(reader.model, reader.checkpoint, loader)
-    return record if weights is None else dict(record, weights=weights.mean(dim=0).tolist())
+    weights = evaluator.mean_mixing_weights('test')
+    return record if weights is None else dict(record, weights=weights.tolist())
 
 
 def main() -> None:
@@ -98,7 +102,7 @@ def main() -> None:
     parser.add_argument('--device')
     args = parser.parse_args()
     record = measure(args.run, args.device)
-    with replacing(args.out) as temporary:
+    with atomic_write(args.out) as temporary:
         temporary.write_text(json.dumps(record))
 
 

@@ -16,7 +16,7 @@ __all__ = ['HERE', 'ROOT', 'Row', 'Run', 'Table', 'load_datasets', 'load_table',
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
-TEACHING = (
+DISTILL_FLAGS = (
     'alpha',
     'beta',
     'temperature',
@@ -24,7 +24,6 @@ TEACHING = (
     'distill_method',
     'distill_warmup_epochs',
     'distill_ramp',
-    'pool_momentum',
 )
 
 Flags = Dict[str, Any]
@@ -130,7 +129,7 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
             **scaling.get('networks', {}).get(model, {}),
             **own,
         }
-        idle = TEACHING if flags.get('distill') == 'none' else ()  # or one run would have several ids
+        idle = DISTILL_FLAGS if flags.get('distill') == 'none' else ()  # or one run would have several ids
         flags = {key: value for key, value in flags.items() if value is not None and key not in idle}
         rows.append(Row(labels, [Run(dataset, flags, seed) for seed in range(seeds or scaling['seeds'])]))
     return Table(

@@ -85,7 +85,7 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / 'lock') as lock:
             # another runner may have it, or may have finished it meanwhile
-            if lock is None or run.id in load_results(self.results) or self._late():
+            if lock is None or run.id in load_results(self.results) or self._deadline_passed():
                 return None
             config = folder / 'flags.yaml'
             # the paper's loss, unless a table says otherwise
@@ -105,7 +105,7 @@ class Runner:
                 measure = ['-m', 'experiments.measure', str(folder / 'train'), str(measured), *device]
                 finished = self._call(measure, folder, environment, lock)
             if not finished:
-                return None if self._late() else f'run {run.id} failed; see {folder / "log.txt"}'
+                return None if self._deadline_passed() else f'run {run.id} failed; see {folder / "log.txt"}'
             record = dict(
                 id=run.id,
                 dataset=run.dataset,
@@ -123,7 +123,7 @@ class Runner:
             print(f'{run.id} seed {run.seed}: test mean {mean:.2f}, {record["seconds"]:.0f} s', flush=True)
         return None
 
-    def _late(self) -> bool:
+    def _deadline_passed(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def _call(self, command: List[str], folder: Path, environment: Dict[str, str], lock: int) -> bool:

@@ -4,16 +4,17 @@ import argparse
 
 import pytest
 
-from timm_mlcsd.adaptive.export import export_parser
-from timm_mlcsd.arguments import Number, exits, integer, number
-from timm_mlcsd.engine.flags import train_parser, validate_parser
-from timm_mlcsd.engine.predict import predict_parser
-from timm_mlcsd.engine.push import push_parser
+from timm_mlcsd.cli.arguments import Number, exits, integer, number
+from timm_mlcsd.cli.cost import cost_parser
+from timm_mlcsd.cli.export import export_parser
+from timm_mlcsd.cli.flags import train_parser, validate_parser
+from timm_mlcsd.cli.predict import predict_parser
+from timm_mlcsd.cli.push import push_parser
 from timm_mlcsd.errors import UserError
 
 NOT_NUMBERS = ['nan', 'inf', '-inf', '1e308', '-1e308', '1e999', '1' * 400, '1' * 5000, '']
 NOT_NUMBERS += ['1_000', ' 5', '5 ', '\u0663', '\uff15', 'True', 'None', '0x10', '1,5', '--', '1e']
-PARSERS = [train_parser(), validate_parser(), predict_parser(), export_parser(), push_parser()]
+PARSERS = [train_parser(), validate_parser(), predict_parser(), export_parser(), push_parser(), cost_parser()]
 NUMBERS = [(parser, action) for parser in PARSERS for action in parser._actions if isinstance(action.type, Number)]
 
 
@@ -44,7 +45,7 @@ def test_every_number_flag_refuses_what_is_not_a_number(parser, action):
         ('lr-base clip-grad opt-eps exit-lr-mult', '-1 0 -0.0', '1e-5 1 5'),
         ('lr min-lr warmup-lr weight-decay', '-1 -1e-9', '0 1e-5'),
         (
-            'momentum pool-momentum smoothing model-ema-decay opt-betas bce-target-thresh drop drop-path',
+            'momentum smoothing model-ema-decay opt-betas bce-target-thresh drop drop-path',
             '-0.1 1 2',
             '0 0.9',
         ),

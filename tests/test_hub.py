@@ -197,7 +197,7 @@ class Hostile:
 
 
 def test_code_in_a_checkpoint_never_runs(tmp_path, hub, capsys):
-    from timm_mlcsd.engine import predict, train, validate
+    from timm_mlcsd.cli import predict, train, validate
 
     trap = tmp_path / 'trap'
     model = timm.create_model('mlcsd_resnet18', exits=4, num_classes=2, **NARROW)

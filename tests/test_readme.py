@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from timm_mlcsd.arguments import ScriptParser
-from timm_mlcsd.engine.flags import train_parser, validate_parser
-from timm_mlcsd.engine.predict import predict_parser
-from timm_mlcsd.engine.push import push_parser
+from timm_mlcsd.cli.arguments import ScriptParser
+from timm_mlcsd.cli.flags import train_parser, validate_parser
+from timm_mlcsd.cli.predict import predict_parser
+from timm_mlcsd.cli.push import push_parser
 
 README = (Path(__file__).parents[1] / 'README.md').read_text()
 

@@ -2,14 +2,40 @@
 
 import sys
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Callable, Dict, Iterator, Optional
 
 import torch
 import torch.nn as nn
+from timm.data.loader import fast_collate
+from timm.data.model_config import resolve_input_data_config
+from timm.data.readers import class_map
+from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
+from timm.data.readers.targets import get_field
 from timm.models import is_model, model_entrypoint
 from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split, save_config_for_hf
+from timm.models._hub import _get_global_pool as get_global_pool
 
-__all__ = ['FeatureGetterNet', 'feature_take_indices', 'filter_checkpoint', 'names_of_reader']
+__all__ = [
+    'HF_SAFE_WEIGHTS_NAME',
+    'FeatureGetterNet',
+    'class_map',
+    'fast_collate',
+    'feature_take_indices',
+    'filter_checkpoint',
+    'get_field',
+    'get_global_pool',
+    'get_img_extensions',
+    'hf_split',
+    'input_decoders',
+    'intercept_open',
+    'names_of_reader',
+    'resolve_input_data_config',
+    'save_config_for_hf',
+    'set_img_extensions',
+    'wds_target_error',
+]
 
 # the names under which timm's modules keep the filter of their checkpoints
 _FILTERS = ('checkpoint_filter_fn', 'checkpoint_filter_fn_classifier')
@@ -66,3 +92,27 @@ def _made_for(model: nn.Module, source: nn.Module) -> Iterator[None]:
 def names_of_reader(reader: Any) -> Dict[int, str]:
     """The names that a data set's own labels stand for, by index; empty where timm's reader does not know."""
     return {index: str(name) for index, name in getattr(reader, '_source_names', {}).items()}
+
+
+def intercept_open(reader: Any, prepare: Callable[[Callable[[], None]], None]) -> None:
+    """Let a function run where a reader opens its data, in the process that reads.
+
+    Args:
+        reader: Reader of a stream that has not been read from.
+        prepare: Function that receives the reader's own way to open its data, and calls it.
+    """
+    open_reader = partial(type(reader)._lazy_init, reader)
+    reader._lazy_init = partial(prepare, open_reader)
+
+
+def input_decoders(reader: Any, change: Callable[[Any], Any]) -> None:
+    """Change the decoders that a TFDS reader passes to TFDS."""
+    decoders = change(type(reader)._input_decoders(reader))
+    reader._input_decoders = lambda: decoders
+
+
+def wds_target_error() -> type:
+    """The error of timm's webdataset reader for a missing label; the import needs webdataset."""
+    from timm.data.readers.reader_wds import WdsTargetKeyError
+
+    return WdsTargetKeyError

@@ -7,14 +7,14 @@ from typing import Callable, Iterator
 
 from timm.utils import setup_default_logging
 
-__all__ = ['UserError', 'blame', 'install_hint', 'printable', 'run_script', 'shortened']
+__all__ = ['UserError', 'as_user_error', 'install_hint', 'printable', 'run_script', 'one_line']
 
 
 class UserError(ValueError):
     """What the user asked for cannot be done; the message says what was wrong and what would work."""
 
 
-def shortened(error: Exception, length: int = 300) -> str:
+def one_line(error: Exception, length: int = 300) -> str:
     """The message of an error as the start of one line."""
     text = ' '.join(str(error).split())
     text = f'{type(error).__name__} {text}' if isinstance(error, KeyError) or not text else text
@@ -32,14 +32,14 @@ def install_hint(extra: str) -> str:
 
 
 @contextlib.contextmanager
-def blame(what: str) -> Iterator[None]:
+def as_user_error(what: str) -> Iterator[None]:
     """Make whatever goes wrong inside, where only the user's `what` can be at fault, a `UserError`."""
     try:
         yield
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f'{what}: {shortened(e, 600)}') from e
+        raise UserError(f'{what}: {one_line(e, 600)}') from e
 
 
 class _Escape(logging.Filter):

@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Iterator, Sequence
 
-__all__ = ['replacing', 'replacing_together']
+__all__ = ['atomic_write', 'atomic_write_all']
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary name; when all went well, its file takes the place of `path` in one step."""
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
@@ -22,7 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_together(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+def atomic_write_all(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     """Give a temporary folder; when all went well, its files take the places of those in `folder`, all or none.
 
     The first name leaves `folder` first and comes back last, so that a process that dies in between leaves a folder

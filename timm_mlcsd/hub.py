@@ -5,20 +5,26 @@ import logging
 import math
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Protocol, Sequence, Union
 
 import safetensors
 import safetensors.torch
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
-from timm.data.model_config import resolve_input_data_config
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, _get_global_pool, hf_split, save_config_for_hf
 
+from ._timm import (
+    HF_SAFE_WEIGHTS_NAME,
+    get_global_pool,
+    hf_split,
+    resolve_input_data_config,
+    save_config_for_hf,
+)
+from .cost import exit_costs
 from .data import IMAGE_MODE
-from .errors import UserError, blame, shortened
+from .errors import UserError, as_user_error, one_line
 from .file_checks import read_json
-from .files import replacing_together
+from .files import atomic_write_all
 from .hub_errors import explained, has_no_connection, is_not_there, reason_of
 from .models import MultiExitModel, create_named, is_tap
 from .report import is_own_card, model_card
@@ -32,9 +38,6 @@ from .stored import (
 )
 from .version import __version__
 
-if TYPE_CHECKING:
-    from .adaptive import ExitPolicy
-
 __all__ = ['find_policy', 'from_pretrained', 'label_names', 'push_to_hub', 'save_pretrained']
 
 _logger = logging.getLogger(__name__)
@@ -44,7 +47,21 @@ CARD = 'README.md'
 POLICY = 'exit_policy.json'
 HUB = ('hf-hub', 'hf_hub')
 # what a name starts with that is not a path
-SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')
+URI_SCHEMES = ('hf-hub:', 'hf_hub:', 'local-dir:')
+
+
+class SavablePolicy(Protocol):
+    """What is needed of an exit policy to save it with its network: see `timm_mlcsd.adaptive.ExitPolicy`."""
+
+    weights_digest: Optional[str]
+
+    def check(self, num_exits: int, exit_names: Optional[Sequence[str]] = None) -> None: ...
+
+    def check_weights(self, model: torch.nn.Module) -> None: ...
+
+    def for_weights(self, model: torch.nn.Module) -> 'SavablePolicy': ...
+
+    def save(self, path: Union[str, Path]) -> None: ...
 
 
 def save_pretrained(
@@ -54,7 +71,7 @@ def save_pretrained(
     data_config: Optional[Dict[str, Any]] = None,
     class_names: Union[Sequence[Optional[str]], Dict[int, str], None] = None,
     source: Optional[str] = None,
-    policy: Optional['ExitPolicy'] = None,
+    policy: Optional[SavablePolicy] = None,
     **card: Any,
 ) -> None:
     """Write a network so that ``timm.create_model('local-dir:DIRECTORY', pretrained=True)`` makes it again.
@@ -112,14 +129,14 @@ def save_pretrained(
     if policy is None and (directory / POLICY).exists():
         _logger.warning(f'{directory / POLICY} is removed: it belonged to the weights that were here before.')
     try:
-        with replacing_together(directory, replaced) as new:
+        with atomic_write_all(directory, replaced) as new:
             _write_config(model, new / CONFIG, names, data_config, tensors)
             safetensors.torch.save_file(tensors, new / HF_SAFE_WEIGHTS_NAME, metadata={'format': 'pt'})
             (new / CARD).write_text(card, encoding='utf-8')
             if policy is not None:
                 policy.save(new / POLICY)
     except (OSError, safetensors.SafetensorError) as e:
-        raise UserError(f'{str(directory)!r} cannot be written: {shortened(e)}; nothing in it was changed.') from e
+        raise UserError(f'{str(directory)!r} cannot be written: {one_line(e)}; nothing in it was changed.') from e
 
 
 def push_to_hub(
@@ -218,8 +235,8 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
         check_config(config, shapes)
         model = create_named(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
     except Exception as e:  # files that others made are broken in as many ways as there are files
-        raise UserError(f'{name!r} cannot be loaded: {shortened(e)}') from e
-    with blame(f'{name!r} cannot be loaded'):
+        raise UserError(f'{name!r} cannot be loaded: {one_line(e)}') from e
+    with as_user_error(f'{name!r} cannot be loaded'):
         check_values(safetensors.torch.load_file(folder / HF_SAFE_WEIGHTS_NAME), model)
     missing = missing_weights(model, shapes)
     if missing and kwargs.get('pretrained_strict', True):
@@ -312,7 +329,7 @@ def _write_config(
     # a backbone that was made first keeps its own arguments; the stored weights hold timm's already
     backbone = getattr(model, 'backbone', model)
     model_args = {**_own_args(backbone), **_own_args(model), **model.exit_args, 'pretrained_backbone': False}
-    pool = _get_global_pool(backbone)
+    pool = get_global_pool(backbone)
     if isinstance(pool, str):
         model_args['global_pool'] = pool  # as it is now
     save_config_for_hf(model, str(path), model_args=model_args, data_config=data_config)
@@ -330,7 +347,7 @@ def _write_config(
         made = check_config(config, {name: tuple(t.shape) for name, t in tensors.items()})
         _check_same_modules(model, made)
     except ValueError as e:
-        raise ValueError(f'the network cannot be saved so that it loads again: {shortened(e)}') from e
+        raise ValueError(f'the network cannot be saved so that it loads again: {one_line(e)}') from e
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 
@@ -376,8 +393,6 @@ def _card(
     results: Optional[Sequence[Dict[str, Any]]] = None,
     **kwargs: Any,
 ) -> str:
-    from .cost import exit_costs  # here, so that `python -m timm_mlcsd.cost` finds it not yet imported
-
     costs = exit_costs(model, input_size) if model.resumable else [None] * model.num_exits
     rows = [
         dict(exit=f'Ex{k}', tap=tap, **(dict(macs=cost.macs, params=cost.params) if cost else {}))

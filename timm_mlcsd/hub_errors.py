@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .errors import UserError, shortened
+from .errors import UserError, one_line
 
 __all__ = ['explained', 'has_no_connection', 'is_not_there', 'reason_of']
 
@@ -58,16 +58,16 @@ def reason_of(error: BaseException) -> str:
         if isinstance(e, LocalTokenNotFoundError):
             return 'there is no token; log in with: hf auth login'
         if isinstance(e, HFValidationError):
-            return f'it is not the name of a repository, OWNER/NAME ({shortened(e, 150)})'
+            return f'it is not the name of a repository, OWNER/NAME ({one_line(e, 150)})'
         status = _status(e)
         if status is not None:
-            known = 'the Hub has an error of its own; try again later' if status >= 500 else shortened(e, 150)
+            known = 'the Hub has an error of its own; try again later' if status >= 500 else one_line(e, 150)
             return f'{status}, {_STATUS.get(status, known)}'
         if _is_named(e, 'Timeout'):
             return 'the Hub did not answer in time; try again later'
         if _is_named(e, 'Connect', 'NetworkError', 'ProtocolError'):
             return 'there is no connection to the Hub; check the network'
-    return shortened(error)
+    return one_line(error)
 
 
 def has_no_connection(error: BaseException) -> bool:

@@ -9,12 +9,12 @@ import torch
 from timm.data import resolve_data_config
 
 from .data import IMAGE_MODE, pad_names
-from .errors import UserError, blame
-from .hub import CONFIG, POLICY, SOURCES, find_policy, from_pretrained, label_names
+from .errors import UserError, as_user_error
+from .hub import CONFIG, POLICY, URI_SCHEMES, find_policy, from_pretrained, label_names
 from .models import MultiExitModel, create_named
 from .stored import check_model_source, check_values, class_list
 
-__all__ = ['BEST', 'LAST', 'Network', 'load_checkpoint', 'load_network', 'policy_place', 'stored_names']
+__all__ = ['BEST', 'LAST', 'Network', 'load_checkpoint', 'load_network', 'policy_path', 'stored_names']
 
 BEST = 'model_best.pth.tar'
 LAST = 'last.pth.tar'
@@ -50,10 +50,10 @@ def load_network(source: Union[str, Path], use_ema: bool = False) -> Network:
         UserError: There is no such network.
     """
     source = str(source)
-    if source.startswith(SOURCES) or (Path(source) / CONFIG).is_file():
+    if source.startswith(URI_SCHEMES) or (Path(source) / CONFIG).is_file():
         if use_ema:
             raise UserError(f'--use-ema: {source!r} has one set of weights.')
-        with blame(f'{source!r} cannot be loaded'):
+        with as_user_error(f'{source!r} cannot be loaded'):
             model = from_pretrained(source)
             policy_file = find_policy(source)
             names = label_names(model)
@@ -63,9 +63,9 @@ def load_network(source: Union[str, Path], use_ema: bool = False) -> Network:
         return Network(model, data_config, names, {}, policy_file)
     checkpoint = load_checkpoint(_best_of_run(source))
     model = _model_of(checkpoint, source, use_ema).eval()
-    policy_file = policy_place(source)
+    policy_file = policy_path(source)
     policy_file = policy_file if policy_file.is_file() else None
-    with blame(f'{source!r} cannot be used'):
+    with as_user_error(f'{source!r} cannot be used'):
         names = stored_names(checkpoint)
     return Network(model, checkpoint['data_config'], names, checkpoint, policy_file)
 
@@ -94,7 +94,7 @@ def _best_of_run(source: str) -> Path:
     return path / BEST
 
 
-def policy_place(source: str) -> Optional[Path]:
+def policy_path(source: str) -> Optional[Path]:
     """Where the exit policy of a network lies, or would lie; None on the Hub."""
     scheme, _, place = source.partition(':')
     if scheme in ('hf-hub', 'hf_hub'):
@@ -108,11 +108,11 @@ def _model_of(checkpoint: Dict[str, Any], source: str, use_ema: bool = False) ->
     key = 'state_dict_ema' if use_ema else 'state_dict'
     if key not in checkpoint:
         raise UserError(f'--use-ema: {source!r} was trained without --model-ema and has no averaged weights.')
-    with blame(f'{source!r} cannot be made again'):
+    with as_user_error(f'{source!r} cannot be made again'):
         shapes = {name: tuple(t.shape) for name, t in checkpoint[key].items()}
         check_model_source(checkpoint['arch'], checkpoint['model_args'], checkpoint['data_config'], shapes)
         model = create_named(checkpoint['arch'], **checkpoint['model_args'])
-    with blame(f'{source!r} does not fit {checkpoint["arch"]}'):
+    with as_user_error(f'{source!r} does not fit {checkpoint["arch"]}'):
         check_values(checkpoint[key], model)
         model.load_state_dict(checkpoint[key])
     return model
@@ -135,7 +135,7 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     plain = 'the weights of a plain network get exits with train.py --heads-only --initial-checkpoint FILE'
     if path.stat().st_size and not zipfile.is_zipfile(path):
         raise UserError(f'{str(path)!r} cannot be read as a checkpoint, it is damaged or something else; {plain}.')
-    with blame(f'{str(path)!r} cannot be read as a checkpoint'):
+    with as_user_error(f'{str(path)!r} cannot be read as a checkpoint'):
         # torch.load does not look at the checksums
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -12,7 +12,7 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .data import IMAGE_MODE, IMAGE_MODES
-from .errors import printable, shortened
+from .errors import one_line, printable
 from .models import MultiExitModel, create_named
 
 __all__ = [
@@ -338,7 +338,7 @@ def _check_weights(
         except ValueError:
             raise
         except Exception as e:  # arguments are wrong in as many ways as there are networks
-            raise ValueError(f'{architecture} cannot be made with these arguments: {shortened(e)}') from e
+            raise ValueError(f'{architecture} cannot be made with these arguments: {one_line(e)}') from e
     own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     differing = {
         'missing': [name for name in own if name not in shapes],

@@ -92,7 +92,7 @@ class MLCSDTask(TrainingTask):
         criterion = unwrap_model(module).criterion
         buffers = dict(criterion.named_buffers())
         # by identity: a compiled module has other names
-        remembered = {id(buffers[name]) for name in criterion.memory_names()}
+        remembered = {id(buffers[name]) for name in criterion.bank_buffer_names()}
         memories = [name for name, buffer in module.named_buffers() if id(buffer) in remembered]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, memories)
         self.trainable_module = DistributedDataParallel(module, device_ids=device_ids, **ddp_kwargs)
@@ -127,7 +127,7 @@ class MLCSDTask(TrainingTask):
         shared = (
             {}
             if device or kwargs.get('dtype')
-            else {name: criterion.get_buffer(name) for name in criterion.memory_names()}
+            else {name: criterion.get_buffer(name) for name in criterion.bank_buffer_names()}
         )
         # out of the way, lest it be copied
         _set_buffers(criterion, {name: memory.new_empty(0) for name, memory in shared.items()})
@@ -157,7 +157,7 @@ class MLCSDTask(TrainingTask):
         if module is None:
             raise RuntimeError('Cannot load EMA task state before setup_ema().')
         criterion, state = unwrap_model(module).criterion, dict((state or {}).get('criterion', {}))
-        for name in criterion.memory_names():
+        for name in criterion.bank_buffer_names():
             if ema and criterion.get_buffer(name) is self.criterion.get_buffer(name):
                 state[name] = criterion.get_buffer(name)  # older checkpoints hold an averaged one
         criterion.load_state_dict(state, strict=strict)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from timm_mlcsd.adaptive import (
-    METHODS,
     SCORES,
+    THRESHOLD_METHODS,
     ExitPolicy,
     budgeted_curve,
     calibrate,
@@ -105,7 +105,7 @@ def test_optimal_is_never_below_the_sweep(score, aggregate):
     data = made_up()
     for point in budgeted_curve(data, data, COSTS, score=score, aggregate=aggregate)[::6]:
         budget = point.val.cost
-        for method in METHODS:
+        for method in THRESHOLD_METHODS:
             policy = calibrate(*data, COSTS, budget=budget, method=method, score=score, aggregate=aggregate)
             result = evaluate_policy(*data, COSTS, policy)
             assert result.cost <= budget + 1e-9

@@ -19,7 +19,8 @@ from PIL import Image
 from test_runtime import images_for, logits_of, make, on_the_edge, spread
 
 from timm_mlcsd.adaptive import AGGREGATES, SCORES, AdaptiveModel, ExitPolicy, evaluate_policy, fit_weights
-from timm_mlcsd.adaptive.export import export_stages, main
+from timm_mlcsd.adaptive.export import export_stages
+from timm_mlcsd.cli.export import main
 from timm_mlcsd.cost import exit_costs
 from timm_mlcsd.models import weights_digest
 

@@ -15,10 +15,10 @@ INF = math.inf
 
 def run(policy, logits):
     """Answers and scores of all exits, for logits [K, N, C]."""
-    memory, answers, scores = None, [], []
+    history, answers, scores = None, [], []
     for k in range(policy.num_exits):
         if policy.is_on(k):
-            answer, score, memory = policy.answer(k, logits[k], memory)
+            answer, score, history = policy.step(k, logits[k], history)
             answers.append(answer)
             scores.append(score)
     return torch.stack(answers), torch.stack(scores)
@@ -74,7 +74,7 @@ def test_temperatures_and_weights_are_applied():
 
 def test_half_precision_logits_are_scored_in_float32():
     logits = torch.randn(2, 4, 5).bfloat16()
-    answer, score, _ = ExitPolicy([0.5]).answer(0, logits[0])
+    answer, score, _ = ExitPolicy([0.5]).step(0, logits[0])
     assert answer.dtype == score.dtype == torch.float32
 
 

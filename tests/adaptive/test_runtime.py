@@ -58,7 +58,7 @@ def spread(logits, policy, seed, off=()):
         if k in off:
             thresholds.append(INF)
             continue
-        _, score, memory = policy.answer(k, logits[k], memory)
+        _, score, memory = policy.step(k, logits[k], memory)
         share = torch.rand(1, generator=generator).item()
         thresholds.append(score.double().quantile(0.2 + 0.7 * share).item())
     return policy.with_thresholds(thresholds)
@@ -95,7 +95,7 @@ def on_the_edge(logits, policy, same):
     memory, close = None, torch.zeros_like(same)
     for k, threshold in enumerate(policy.thresholds):
         if policy.is_on(k):
-            _, score, memory = policy.answer(k, logits[k], memory)
+            _, score, memory = policy.step(k, logits[k], memory)
             close |= (score - threshold).abs() < MARGIN
     return bool((same | close).all())
 

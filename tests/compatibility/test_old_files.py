@@ -12,7 +12,7 @@ import torch
 
 import timm_mlcsd
 from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy
-from timm_mlcsd.engine import train, validate
+from timm_mlcsd.cli import train, validate
 from timm_mlcsd.network import load_checkpoint, load_network
 
 OLD = sorted(path for path in Path(__file__).parent.iterdir() if (path / 'expected.json').is_file())

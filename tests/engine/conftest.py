@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from scripts import run
 
-from timm_mlcsd.engine import train
+from timm_mlcsd.cli import train
 
 SMALL = (
     '--model mlcsd_resnet18 --model-kwargs channels=(8,8,8,8) --exits 4 --small-input --img-size 16 --crop-pct 1 '

@@ -12,8 +12,8 @@ from scripts import assert_same, run
 
 from timm_mlcsd import save_pretrained
 from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy
-from timm_mlcsd.engine import predict, push, train, validate
-from timm_mlcsd.engine.adaptive import run_adaptive
+from timm_mlcsd.cli import predict, push, train, validate
+from timm_mlcsd.engine import validation
 from timm_mlcsd.network import load_checkpoint
 
 BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
@@ -119,8 +119,11 @@ def test_the_held_out_part_is_not_reported_on_with_the_rest(flags, capsys):
 
 def test_timing_leaves_the_network_as_it_is(trained, flags, monkeypatch):
     seen = []
+    inner = validation.benchmark_policy
     monkeypatch.setattr(
-        validate, 'run_adaptive', lambda args, model, *rest: seen.append(model) or run_adaptive(args, model, *rest)
+        validation,
+        'benchmark_policy',
+        lambda evaluator, *rest: seen.append(evaluator.model) or inner(evaluator, *rest),
     )
     assert run(validate.main, [*flags, '--latency-budget', 50]) == 0
     assert_same(seen[0].state_dict(), load_checkpoint(trained / 'model_best.pth.tar')['state_dict'])

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from scripts import ROOT, run
 
+from timm_mlcsd.cli import train, validate
 from timm_mlcsd.data import CheckedImages
-from timm_mlcsd.engine import train, validate
 from timm_mlcsd.network import load_checkpoint
 
 KINDS = ('empty', 'text', 'no header', 'cut short', 'bits flipped', 'another format cut short')

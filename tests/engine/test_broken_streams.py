@@ -10,10 +10,8 @@ from scripts import run
 from stream_data import KEYS, noise, write_stream
 from torch.utils.data import DataLoader
 
-from timm_mlcsd.engine import train, validate
-from timm_mlcsd.engine.config import parse_args
+from timm_mlcsd.cli import train, validate
 from timm_mlcsd.engine.datasets import load_dataset
-from timm_mlcsd.engine.flags import train_parser
 from timm_mlcsd.errors import UserError
 from timm_mlcsd.network import load_checkpoint
 
@@ -52,7 +50,7 @@ def stream(request, tmp_path_factory):
 
 
 def read(stream, split, limit, **kwargs):
-    args = parse_args(train_parser(), [*map(str, stream), '--max-bad-samples', str(limit), '--batch-size', '8'])
+    args = train.read_config([*map(str, stream), '--max-bad-samples', str(limit), '--batch-size', '8']).data
     return load_dataset(args, split, num_samples=args.train_num_samples, **kwargs)
 
 

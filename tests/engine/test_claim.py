@@ -1,6 +1,5 @@
 """A run's folder is that of one living run."""
 
-import argparse
 import os
 import signal
 import subprocess
@@ -12,9 +11,10 @@ import torch
 from processes import in_two_processes
 from scripts import run
 
-from timm_mlcsd.engine import resume, train
+from timm_mlcsd.cli import train
+from timm_mlcsd.distributed import DistributedContext
+from timm_mlcsd.engine import resume
 from timm_mlcsd.engine.claim import LOCK, new_folder
-from timm_mlcsd.engine.world import World
 
 HOLD = """
 import os, sys, time
@@ -123,10 +123,8 @@ def test_a_mistake_leaves_no_folder(name, small, tmp_path):
 
 def _folder_of(rank):
     """The folder that this process is told, as numbers."""
-    args = argparse.Namespace(
-        output=os.environ['OUTPUT'], experiment='', resume='', no_resume_opt=False, model=f'model{rank}', dry_run=False
-    )
-    with resume.run_folder(args, World(rank, 2, rank)) as folder:
+    config = resume.RunConfig(output=os.environ['OUTPUT'])
+    with resume.run_folder(config, f'model{rank}', DistributedContext(rank, 2, rank)) as folder:
         return torch.tensor(list(str(folder).encode()))
 
 

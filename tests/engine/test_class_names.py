@@ -7,8 +7,8 @@ import re
 import pytest
 from scripts import run
 
+from timm_mlcsd.cli import predict, train, validate
 from timm_mlcsd.data import class_label, load_class_map, names_by_index, same_names
-from timm_mlcsd.engine import predict, train, validate
 from timm_mlcsd.errors import UserError
 from timm_mlcsd.network import load_checkpoint, load_network
 

@@ -8,10 +8,8 @@ import timm
 import torch
 from scripts import ROOT, run
 
-from timm_mlcsd.engine import train, validate
-from timm_mlcsd.engine.config import parse_args
+from timm_mlcsd.cli import train, validate
 from timm_mlcsd.engine.datasets import class_names, load_dataset
-from timm_mlcsd.engine.flags import train_parser
 from timm_mlcsd.network import load_checkpoint
 
 
@@ -124,7 +122,7 @@ def test_folders_that_are_no_splits_are_one_set(small, folder, tmp_path, outer):
     (tmp_path / 'data').mkdir()
     for name, split in zip(outer, ('train', 'test')):
         (tmp_path / 'data' / name).symlink_to(folder / split)
-    flags = parse_args(train_parser(), [str(tmp_path / 'data'), *small[1:]])
+    flags = train.read_config([str(tmp_path / 'data'), *map(str, small[1:])]).data
     data = load_dataset(flags, 'train')
     assert len(data) == 60 and class_names(data) == ['blue', 'green', 'red']
 

@@ -16,8 +16,9 @@ from processes import in_two_processes
 from scripts import ROOT, assert_same, run, weights
 
 from timm_mlcsd import MLCSDLoss, create_multi_exit
-from timm_mlcsd.engine import epoch, train, training
-from timm_mlcsd.engine.world import World
+from timm_mlcsd.cli import train
+from timm_mlcsd.distributed import DistributedContext
+from timm_mlcsd.engine import signals, trainer
 from timm_mlcsd.network import load_checkpoint
 from timm_mlcsd.task import MLCSDTask
 
@@ -118,14 +119,14 @@ def test_sigterm_stops_all_processes_where_they_can_go_on(folder, small_flags, t
 
 
 class _Wish:
-    """A process's `Termination`, which comes before the batch of a number."""
+    """A process's `SigtermHandler`, which comes before the batch of a number."""
 
     def __init__(self, when):
         self.when = when
         self.asked = -1
 
     @property
-    def wished(self):
+    def stop_requested(self):
         self.asked += 1
         return self.asked >= self.when
 
@@ -134,11 +135,11 @@ def _stop_together(rank):
     """How many batches this process has had when the second is asked to end, and when nobody is."""
     counts = []
     for when in (2, 99):
-        world, had = World(rank, 2, rank), []
+        world, had = DistributedContext(rank, 2, rank), []
         try:
             # the second has a batch less
-            had.extend(epoch.until(_Wish(when if rank else 99), iter(range(5 - rank)), world))
-        except epoch.Stopped:
+            had.extend(signals.iterate_in_lockstep(_Wish(when if rank else 99), iter(range(5 - rank)), world))
+        except signals.StopRequested:
             counts.append(-1)
         else:
             counts.append(len(had))
@@ -152,9 +153,10 @@ def test_processes_that_evaluate_stop_together(tmp_path):
 
 CUT = """
 import os, signal
-from timm_mlcsd.engine import finite, train
+from timm_mlcsd.cli import train
+from timm_mlcsd.engine import finite
 
-see = finite.Watch.see
+see = finite.NonFiniteMonitor.update
 
 
 def cut(self, batch, loss):
@@ -163,7 +165,7 @@ def cut(self, batch, loss):
     see(self, batch, loss)
 
 
-finite.Watch.see = cut
+finite.NonFiniteMonitor.update = cut
 train.main()
 """
 
@@ -214,40 +216,36 @@ def test_resume_auto(small, tmp_path, capsys):
 
 
 def _remember(rank):
-    """Train two steps with each loss that remembers images; its memories, and which images this process had."""
-    memories = {}
-    for kind in ({'method': 'crd'}, {'pool_momentum': 0.5}):
-        torch.manual_seed(0)
-        model = create_multi_exit('resnet18', exits=3, num_classes=5, small_input=True, channels=(8, 8, 8, 8))
-        criterion = MLCSDLoss(3, model.exit_feature_dim, num_samples=40, num_classes=5, **kind)
-        task = MLCSDTask(model, criterion, verbose=False)
-        fresh = {name: t.clone() for name, t in criterion.named_buffers()}
-        task.prepare_distributed()
-        for step in range(2):
-            torch.manual_seed(10 * step + rank)
-            indices = torch.arange(4) + 8 * step + 4 * rank
-            task.train()(torch.randn(4, 3, 16, 16), indices % 5, indices)['loss'].backward()
-        for name in criterion.memory_names():
-            memories[f'{kind} {name}'] = dict(criterion.named_buffers())[name]
-            memories[f'{kind} {name} fresh'] = fresh[name]
-    return memories
+    """Train two steps with the loss that has a memory bank; its buffers afterwards and before."""
+    torch.manual_seed(0)
+    model = create_multi_exit('resnet18', exits=3, num_classes=5, small_input=True, channels=(8, 8, 8, 8))
+    criterion = MLCSDLoss(3, model.exit_feature_dim, num_samples=40, method='crd')
+    task = MLCSDTask(model, criterion, verbose=False)
+    fresh = {name: t.clone() for name, t in criterion.named_buffers()}
+    task.prepare_distributed()
+    for step in range(2):
+        torch.manual_seed(10 * step + rank)
+        indices = torch.arange(4) + 8 * step + 4 * rank
+        task.train()(torch.randn(4, 3, 16, 16), indices % 5, indices)['loss'].backward()
+    buffers = dict(criterion.named_buffers())
+    return {name: (buffers[name], fresh[name]) for name in criterion.bank_buffer_names()}
 
 
 def test_what_one_process_saw_all_remember(tmp_path):
     first, second = in_two_processes(_remember, tmp_path)
-    assert len(first) == 2 * 5
-    for name, memory in first.items():
-        assert torch.equal(memory, second[name]), name
-    for name, moved in (("{'method': 'crd'} method.memory", 1), ("{'pool_momentum': 0.5} memory.mean", 0)):
-        changed = (first[name] != first[f'{name} fresh']).movedim(moved, 0).flatten(1).any(dim=1)
-        assert changed.tolist() == [True] * 16 + [False] * 24, name
+    assert len(first) == 3
+    for name, (bank, _) in first.items():
+        assert torch.equal(bank, second[name][0]), name
+    bank, fresh = first['method.memory']
+    changed = (bank != fresh).movedim(1, 0).flatten(1).any(dim=1)
+    assert changed.tolist() == [True] * 16 + [False] * 24
 
 
 @pytest.mark.parametrize('others', [[], ['--model-ema'], ['--heads-only'], ['--clip-mode', 'agc', '--clip-grad', 1]])
 def test_fsdp_says_what_it_does_not_do(small, capsys, monkeypatch, others):
-    monkeypatch.setattr(train, 'join_world', lambda device_type: World(size=1 + bool(others)))
-    monkeypatch.setattr(World, 'gather', lambda self, value: [value] * self.size)
-    monkeypatch.setattr(training, 'check_heads_only', lambda *args: None)
+    monkeypatch.setattr(train, 'init_distributed', lambda device_type: DistributedContext(size=1 + bool(others)))
+    monkeypatch.setattr(DistributedContext, 'all_gather', lambda self, value: [value] * self.size)
+    monkeypatch.setattr(trainer, 'check_heads_only', lambda *args: None)
     assert run(train.main, [*small, '--fsdp', *others]) == 2
     assert (others[0] if others else 'torchrun') in capsys.readouterr().err
 
@@ -256,10 +254,10 @@ def test_processes_that_would_begin_at_different_epochs_stop(small, tmp_path, ca
     """As where machines don't share the folder of the run."""
     assert run(train.main, [*small, '--epochs', 1]) == 0
 
-    class Elsewhere(World):
-        def gather(self, value):
+    class Elsewhere(DistributedContext):
+        def all_gather(self, value):
             return [value, (0, 0)]
 
-    monkeypatch.setattr(train, 'join_world', lambda device_type: Elsewhere())
+    monkeypatch.setattr(train, 'init_distributed', lambda device_type: Elsewhere())
     assert run(train.main, [*small, '--resume', tmp_path / 'run']) == 2
     assert 'different places (epoch 0 batch 0, epoch 1 batch 0)' in capsys.readouterr().err

@@ -5,16 +5,19 @@ import re
 import pytest
 import yaml
 
-from timm_mlcsd.engine.config import parse_args
-from timm_mlcsd.engine.flags import train_parser, validate_parser
+from timm_mlcsd.cli import train, validate
+from timm_mlcsd.cli.config_file import parse_args
+from timm_mlcsd.cli.flags import train_parser
 from timm_mlcsd.errors import UserError
 
 
 def parse(tmp_path, config, argv=()):
-    """Arguments of a config file and a command line."""
+    """Arguments of a config file and a command line, whose combination is checked."""
     path = tmp_path / 'config.yaml'
     path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
-    return parse_args(train_parser(), ['--config', str(path), *argv])
+    argv = ['--config', str(path), *argv]
+    train.read_config(argv)
+    return parse_args(train_parser(), argv)
 
 
 def test_command_line_wins_over_config(tmp_path):
@@ -149,21 +152,21 @@ def test_numbers_of_a_config_are_read_as_they_are_written(tmp_path):
 )
 def test_contradictions(argv, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        parse_args(train_parser(), argv.split())
+        train.read_config(argv.split())
 
 
 def test_what_agrees_may_be_said_twice(tmp_path):
     argv = 'DIR --data-dir DIR --input-size 1 32 32 --img-size 32 --in-chans 1 --sched poly --decay-rate 2'.split()
-    args = parse_args(train_parser(), argv)
-    assert (args.data_dir, args.in_chans, args.decay_rate) == ('DIR', 1, 2.0)
+    config = train.read_config(argv)
+    assert (config.data.data_dir, config.data.in_chans, config.scheduler.decay_rate) == ('DIR', 1, 2.0)
     # the command line wins over a config, whichever name it uses
     assert parse(tmp_path, 'data_dir: old', ['new']).data_dir == 'new'
     assert parse(tmp_path, 'data_dir: old', ['--data-dir', 'new']).data_dir == 'new'
-    assert parse_args(validate_parser(), ['DIR', '--input-size', '1', '8', '8']).in_chans == 1
+    assert validate.read_config(['DIR', '--input-size', '1', '8', '8']).data.in_chans == 1
 
 
 def test_input_size_tells_the_channels():
-    assert parse_args(train_parser(), '--input-size 1 28 28'.split()).in_chans == 1
+    assert train.read_config('--input-size 1 28 28'.split()).data.in_chans == 1
 
 
 def test_missing_config():

@@ -9,11 +9,9 @@ import torch
 from PIL import Image
 from scripts import run
 
+from timm_mlcsd.cli import train, validate
 from timm_mlcsd.data import Preprocessing, sample_keys
-from timm_mlcsd.engine import train, validate
-from timm_mlcsd.engine.config import parse_args
 from timm_mlcsd.engine.datasets import class_names, load_dataset
-from timm_mlcsd.engine.flags import train_parser
 from timm_mlcsd.engine.loaders import eval_loader
 from timm_mlcsd.network import load_checkpoint
 
@@ -25,8 +23,7 @@ def mine(folder, tmp_path):
 
 
 def load(root, *more):
-    args = parse_args(train_parser(), [str(root), *map(str, more)])
-    return load_dataset(args, 'train')
+    return load_dataset(train.read_config([str(root), *map(str, more)]).data, 'train')
 
 
 def save_as(path, ending, **options):
@@ -145,7 +142,7 @@ def odd_files(folder):
 def test_loaders_and_prediction_make_the_same_tensor(tmp_path, size, more):
     odd_files(tmp_path / 'data' / 'a')
     odd_files(tmp_path / 'data' / 'b')
-    args = parse_args(train_parser(), [str(tmp_path / 'data'), '-j', '0', '-b', '7', *map(str, more)])
+    args = train.read_config([str(tmp_path / 'data'), '-j', '0', '-b', '7', *map(str, more)]).data
     args.in_chans, args.input_img_mode = size[0], {1: 'L', 3: 'RGB', 4: 'RGBA'}[size[0]]
     mean, std = [0.485, 0.456, 0.406, 0.5][: size[0]], [0.229, 0.224, 0.225, 0.25][: size[0]]
     config = dict(input_size=size, interpolation='bicubic', mean=mean, std=std, crop_pct=0.9, crop_mode='center')
@@ -233,7 +230,7 @@ def test_starting_from_weights_that_saw_the_held_out_images(held_out_run, mine, 
 
 
 def test_keys_without_files_are_of_the_content(mine):
-    args = parse_args(train_parser(), [str(mine / 'train'), '--dataset', 'torch/image_folder', '-j', '0'])
+    args = train.read_config([str(mine / 'train'), '--dataset', 'torch/image_folder', '-j', '0']).data
     data = load_dataset(args, 'train')
     keys = sample_keys(data, range(48))
     assert len(set(keys.tolist())) == 48

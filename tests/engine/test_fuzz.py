@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripts import run
 
-from timm_mlcsd.arguments import Number
-from timm_mlcsd.engine import train
-from timm_mlcsd.engine.config import parse_args
-from timm_mlcsd.engine.flags import train_parser
+from timm_mlcsd.cli import train
+from timm_mlcsd.cli.arguments import Number
+from timm_mlcsd.cli.config_file import parse_args
+from timm_mlcsd.cli.flags import train_parser
 from timm_mlcsd.errors import UserError
 
 EXAMPLES = int(os.environ.get('FUZZ_EXAMPLES', 25))

@@ -6,9 +6,7 @@ import torch
 from scripts import run
 
 from timm_mlcsd import create_multi_exit
-from timm_mlcsd.engine import train
-from timm_mlcsd.engine.config import parse_args
-from timm_mlcsd.engine.flags import train_parser
+from timm_mlcsd.cli import train
 from timm_mlcsd.engine.optimizer import create_optimizer, create_scheduler
 from timm_mlcsd.losses import MLCSDLoss
 from timm_mlcsd.network import load_network
@@ -92,7 +90,7 @@ def test_what_was_fixed_before_stays_so():
     ],
 )
 def test_mistakes(small, capsys, monkeypatch, flags, words):
-    monkeypatch.setattr('timm_mlcsd.engine.training.build_model', _untrained)
+    monkeypatch.setattr('timm_mlcsd.engine.trainer.build_model', _untrained)
     assert run(train.main, [*small, '--exits', 4, '--heads-only', *flags]) == 2
     assert words in capsys.readouterr().err
 
@@ -108,12 +106,12 @@ def test_exits_learn_at_a_multiple_of_the_rate(sched, layer_decay):
     def rates(*flags):
         decay = ['--layer-decay', layer_decay] if layer_decay else []
         flags = [*flags, '--sched', sched, '--lr', 0.2, '--warmup-epochs', 0, '--weight-decay', 0.1, *decay]
-        args = parse_args(train_parser(), [str(f) for f in flags])
+        config = train.read_config([str(f) for f in flags])
         torch.manual_seed(0)
         model = create_multi_exit('resnet18', exits=3, num_classes=5)
         task = MLCSDTask(model, MLCSDLoss(3, model.exit_feature_dim))
-        optimizer = create_optimizer(args, task, model)
-        create_scheduler(args, optimizer, 10)
+        optimizer = create_optimizer(config.optimizer, task, model, sched != 'none')
+        create_scheduler(config.scheduler, optimizer, 10)
         names = {id(p): name for name, p in task.trainable_module.named_parameters()}
         groups = {names[id(p)]: group for group in optimizer.param_groups for p in group['params']}
         assert len(groups) == sum(len(group['params']) for group in optimizer.param_groups) == len(names)

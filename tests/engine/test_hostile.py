@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from scripts import run
 
-from timm_mlcsd.engine import predict, push, validate
+from timm_mlcsd.cli import predict, push, validate
 
 
 @pytest.fixture

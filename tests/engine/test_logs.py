@@ -8,7 +8,7 @@ import pytest
 import torch
 from scripts import run
 
-from timm_mlcsd.engine import train
+from timm_mlcsd.cli import train
 from timm_mlcsd.engine.logs import CELL
 
 VALUES = {'loss', 'cls', 'kd', 'ht', 'cwem', 'lr', 'images_per_s', 'val_mean_top1', 'val_Ex1_top1', 'val_Ex4_loss'}
@@ -55,7 +55,7 @@ def test_services(small, monkeypatch, name):
 
 def test_without_a_teacher_there_is_no_picture(small, monkeypatch):
     logged = []
-    monkeypatch.setattr('timm_mlcsd.engine.logs.Logs.add', lambda self, *args: logged.append(args))
+    monkeypatch.setattr('timm_mlcsd.engine.logs.MetricLoggers.add', lambda self, *args: logged.append(args))
     monkeypatch.setattr('timm_mlcsd.engine.logs._TensorBoard.__init__', lambda self, *args: None)
     monkeypatch.setattr('timm_mlcsd.engine.logs._TensorBoard.close', lambda self: None)
     assert run(train.main, [*small, '--log-tensorboard', '--distill', 'none']) == 0

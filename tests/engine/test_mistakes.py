@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from scripts import run
 
-from timm_mlcsd.engine import train, validate
+from timm_mlcsd.cli import train, validate
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,6 @@ from timm_mlcsd.engine import train, validate
         ('--mixup 1 --batch-size 7', 'must be even'),
         ('--distill-method crd --mixup 1', 'leave out --mixup'),
         ('--distill-method dkd --cutmix 1', 'leave out --mixup'),
-        ('--pool-momentum 0.5 --mixup 1', 'leave out --mixup'),
-        ('--pool-momentum 1', 'argument --pool-momentum: expected a number at least 0 and below 1'),
         ('--cache-dataset device --aa rand-m9', 'it does no --aa rand-m9'),
         ('--cache-dataset device --train-crop-mode rrc', 'it does no --train-crop-mode rrc'),
         ('--torchcompile nonsense', '--torchcompile nonsense is unknown'),
@@ -63,7 +61,6 @@ from timm_mlcsd.engine import train, validate
         ('--batch-size 0', 'argument -b/--batch-size: expected an integer from 1 to'),
         ('--resume /nowhere', "no checkpoint at '/nowhere'"),
         ('--initial-checkpoint /nowhere', 'there is no such file'),
-        ('--jsd-loss --aug-splits 3', 'teachers of self-distillation and their targets are per image'),
         ('--exit-weights 1 2', 'exit_weights has 2 numbers for 4 exits'),
         ('--temperature 0', 'argument --temperature: expected a number from 0.01 to 1000'),
         ('--opt nonsense', '--opt nonsense cannot be made'),

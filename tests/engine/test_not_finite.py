@@ -10,9 +10,10 @@ from PIL import Image
 from processes import in_two_processes
 from scripts import assert_same, run, weights
 
-from timm_mlcsd.engine import train, training
-from timm_mlcsd.engine.finite import NotFinite, Watch
-from timm_mlcsd.engine.world import World
+from timm_mlcsd.cli import train
+from timm_mlcsd.distributed import DistributedContext
+from timm_mlcsd.engine import trainer
+from timm_mlcsd.engine.finite import NonFiniteError, NonFiniteMonitor
 from timm_mlcsd.network import load_checkpoint
 
 NAN = float('nan')
@@ -20,7 +21,7 @@ NAN = float('nan')
 
 def poison(monkeypatch, bad):
     """Make the images of some batches NaN; returns what the images of all were before."""
-    count, inner, seen = itertools.count(), training.train_loader, []
+    count, inner, seen = itertools.count(), trainer.train_loader, []
 
     class Poisoned:
         def __init__(self, loader):
@@ -35,7 +36,7 @@ def poison(monkeypatch, bad):
                 seen.append(images)
                 yield (images * NAN if next(count) in bad else images), target
 
-    monkeypatch.setattr(training, 'train_loader', lambda *args: Poisoned(inner(*args)))
+    monkeypatch.setattr(trainer, 'train_loader', lambda *args, **kwargs: Poisoned(inner(*args, **kwargs)))
     return seen
 
 
@@ -79,8 +80,8 @@ def test_they_never_reach_a_checkpoint(small, tmp_path, monkeypatch, capsys, bad
 
 @pytest.mark.parametrize('more', [[], ['--checkpoint-every-steps', 2]])
 def test_nor_do_weights_that_an_update_has_spoilt(small, tmp_path, monkeypatch, capsys, more):
-    def spoiling(args, task, model):
-        optimizer = create_optimizer(args, task, model)
+    def spoiling(config, task, model, *rest):
+        optimizer = create_optimizer(config, task, model, *rest)
         updates = itertools.count(1)
 
         def spoil(*_):
@@ -92,23 +93,23 @@ def test_nor_do_weights_that_an_update_has_spoilt(small, tmp_path, monkeypatch, 
         optimizer.register_step_post_hook(spoil)
         return optimizer
 
-    create_optimizer = training.create_optimizer
-    monkeypatch.setattr(training, 'create_optimizer', spoiling)
+    create_optimizer = trainer.create_optimizer
+    monkeypatch.setattr(trainer, 'create_optimizer', spoiling)
     assert run(train.main, [*small, *more]) == 2
     assert 'the weights are not finite at epoch 0, batch 4' in capsys.readouterr().err
     assert (tmp_path / 'run' / 'last.pth.tar').exists() == bool(more)
 
 
 def _watch(rank):
-    watch = Watch(torch.device('cpu'), World(rank, 2), lambda batch: [f'{rank}-{batch}.png'])
-    watch.see(0, torch.tensor(1.0))
-    watch.check(7, 0, [torch.zeros(3)])
+    monitor = NonFiniteMonitor(torch.device('cpu'), DistributedContext(rank, 2), lambda batch: [f'{rank}-{batch}.png'])
+    monitor.update(0, torch.tensor(1.0))
+    monitor.raise_if_any(7, 0, [torch.zeros(3)])
     for batch in range(1, 6):
-        watch.see(batch, torch.tensor(NAN if batch >= 5 - 2 * rank else 1.0))
+        monitor.update(batch, torch.tensor(NAN if batch >= 5 - 2 * rank else 1.0))
     told = []
     for weights_of_rank_1 in (1.0, float('inf')):
-        with pytest.raises(NotFinite) as e:
-            watch.check(7, 5, [torch.tensor([1.0, weights_of_rank_1 if rank else 1.0])])
+        with pytest.raises(NonFiniteError) as e:
+            monitor.raise_if_any(7, 5, [torch.tensor([1.0, weights_of_rank_1 if rank else 1.0])])
         told.append(str(e.value))
     return told
 
@@ -165,13 +166,13 @@ class _Infinite(torch.autograd.Function):
 
 def test_float16_does_not_skip_updates_for_ever(small, monkeypatch, capsys):
     """Its scaler leaves out every update whose gradients are not finite, and halves the scale, without a word."""
-    forward = training.MLCSDTask.forward
+    forward = trainer.MLCSDTask.forward
 
     def spoilt(self, *args):
         result = forward(self, *args)
         return dict(result, loss=_Infinite.apply(result['loss']))
 
-    monkeypatch.setattr(training.MLCSDTask, 'forward', spoilt)
+    monkeypatch.setattr(trainer.MLCSDTask, 'forward', spoilt)
     # 65,536 falls below 0.001 after 27 updates
     assert run(train.main, [*small, '--amp', '--amp-dtype', 'float16', '--epochs', 9]) == 2
     assert 'no gradients are finite in float16' in capsys.readouterr().err

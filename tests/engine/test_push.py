@@ -12,7 +12,7 @@ from hub_server import hub_server
 
 from timm_mlcsd import from_pretrained
 from timm_mlcsd.adaptive import ExitPolicy
-from timm_mlcsd.engine import push
+from timm_mlcsd.cli import push
 from timm_mlcsd.errors import UserError
 from timm_mlcsd.hub import label_names
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from scripts import ROOT, assert_same, run, weights
 
-from timm_mlcsd.engine import checkpoint, epoch, train, training
+from timm_mlcsd.cli import train
+from timm_mlcsd.engine import checkpoint, epoch, trainer
 from timm_mlcsd.network import load_checkpoint
 
 # dropout, so that the generators matter to the network too
@@ -65,18 +66,18 @@ def test_sigterm_saves_and_leaves(when, small, tmp_path, monkeypatch):
     flags = [*small, *FLAGS]
     assert run(train.main, [*flags, '--experiment', 'whole']) == 0
     seen = itertools.count()
-    where = 'train_epoch' if when == 'training' else 'until'
-    inner = getattr(training, where)
+    owner, name = (epoch.EpochLoop, 'run') if when == 'training' else (trainer, 'iterate_in_lockstep')
+    inner = getattr(owner, name)
 
     def terminated(*args, **kwargs):
-        termination = next(a for a in (*args, *kwargs.values()) if isinstance(a, epoch.Termination))
+        handler = next(a for a in (*args, *kwargs.values()) if isinstance(a, epoch.SigtermHandler))
         if next(seen) == 1:  # in the second epoch
-            termination.wished = True
+            handler.stop_requested = True
         return inner(*args, **kwargs)
 
-    monkeypatch.setattr(training, where, terminated)
+    monkeypatch.setattr(owner, name, terminated)
     assert run(train.main, [*flags, '--experiment', 'cut']) == 0
-    monkeypatch.setattr(training, where, inner)
+    monkeypatch.setattr(owner, name, inner)
     stopped = load_checkpoint(tmp_path / 'cut')
     assert stopped['epoch'] == 0 and stopped['progress'][0]['step'] == (1 if when == 'training' else 5)
     assert run(train.main, [*flags, '--experiment', 'cut', '--resume', tmp_path / 'cut']) == 0
@@ -118,9 +119,10 @@ SLOW = """
 import os, sys, time
 from pathlib import Path
 from timm_mlcsd.data.checked import CheckedImages
-from timm_mlcsd.engine import finite, train, validate
+from timm_mlcsd.cli import train, validate
+from timm_mlcsd.engine import finite
 
-read, see = CheckedImages._read, finite.Watch.see
+read, see = CheckedImages._read, finite.NonFiniteMonitor.update
 
 
 def slowly_read(self, index):
@@ -137,7 +139,7 @@ def slowly_see(self, batch, loss):
     see(self, batch, loss)
 
 
-CheckedImages._read, finite.Watch.see = slowly_read, slowly_see
+CheckedImages._read, finite.NonFiniteMonitor.update = slowly_read, slowly_see
 {'train': train.main, 'validate': validate.main}[sys.argv.pop(1)]()
 """
 
@@ -211,11 +213,11 @@ def test_ctrl_c_in_the_middle_of_a_save(tmp_path, monkeypatch):
 def test_a_background_job_that_ignores_ctrl_c_goes_on_ignoring_it():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with epoch.Termination() as termination:
+        with epoch.SigtermHandler() as termination:
             os.kill(os.getpid(), signal.SIGINT)
-            assert not termination.wished
+            assert not termination.stop_requested
             os.kill(os.getpid(), signal.SIGTERM)
-            assert termination.wished and termination.by == 'SIGTERM'
+            assert termination.stop_requested and termination.by == 'SIGTERM'
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -223,7 +225,7 @@ def test_a_background_job_that_ignores_ctrl_c_goes_on_ignoring_it():
 
 def test_an_unfinished_epoch_goes_on_with_the_same_batches_only(small, tmp_path, capsys, monkeypatch):
     flags = [*small, '--checkpoint-every-steps', '2', '--epochs', '1']
-    monkeypatch.setattr(training, 'until', _stop)
+    monkeypatch.setattr(trainer, 'iterate_in_lockstep', _stop)
     assert run(train.main, flags) == 0
     capsys.readouterr()
     monkeypatch.undo()
@@ -235,32 +237,32 @@ def test_an_unfinished_epoch_goes_on_with_the_same_batches_only(small, tmp_path,
 
 def test_sigterm_while_a_resumed_epoch_is_passed_over(small, tmp_path, monkeypatch):
     asked = itertools.count()
-    wished = property(lambda self: next(asked) >= 3, lambda self, value: None)
-    monkeypatch.setattr(epoch.Termination, 'wished', wished, raising=False)
+    requested = property(lambda self: next(asked) >= 3, lambda self, value: None)
+    monkeypatch.setattr(epoch.SigtermHandler, 'stop_requested', requested, raising=False)
     assert run(train.main, small) == 0
     before = (tmp_path / 'run' / 'last.pth.tar').read_bytes()
     assert load_checkpoint(tmp_path / 'run')['progress'][0]['step'] == 4
-    drawn, apart = [], epoch._apart
-    monkeypatch.setattr(epoch, '_apart', lambda batches: (drawn.append(0) or batch for batch in apart(batches)))
+    drawn, inner = [], epoch.isolated_rng
+    monkeypatch.setattr(epoch, 'isolated_rng', lambda batches: (drawn.append(0) or batch for batch in inner(batches)))
     assert run(train.main, [*small, '--resume', tmp_path / 'run']) == 0
     assert len(drawn) == 1 and (tmp_path / 'run' / 'last.pth.tar').read_bytes() == before
 
 
 def _stop(*_):
-    raise epoch.Stopped
+    raise epoch.StopRequested
 
 
-def test_generators_come_back():
+def test_rng_state_come_back():
     import random
 
     import numpy as np
 
-    states = epoch._generators()
+    states = epoch.rng_state()
 
     def draw():
         return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
 
     first = draw()
     # through a file, as a checkpoint does
-    epoch._set_generators(states)
+    epoch.set_rng_state(states)
     assert draw() == first

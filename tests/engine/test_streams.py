@@ -9,12 +9,11 @@ from processes import in_two_processes
 from scripts import assert_same, run, weights
 from stream_data import KEYS, noise, write_parquet, write_stream
 
-from timm_mlcsd.engine import checkpoint, train, validate
-from timm_mlcsd.engine.config import parse_args
+from timm_mlcsd.cli import train, validate
+from timm_mlcsd.distributed import DistributedContext
+from timm_mlcsd.engine import checkpoint
 from timm_mlcsd.engine.datasets import load_dataset
-from timm_mlcsd.engine.flags import train_parser
 from timm_mlcsd.engine.loaders import eval_loader
-from timm_mlcsd.engine.world import World
 from timm_mlcsd.network import load_checkpoint
 
 pytest.importorskip('datasets')
@@ -61,10 +60,11 @@ def test_a_stream_stopped_inside_an_epoch_goes_on_alike(stream, small, tmp_path,
 
 def _evaluated(flags, rank):
     """The numbers of the images that a process evaluates."""
-    args = parse_args(train_parser(), [*map(str, flags), '--workers', '2', '--batch-size', '2'])
+    data_flags = train.read_config([*map(str, flags), '--workers', '2', '--batch-size', '2']).data
     config = dict(input_size=(3, 16, 16), mean=(0, 0, 0), std=(1, 1, 1), crop_pct=1, crop_mode='center')
-    data = load_dataset(args, 'test')
-    batches = eval_loader(args, data, dict(config, interpolation='nearest'), torch.device('cpu'), world=World(rank, 2))
+    data = load_dataset(data_flags, 'test')
+    config['interpolation'] = 'nearest'
+    batches = eval_loader(data_flags, data, config, torch.device('cpu'), dist_context=DistributedContext(rank, 2))
     return [round(255 * image[0, 0, 0].item()) for images, _ in batches for image in images]
 
 

@@ -1,6 +1,5 @@
 """train.py as a user runs it."""
 
-import contextlib
 import csv
 import json
 import os
@@ -16,9 +15,10 @@ import yaml
 from scripts import ROOT, assert_same, run, weights
 
 from timm_mlcsd import MLCSDLoss
-from timm_mlcsd.engine import epoch, train, validate
-from timm_mlcsd.engine.config import parse_args
-from timm_mlcsd.engine.flags import train_parser
+from timm_mlcsd.cli import train, validate
+from timm_mlcsd.cli.config_file import parse_args
+from timm_mlcsd.cli.flags import train_parser
+from timm_mlcsd.engine import epoch
 from timm_mlcsd.engine.optimizer import scaled_lr
 from timm_mlcsd.network import load_checkpoint
 
@@ -63,7 +63,7 @@ def test_distillation_methods(method, small, tmp_path):
         assert state['method.labels'].shape == (43,) and state['method.labels'].ge(0).sum() >= 40
 
 
-@pytest.mark.parametrize('flags', ['--distill-method crd', '--pool-momentum 0.5'])
+@pytest.mark.parametrize('flags', ['--distill-method crd'])
 def test_what_is_remembered_resumes(flags, small, tmp_path):
     whole = [*small, *flags.split(), '--experiment', 'whole', '--checkpoint-hist', 2]
     assert run(train.main, whole) == 0
@@ -207,12 +207,11 @@ def test_gradient_accumulation_averages_groups_and_the_short_last_one(small):
         def step_update(self, num_updates):
             self.last = num_updates
 
-    args = parse_args(train_parser(), [*map(str, small), '--grad-accum-steps', '2'])
     values = [1.0, 3.0, 5.0, 9.0, 10.0]
     batches = [(torch.full((4, 1), v), torch.zeros(4, dtype=torch.long)) for v in values]
     task, schedule = Mean(), NoSchedule()
     optimizer = torch.optim.SGD([task.weight], lr=1.0)
-    epoch.train_epoch(0, task, batches, optimizer, schedule, None, contextlib.nullcontext(), args, 10)
+    epoch.EpochLoop(task, batches, optimizer, epoch.LoopConfig(grad_accum_steps=2), scheduler=schedule).run(0, 10)
     assert task.weight.item() == -((1 + 3) / 2 + (5 + 9) / 2 + 10)
     assert schedule.last == 13
 
@@ -229,7 +228,9 @@ def test_gradient_accumulation_averages_groups_and_the_short_last_one(small):
 )
 def test_learning_rate_grows_with_the_batch_as_in_timm(flags, lr):
 
-    assert scaled_lr(parse_args(train_parser(), flags.split())) == pytest.approx(lr)
+    config = train.read_config(flags.split())
+    images = config.data.batch_size * config.loop.grad_accum_steps
+    assert scaled_lr(config.optimizer, images) == pytest.approx(lr)
 
 
 def test_a_rate_that_follows_from_the_batch_follows_it_when_resumed(small, tmp_path, caplog):

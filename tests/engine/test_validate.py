@@ -8,7 +8,7 @@ import timm
 import torch
 from scripts import run
 
-from timm_mlcsd.engine import validate
+from timm_mlcsd.cli import validate
 from timm_mlcsd.network import load_checkpoint
 
 
@@ -17,7 +17,7 @@ def test_validate_reports_every_exit(trained, folder, tmp_path, capsys):
     plot = tmp_path / 'new' / 'plot.png'
     assert run(validate.main, [*argv, '--results-file', tmp_path / 'r.json', '--plot', plot]) == 0
     printed = capsys.readouterr().out
-    assert '12 images of test, input 3x16x16' in printed and 'Right here, wrong at the last' in printed
+    assert '12 images of test, input 3x16x16' in printed and 'Overthinking %' in printed
     results = json.loads((tmp_path / 'r.json').read_text())
     assert [e['exit'] for e in results['exits']] == ['Ex1', 'Ex2', 'Ex3', 'Ex4']
     assert results['mean_top1'] == pytest.approx(sum(e['top1'] for e in results['exits']) / 4)

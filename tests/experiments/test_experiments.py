@@ -15,8 +15,8 @@ from experiments.heads_only import heads_only  # noqa: E402
 from experiments.plan import HERE, Row, Run, Table, load_datasets, load_table, table_names  # noqa: E402
 from experiments.report import figure, report  # noqa: E402
 from experiments.runner import Runner, load_results  # noqa: E402
-from timm_mlcsd.engine.config import parse_args  # noqa: E402
-from timm_mlcsd.engine.flags import train_parser  # noqa: E402
+from timm_mlcsd.cli.config_file import parse_args  # noqa: E402
+from timm_mlcsd.cli.flags import train_parser  # noqa: E402
 from timm_mlcsd.errors import UserError  # noqa: E402
 
 
@@ -103,12 +103,12 @@ def test_runs_are_stopped_resumed_and_never_repeated(tmp_path, monkeypatch, caps
     folder = tmp_path / 'work' / run.id
     # time is up as soon as there is something to go on from
     stopped = runner(deadline=float('inf'))
-    monkeypatch.setattr(stopped, '_late', lambda: (folder / 'train' / 'last.pth.tar').exists())
+    monkeypatch.setattr(stopped, '_deadline_passed', lambda: (folder / 'train' / 'last.pth.tar').exists())
     popen = subprocess.Popen
 
     class Killed(popen):
         def wait(self, timeout=None):
-            while self.poll() is None and not stopped._late():
+            while self.poll() is None and not stopped._deadline_passed():
                 time.sleep(0.05)
             if self.poll() is None:
                 self.kill()

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from timm_mlcsd import MLCSDLoss, MultiExitOutput
-from timm_mlcsd.losses import CC, CRD, DKD, KD, Lesson
+from timm_mlcsd.losses import CC, CRD, DKD, KD, DistillBatch
 
 B, K, C, D, M = 6, 3, 5, 4, 20
 
 
-def lesson(dtype=torch.float64, **kwargs):
+def batch(dtype=torch.float64, **kwargs):
     draws = dict(
         logits=torch.randn(B, K, C, dtype=dtype),
         teacher_logits=torch.randn(B, K, C, dtype=dtype),
@@ -19,7 +19,7 @@ def lesson(dtype=torch.float64, **kwargs):
         target=torch.randint(C, (B,)),
         indices=torch.randperm(M)[:B],
     )
-    return Lesson(**{**draws, **kwargs})
+    return DistillBatch(**{**draws, **kwargs})
 
 
 def softmax(x):
@@ -32,7 +32,7 @@ def divergence(t, p):
 
 
 def test_dkd():
-    data, method = lesson(), DKD(temperature=3.0, target_weight=0.7, other_weight=5.0)
+    data, method = batch(), DKD(temperature=3.0, target_weight=0.7, other_weight=5.0)
     expected = np.zeros(K)
     for b in range(B):
         y = int(data.target[b])
@@ -46,15 +46,15 @@ def test_dkd():
 
 def test_dkd_is_kd_with_its_own_weights():
     # KD = TCKD + (1 - p_teacher[target]) NCKD, image by image
-    data = lesson()
-    data = Lesson(*(x[:1] for x in data))
+    data = batch()
+    data = DistillBatch(*(x[:1] for x in data))
     other = 1 - (data.teacher_logits / 4.0).softmax(-1)[0, :, data.target[0]]
     total = [DKD(4.0, 1.0, w)(data)[k] for k, w in enumerate(other.tolist())]
     torch.testing.assert_close(torch.stack(total), KD(4.0)(data))
 
 
 def test_cc():
-    data, gamma = lesson(), 0.4
+    data, gamma = batch(), 0.4
     expected = np.zeros(K)
     for k in range(K):
         correlations = []
@@ -75,7 +75,7 @@ def test_cc_series_tends_to_the_gaussian_kernel():
 
 def test_crd():
     method = CRD(2, D, M, embed_dim=7, negatives=9).double()
-    data = lesson()
+    data = batch()
     method.labels[:] = torch.randint(C, (M,))
     before, labels = method.memory.clone(), method.labels.clone()
     torch.manual_seed(5)
@@ -118,28 +118,28 @@ def test_crd():
 
 def test_crd_estimates_its_scale_once():
     method = CRD(K, D, M, negatives=8)
-    method(lesson(torch.float32))
+    method(batch(torch.float32))
     scale = method.scale.clone()
-    method(lesson(torch.float32))
+    method(batch(torch.float32))
     assert scale.gt(0).all() and torch.equal(method.scale, scale)
 
 
 def test_crd_keeps_nothing_in_eval_mode():
     method = CRD(K, D, M, negatives=8).eval()
     before = {n: t.clone() for n, t in method.state_dict().items()}
-    method(lesson(torch.float32))
+    method(batch(torch.float32))
     assert all(torch.equal(t, before[n]) for n, t in method.state_dict().items())
 
 
 def test_crd_remembers_no_nan():
     method = CRD(K, D, M, negatives=8)
-    method(lesson(torch.float32, features=torch.full((B, K, D), float('nan'))))
+    method(batch(torch.float32, features=torch.full((B, K, D), float('nan'))))
     assert method.memory.isfinite().all()
 
 
 def test_crd_takes_two_batches_before_one_backward():
     method = CRD(K, D, M, negatives=8)
-    (method(lesson(torch.float32)).sum() + method(lesson(torch.float32)).sum()).backward()
+    (method(batch(torch.float32)).sum() + method(batch(torch.float32)).sum()).backward()
     assert method.embed.weight.grad.isfinite().all()
 
 
@@ -152,7 +152,7 @@ def test_crd_learns_to_tell_images_apart():
     losses = []
     for _ in range(150):
         order = torch.randperm(M)
-        data = lesson(
+        data = batch(
             torch.float32, features=student[order], teacher_features=teacher[order], target=order, indices=order
         )
         loss = method(data).sum()
@@ -204,7 +204,7 @@ def test_teachers_of_the_methods_are_mixed():
             ],
             1,
         )
-        expected = method(Lesson(torch.stack(out.logits, 1), t, pooled, g, target, None)).sum()
+        expected = method(DistillBatch(torch.stack(out.logits, 1), t, pooled, g, target, None)).sum()
         torch.testing.assert_close(criterion(out, target, return_components=True)['kd'], expected)
 
 

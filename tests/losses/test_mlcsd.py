@@ -8,7 +8,7 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from timm_mlcsd import MLCSDLoss, MultiExitOutput
-from timm_mlcsd.losses import Lesson
+from timm_mlcsd.losses import DistillBatch
 
 B, K, C, D, H, W = 6, 4, 5, 7, 3, 2
 
@@ -151,7 +151,7 @@ def test_gradcheck_with_constant_teachers(distill, term):
         if term == 'cls':
             return criterion(MultiExitOutput(z, f), target)
         if term == 'kd':
-            return criterion.method(Lesson(torch.stack(z, 1), t, None, None, target, None)).sum()
+            return criterion.method(DistillBatch(torch.stack(z, 1), t, None, None, target, None)).sum()
         return sum((f[i] - g[:, i]).square().mean() for i in range(K))
 
     tensors = (*output.logits, *output.features)
@@ -333,7 +333,7 @@ def test_exits_of_unlike_widths_and_sizes():
     [
         (dict(distill='some'), "distill='some' is unknown; choose one of none, one-for-all, minimum"),
         (dict(cwem_supervision='x'), "cwem_supervision='x' is unknown"),
-        (dict(method='x'), "method='x' is unknown; choose one of kd, cc, crd, dkd, or pass a Method"),
+        (dict(method='x'), "method='x' is unknown; choose one of kd, cc, crd, dkd, or pass a DistillMethod"),
         (dict(method='crd'), 'pass num_samples, how many there are'),
         (dict(alpha=-1), 'alpha=-1 must be finite and not negative'),
         (dict(beta=float('inf')), 'beta=inf must be finite'),

@@ -63,7 +63,7 @@ def test_rivals_work_as_teachers(name):
     parts = criterion(output, torch.randint(C, (B,)), return_components=True)
     assert set(parts) == {'loss', 'cls', 'kd', 'ht'} and not list(criterion.parameters())
     learns = [bool(g.any()) for g in torch.autograd.grad(parts['kd'] + parts['ht'], features)]
-    assert learns == [True] * (K - 1) + [criterion.mixer.last_learns]
+    assert learns == [True] * (K - 1) + [criterion.mixer.supervises_last_exit]
 
 
 def test_a_hopeless_exit_gets_no_weight_by_loss():

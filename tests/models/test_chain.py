@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from timm_mlcsd.models.chain import read_chain
-from timm_mlcsd.models.probe import probe
+from timm_mlcsd.models.stages.chain import read_chain
+from timm_mlcsd.models.stages.probe import probe
 
 BLOCKS = {'body.0', 'body.1'}
 

@@ -26,7 +26,7 @@ THREE = dict(scales=(1, 2, 3), growth_factors=(4, 2, 1), bottleneck_factors=(4, 
 
 
 # exits, parameters and multiply-adds counted on the public code (kalviny/MSDNet-PyTorch, yangle15/RANet-pytorch) with
-# the same knobs; with its weights copied over, all exits' logits were the same bit for bit, too
+# the same arguments; with its weights copied over, all exits' logits were the same bit for bit, too
 @pytest.mark.parametrize(
     'name, size, kwargs, expected',
     [

@@ -5,13 +5,13 @@ from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from .evaluate import Costs, Logits, PolicyResult, Samples, as_logits, is_number
+from .evaluate import CachedLogits, Costs, ExitLogits, PolicyResult, as_logits, is_number
 from .policy import ExitPolicy
 from .search import Goal, best_thresholds
 
-__all__ = ['METHODS', 'CurvePoint', 'budgeted_curve', 'calibrate', 'thresholds_for_exit_rates']
+__all__ = ['THRESHOLD_METHODS', 'CurvePoint', 'budgeted_curve', 'calibrate', 'thresholds_for_exit_rates']
 
-METHODS = ('optimal', 'exit_rates', 'paper')
+THRESHOLD_METHODS = ('optimal', 'exit_rates', 'paper')
 
 # MSDNet's sweep: exit rates in proportion to p, p^2, ..., p^K
 SWEEP = tuple(i / 20 for i in range(1, 40))
@@ -26,7 +26,7 @@ class CurvePoint(NamedTuple):
 
 
 @torch.no_grad()
-def thresholds_for_exit_rates(logits: Logits, rates: Sequence[float], **kwargs: Any) -> ExitPolicy:
+def thresholds_for_exit_rates(logits: ExitLogits, rates: Sequence[float], **kwargs: Any) -> ExitPolicy:
     """The policy under which given shares of the samples leave at each exit (MSDNet's rule).
 
     The threshold of exit k is the score of the floor(N * rates[k])-th surest of the samples that are still there;
@@ -44,13 +44,13 @@ def thresholds_for_exit_rates(logits: Logits, rates: Sequence[float], **kwargs: 
     rates = rates.tolist() if isinstance(rates, torch.Tensor) else list(rates)
     if len(rates) != len(logits) or not all(is_number(r) and 0 <= r <= 1 for r in rates) or abs(sum(rates) - 1) > 1e-6:
         raise ValueError(f'rates={rates} must be {len(logits)} shares, one per exit, that sum to 1.')
-    opened = ExitPolicy([0.0] * (len(logits) - 1), **kwargs)
-    samples = Samples(logits, torch.zeros(logits.shape[1], dtype=torch.long))
-    return opened.with_thresholds(_for_exit_rates(samples, opened, rates))
+    all_on = ExitPolicy([0.0] * (len(logits) - 1), **kwargs)
+    samples = CachedLogits(logits, torch.zeros(logits.shape[1], dtype=torch.long))
+    return all_on.with_thresholds(_for_exit_rates(samples, all_on, rates))
 
 
 def _for_exit_rates(
-    samples: Samples, opened: ExitPolicy, rates: Sequence[float], lowest_right: bool = False
+    samples: CachedLogits, all_on: ExitPolicy, rates: Sequence[float], lowest_right: bool = False
 ) -> List[float]:
     """Thresholds for exit rates; with `lowest_right` each is the lowest score among those that leave and are right."""
     num_samples = len(samples.targets)
@@ -62,7 +62,7 @@ def _for_exit_rates(
             thresholds[k] = math.inf
         if thresholds[k] == math.inf:
             continue
-        scores, predictions = samples.answers(opened.with_thresholds(thresholds))  # exits that are off have no part
+        scores, predictions = samples.answers(all_on.with_thresholds(thresholds))  # exits that are off have no part
         threshold = scores[k][left].topk(count).values[-1].item()
         if lowest_right:
             right = scores[k][left & (predictions[k] == samples.targets) & (scores[k] >= threshold)]
@@ -72,16 +72,16 @@ def _for_exit_rates(
     return thresholds
 
 
-def _sweep(samples: Samples, opened: ExitPolicy, lowest_right: bool = False) -> Iterator[List[float]]:
+def _sweep(samples: CachedLogits, all_on: ExitPolicy, lowest_right: bool = False) -> Iterator[List[float]]:
     """Thresholds for MSDNet's 39 geometric distributions of the samples over the exits."""
     for p in SWEEP:
-        rates = [p**k for k in range(1, opened.num_exits + 1)]
-        yield _for_exit_rates(samples, opened, [rate / sum(rates) for rate in rates], lowest_right)
+        rates = [p**k for k in range(1, all_on.num_exits + 1)]
+        yield _for_exit_rates(samples, all_on, [rate / sum(rates) for rate in rates], lowest_right)
 
 
 @torch.no_grad()
 def calibrate(
-    logits: Logits,
+    logits: ExitLogits,
     targets: torch.Tensor,
     costs: Costs,
     *,
@@ -117,16 +117,16 @@ def calibrate(
     for name, value in (('budget', budget), ('max_drop', max_drop)):
         if value is not None and (not is_number(value) or math.isnan(value)):
             raise ValueError(f'{name}={value!r}: expected a number.')
-    if method not in METHODS:
-        raise ValueError(f'method={method!r} is unknown; choose one of {", ".join(METHODS)}.')
-    samples = Samples(logits, targets)
+    if method not in THRESHOLD_METHODS:
+        raise ValueError(f'method={method!r} is unknown; choose one of {", ".join(THRESHOLD_METHODS)}.')
+    samples = CachedLogits(logits, targets)
     num_exits = len(samples.logits)
-    opened = ExitPolicy([0.0] * (num_exits - 1), **kwargs)
+    all_on = ExitPolicy([0.0] * (num_exits - 1), **kwargs)
     # everybody leaves at one exit, the others are off; the last first
     fixed = [[math.inf] * k + [0.0] + [math.inf] * (num_exits - 2 - k) for k in range(num_exits - 1)]
     tried = []
-    for thresholds in ([math.inf] * (num_exits - 1), *fixed, *_sweep(samples, opened, method == 'paper')):
-        policy = opened.with_thresholds(thresholds)
+    for thresholds in ([math.inf] * (num_exits - 1), *fixed, *_sweep(samples, all_on, method == 'paper')):
+        policy = all_on.with_thresholds(thresholds)
         tried.append((policy, samples.evaluate(policy, costs)))
     goal = Goal(budget=budget) if max_drop is None else Goal(floor=tried[0][1].accuracy - max_drop)
     met = [(policy, result) for policy, result in tried if goal.is_met(result.accuracy, result.cost)]
@@ -146,7 +146,7 @@ def _out_of_reach(results: Sequence[PolicyResult], budget: Optional[float], max_
 
 @torch.no_grad()
 def budgeted_curve(
-    val: Tuple[Logits, torch.Tensor], test: Tuple[Logits, torch.Tensor], costs: Costs, **kwargs: Any
+    val: Tuple[ExitLogits, torch.Tensor], test: Tuple[ExitLogits, torch.Tensor], costs: Costs, **kwargs: Any
 ) -> List[CurvePoint]:
     """Accuracy over mean cost in MSDNet's budgeted batch setting.
 
@@ -162,8 +162,8 @@ def budgeted_curve(
     Returns:
         One `CurvePoint` per distribution, the cheapest first.
     """
-    val, test = Samples(*val), Samples(*test)
-    opened = ExitPolicy([0.0] * (len(val.logits) - 1), **kwargs)
-    policies = [opened.with_thresholds(thresholds) for thresholds in _sweep(val, opened)]
+    val, test = CachedLogits(*val), CachedLogits(*test)
+    all_on = ExitPolicy([0.0] * (len(val.logits) - 1), **kwargs)
+    policies = [all_on.with_thresholds(thresholds) for thresholds in _sweep(val, all_on)]
     points = [CurvePoint(policy, val.evaluate(policy, costs), test.evaluate(policy, costs)) for policy in policies]
     return sorted(points, key=lambda point: point.test.cost)

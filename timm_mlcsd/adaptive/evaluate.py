@@ -9,9 +9,18 @@ import torch
 from ..cost import ExitCost, ExitTime
 from .policy import ExitPolicy
 
-__all__ = ['Costs', 'Logits', 'PolicyResult', 'Samples', 'as_logits', 'as_targets', 'costs_of', 'evaluate_policy']
+__all__ = [
+    'Costs',
+    'ExitLogits',
+    'PolicyResult',
+    'CachedLogits',
+    'as_logits',
+    'as_targets',
+    'cumulative_costs',
+    'evaluate_policy',
+]
 
-Logits = Union[torch.Tensor, Sequence[torch.Tensor]]
+ExitLogits = Union[torch.Tensor, Sequence[torch.Tensor]]
 Costs = Union[Sequence[float], Sequence[ExitCost], Sequence[ExitTime]]
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -34,7 +43,7 @@ class PolicyResult(NamedTuple):
     prediction: torch.Tensor
 
 
-def as_logits(logits: Logits) -> torch.Tensor:
+def as_logits(logits: ExitLogits) -> torch.Tensor:
     """Logits of K exits on N samples as one tensor [K, N, C], float32 at least.
 
     A class that cannot be may have -inf; the largest logit of every sample must be a finite number.
@@ -87,7 +96,7 @@ def as_targets(targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return targets.long()
 
 
-def costs_of(costs: Costs, policy: ExitPolicy) -> torch.Tensor:
+def cumulative_costs(costs: Costs, policy: ExitPolicy) -> torch.Tensor:
     """What it costs to leave at each exit under a policy, [K] in float64.
 
     Args:
@@ -123,7 +132,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-class Samples:
+class CachedLogits:
     """Samples whose logits at all exits are known; what a policy's exits say of them is computed once.
 
     Args:
@@ -134,7 +143,7 @@ class Samples:
         ValueError: Logits that are not finite, empty, or sizes that don't fit each other.
     """
 
-    def __init__(self, logits: Logits, targets: torch.Tensor):
+    def __init__(self, logits: ExitLogits, targets: torch.Tensor):
         self.logits = as_logits(logits)
         self.targets = as_targets(targets, self.logits)
         self._known: Dict[Tuple, Tuple[torch.Tensor, torch.Tensor]] = {}
@@ -153,10 +162,10 @@ class Samples:
         shape, device = self.logits.shape[:2], self.logits.device
         scores = torch.full(shape, -torch.inf, dtype=self.logits.dtype, device=device)
         predictions = torch.zeros(shape, dtype=torch.long, device=device)
-        memory = None
+        history = None
         for k in range(policy.num_exits):
             if on[k]:
-                answer, scores[k], memory = policy.answer(k, self.logits[k], memory)
+                answer, scores[k], history = policy.step(k, self.logits[k], history)
                 predictions[k] = answer.argmax(-1)
                 if (scores[k] == -torch.inf).any():  # after temperatures and weights; at run time nobody would leave
                     check_finite(answer[None])
@@ -164,7 +173,7 @@ class Samples:
 
     def evaluate(self, policy: ExitPolicy, costs: Costs) -> PolicyResult:
         """What `evaluate_policy` gives."""
-        total = costs_of(costs, policy)
+        total = cumulative_costs(costs, policy)
         scores, predictions = self.answers(policy)
         leaves = torch.stack([score >= t for score, t in zip(scores, [*policy.thresholds, -torch.inf])])
         exit_index = leaves.int().argmax(0)  # the first; the last exit lets everybody leave
@@ -180,7 +189,7 @@ class Samples:
 
 
 @torch.no_grad()
-def evaluate_policy(logits: Logits, targets: torch.Tensor, costs: Costs, policy: ExitPolicy) -> PolicyResult:
+def evaluate_policy(logits: ExitLogits, targets: torch.Tensor, costs: Costs, policy: ExitPolicy) -> PolicyResult:
     """Count what a policy gets right and what it spends.
 
     Args:
@@ -198,4 +207,4 @@ def evaluate_policy(logits: Logits, targets: torch.Tensor, costs: Costs, policy:
         print(result.accuracy, result.cost, result.exit_fractions)
         ```
     """
-    return Samples(logits, targets).evaluate(policy, costs)
+    return CachedLogits(logits, targets).evaluate(policy, costs)

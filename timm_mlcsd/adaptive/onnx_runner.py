@@ -196,12 +196,12 @@ class AdaptiveModel:
             # the last rows that stay fill the gaps of those that leave
             count = len(rows) - int(leaves.sum())
             moves = list(zip(count + np.flatnonzero(~leaves[count:]), np.flatnonzero(leaves)))
-            rows, *state = (_close_up(a, count, moves) for a in (rows, *state))
-            log_probs, prediction, agreeing = memory
+            rows, *state = (_compact(a, count, moves) for a in (rows, *state))
+            log_probs, prediction, streak = memory
             memory = (
-                tuple(_close_up(p, count, moves) for p in log_probs),
-                None if prediction is None else _close_up(prediction, count, moves),
-                None if agreeing is None else _close_up(agreeing, count, moves),
+                tuple(_compact(p, count, moves) for p in log_probs),
+                None if prediction is None else _compact(prediction, count, moves),
+                None if streak is None else _compact(streak, count, moves),
             )
         return Prediction(logits, exit_index, self.costs[exit_index])
 
@@ -215,7 +215,7 @@ class AdaptiveModel:
 
     def _answer(self, k: int, logits: np.ndarray, memory: Tuple) -> Tuple[np.ndarray, np.ndarray, Tuple]:
         """What exit k says (logits), how sure it is, and what later exits need of it."""
-        policy, (log_probs, last, agreeing) = self.policy, memory
+        policy, (log_probs, last, streak) = self.policy, memory
         if policy['temperatures'] is not None:
             logits = logits / np.float32(policy['temperatures'][k])
         if policy['aggregate'] != 'last':
@@ -233,7 +233,7 @@ class AdaptiveModel:
         prediction = logits.argmax(-1)
         run = np.ones(len(prediction), dtype=np.int64)
         if last is not None:
-            run += np.where(prediction == last, agreeing, 0)
+            run += np.where(prediction == last, streak, 0)
         run *= is_number
         return logits, np.where(is_number, run, -np.inf), (log_probs, prediction, run)
 
@@ -286,7 +286,7 @@ def _register_shared_memory() -> None:
             raise
 
 
-def _close_up(a: np.ndarray, count: int, moves: Sequence[Tuple[int, int]]) -> np.ndarray:
+def _compact(a: np.ndarray, count: int, moves: Sequence[Tuple[int, int]]) -> np.ndarray:
     """The first `count` rows after `moves` (from, to), within the array."""
     for source, gap in moves:
         a[gap] = a[source]

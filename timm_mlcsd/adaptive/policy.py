@@ -12,25 +12,25 @@ from timm.utils import unwrap_model
 
 from ..errors import printable
 from ..file_checks import AGGREGATES, POLICY_FORMAT, SCORES, VERSION, check_policy, read_json
-from ..files import replacing
+from ..files import atomic_write
 from ..hub import POLICY
-from ..models import weights_digest
+from ..models import MultiExitModel, weights_digest
 
-__all__ = ['AGGREGATES', 'SCORES', 'ExitPolicy', 'Memory', 'score_of']
+__all__ = ['AGGREGATES', 'SCORES', 'ExitPolicy', 'ExitHistory', 'score_of']
 
 
-class Memory(NamedTuple):
+class ExitHistory(NamedTuple):
     """What exits that a sample has passed leave for those to come; tensors only, batch first.
 
     Attributes:
         log_probs: Of every exit that answered, [B, C]; empty where the aggregate is ``last``.
         prediction: Of the exit before, [B]; None where the score isn't ``patience``.
-        agreeing: How many exits in a row made that prediction, [B].
+        streak: How many exits in a row made that prediction, [B].
     """
 
     log_probs: Tuple[torch.Tensor, ...] = ()
     prediction: Optional[torch.Tensor] = None
-    agreeing: Optional[torch.Tensor] = None
+    streak: Optional[torch.Tensor] = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,22 @@ class ExitPolicy:
         data = printable(str(data))[:300] if data else None
         return replace(self, weights_digest=_digest_of(model), calibration_data=data, calibration_images=images)
 
+    @classmethod
+    def load_for(cls, path: Union[str, Path], model: MultiExitModel) -> 'ExitPolicy':
+        """Load a policy that is meant for a network.
+
+        Args:
+            path: File, or folder that holds ``exit_policy.json``.
+            model: The network.
+
+        Raises:
+            ValueError: It is not a policy, or it was made for another network or fitted to other weights.
+        """
+        policy = cls.load(path)
+        policy.check(model.num_exits, model.exit_names)
+        policy.check_weights(model)
+        return policy
+
     def without_digest(self) -> 'ExitPolicy':
         """The same policy for any weights."""
         return replace(self, weights_digest=None)
@@ -151,40 +167,40 @@ class ExitPolicy:
             f'remove "weights_digest") if you know that it fits.'
         )
 
-    def answer(
-        self, k: int, logits: torch.Tensor, memory: Optional[Memory] = None
-    ) -> Tuple[torch.Tensor, torch.Tensor, Memory]:
+    def step(
+        self, k: int, logits: torch.Tensor, history: Optional[ExitHistory] = None
+    ) -> Tuple[torch.Tensor, torch.Tensor, ExitHistory]:
         """What exit k says, given what the exits before it that are on have said.
 
         Args:
             k: Exit, from 0; one that is on.
             logits: Its logits [B, C].
-            memory: What `answer` returned for the exit before it that is on; None for the first.
+            history: What `step` returned for the exit before it that is on; None for the first.
 
         Returns:
-            The answer as logits [B, C] (its softmax is what the policy believes), the score [B], and the memory for
+            The answer as logits [B, C] (its softmax is what the policy believes), the score [B], and the history for
             the next exit. float32 at least. The score is -inf, so that no threshold is reached, where the largest of
             a sample's answers is not a finite number; -inf alone is a class that cannot be.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperatures is not None:
             logits = logits / self.temperatures[k]
-        memory = memory or Memory()
-        log_probs = memory.log_probs
+        history = history or ExitHistory()
+        log_probs = history.log_probs
         if self.aggregate != 'last':
             log_probs = (*log_probs, logits.log_softmax(-1))
             weights = self._weights(k)
             logits = sum(w * p for w, p in zip(weights, log_probs)).log_softmax(-1)
         is_number = logits.amax(-1).isfinite()
         if self.score != 'patience':
-            return logits, score_of(logits, self.score).where(is_number, -math.inf), Memory(log_probs)
+            return logits, score_of(logits, self.score).where(is_number, -math.inf), ExitHistory(log_probs)
         prediction = logits.argmax(-1)
-        agreeing = torch.ones_like(prediction)
-        if memory.prediction is not None:
-            agreeing += torch.where(prediction == memory.prediction, memory.agreeing, 0)
-        agreeing = agreeing * is_number
-        score = agreeing.to(logits.dtype).where(is_number, -math.inf)
-        return logits, score, Memory(log_probs, prediction, agreeing)
+        streak = torch.ones_like(prediction)
+        if history.prediction is not None:
+            streak += torch.where(prediction == history.prediction, history.streak, 0)
+        streak = streak * is_number
+        score = streak.to(logits.dtype).where(is_number, -math.inf)
+        return logits, score, ExitHistory(log_probs, prediction, streak)
 
     def _weights(self, k: int) -> Sequence[float]:
         """Weights of the exits up to k that are on; what the others would have had is shared among them."""
@@ -199,7 +215,7 @@ class ExitPolicy:
         """Write the policy as JSON; a folder gets ``exit_policy.json``. Nothing is left half written."""
         path = Path(path)
         path = path / POLICY if path.is_dir() else path
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + '\n', encoding='utf-8')
 
     def to_dict(self) -> Dict[str, Any]:

@@ -11,9 +11,9 @@ import torch
 from ..cost import exit_costs
 from ..models import MultiExitModel
 from ..network import load_network
-from .evaluate import Costs, costs_of
+from .evaluate import Costs, cumulative_costs
 from .exported import MANIFEST, ExportedModel
-from .policy import ExitPolicy, Memory
+from .policy import ExitHistory, ExitPolicy
 
 __all__ = ['AdaptiveModel', 'Prediction']
 
@@ -74,7 +74,7 @@ class AdaptiveModel:
         self.model = model
         self.policy = policy
         self._modules = [] if isinstance(model, ExportedModel) else list(model.modules())
-        self.costs = costs_of(costs, policy).tolist()
+        self.costs = cumulative_costs(costs, policy).tolist()
         self._run_exit: List[Callable[[Any], Tuple[Any, Optional[torch.Tensor]]]] = [
             partial(model.run_exit, k, answers=policy.is_on(k)) for k in range(model.num_exits)
         ]
@@ -153,12 +153,12 @@ class AdaptiveModel:
 
     @torch.no_grad()
     def _iter_exits(self, x: torch.Tensor) -> Iterator[Tuple[int, torch.Tensor]]:
-        state, memory = x, None
+        state, history = x, None
         for k, run in enumerate(self._run_exit):
             self._check_mode()
             state, logits = run(state)
             if logits is not None:
-                answer, _, memory = self.policy.answer(k, logits, memory)
+                answer, _, history = self.policy.step(k, logits, history)
                 yield k, answer
 
     def compile(self, **kwargs: Any) -> 'AdaptiveModel':
@@ -184,8 +184,8 @@ class AdaptiveModel:
             raise ValueError(f'images are {kind}; expected a floating point tensor [B, C, H, W], normalised.')
         if x.ndim != 4 or not len(x):
             raise ValueError(f'images have shape {tuple(x.shape)}; expected [B, C, H, W], B at least 1.')
-        batch = _Batch(len(x))
-        state, memory, answered = x, None, None
+        batch = _ActiveBatch(len(x))
+        state, history, answered = x, None, None
         for k in range(self.policy.num_exits):
             clock = None if deadline is None else self._clock(k, len(batch.rows), x)
             if clock is not None and answered is not None and not self._fits(k, clock, deadline):
@@ -193,7 +193,7 @@ class AdaptiveModel:
             start = time.perf_counter()
             state, logits = self._run_exit[k](state)
             if logits is not None:
-                answer, score, memory = self.policy.answer(k, logits, memory)
+                answer, score, history = self.policy.step(k, logits, history)
                 answered = k, answer
             if clock is not None:
                 if x.device.type == 'cuda':
@@ -207,9 +207,9 @@ class AdaptiveModel:
                 if not batch.rows:
                     break
                 if moves is not None:
-                    close_up = partial(_close_up, count=len(batch.rows), moves=moves, images=x)
+                    close_up = partial(_compact, count=len(batch.rows), moves=moves, images=x)
                     state, answer = _each(state, close_up), close_up(answer)
-                    memory = Memory(*_each(memory, close_up))
+                    history = ExitHistory(*_each(history, close_up))
                     answered = k, answer
         if batch.rows:
             batch.finish(*answered)
@@ -230,7 +230,7 @@ class AdaptiveModel:
         return 0 < left >= ahead
 
 
-class _Batch:
+class _ActiveBatch:
     """Who of a batch has left with which answer, and who is still there."""
 
     def __init__(self, size: int):
@@ -289,7 +289,7 @@ def _each(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return tree if tree is None else tuple(_each(t, change) for t in tree)
 
 
-def _close_up(t: torch.Tensor, count: int, moves: Sequence[Tuple[int, int]], images: torch.Tensor) -> torch.Tensor:
+def _compact(t: torch.Tensor, count: int, moves: Sequence[Tuple[int, int]], images: torch.Tensor) -> torch.Tensor:
     """The first `count` rows after `moves`: on a CPU within the tensor, which is much faster than a copy of all rows;
     elsewhere in one kernel. The caller's images stay as they are."""
     dense = t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)

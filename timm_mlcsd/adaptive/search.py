@@ -10,7 +10,7 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 
-from .evaluate import Costs, PolicyResult, Samples, costs_of
+from .evaluate import CachedLogits, Costs, PolicyResult, cumulative_costs
 from .policy import ExitPolicy
 
 __all__ = ['Goal', 'best_thresholds']
@@ -42,7 +42,7 @@ class Goal:
         return tie.masked_fill(lead < lead.max(), -math.inf).argmax().item()
 
 
-def best_thresholds(samples: Samples, costs: Costs, goal: Goal, start: ExitPolicy) -> ExitPolicy:
+def best_thresholds(samples: CachedLogits, costs: Costs, goal: Goal, start: ExitPolicy) -> ExitPolicy:
     """Improve a policy that meets a goal; exits that don't pay for their heads are turned off.
 
     Args:
@@ -73,7 +73,7 @@ def best_thresholds(samples: Samples, costs: Costs, goal: Goal, start: ExitPolic
 
 
 def _search(
-    samples: Samples, costs: Costs, goal: Goal, like: ExitPolicy, on: List[bool]
+    samples: CachedLogits, costs: Costs, goal: Goal, like: ExitPolicy, on: List[bool]
 ) -> Optional[Tuple[ExitPolicy, PolicyResult]]:
     """The best policy found with these exits on; None where none meets the goal."""
 
@@ -82,15 +82,17 @@ def _search(
         return like.with_thresholds([next(rest) if is_on else math.inf for is_on in on[:-1]])
 
     exits = [k for k, is_on in enumerate(on) if is_on]
-    opened = policy([0.0] * (len(exits) - 1))
-    scores, predictions = samples.answers(opened)
-    climb = _Climb(scores[exits], predictions[exits] == samples.targets, costs_of(costs, opened)[exits])
-    low, high = climb.price * 1e-6, climb.price
+    all_on = policy([0.0] * (len(exits) - 1))
+    scores, predictions = samples.answers(all_on)
+    ascent = _CoordinateAscent(
+        scores[exits], predictions[exits] == samples.targets, cumulative_costs(costs, all_on)[exits]
+    )
+    low, high = ascent.price * 1e-6, ascent.price
     thresholds, met = [math.inf] * (len(exits) - 1), []
     for _ in range(BISECTIONS):
         price = math.sqrt(low * high)
-        thresholds = climb.up(thresholds, price)
-        result = climb.result(thresholds)
+        thresholds = ascent.ascend(thresholds, price)
+        result = ascent.result(thresholds)
         fits = goal.is_met(*result)
         if fits:
             met.append((goal.key(*result), thresholds))
@@ -98,14 +100,14 @@ def _search(
         low, high = (low, price) if fits == (goal.floor is None) else (price, high)
     if not met:
         return None
-    thresholds = climb.spend(max(met)[1], goal)
+    thresholds = ascent.use_slack(max(met)[1], goal)
     # nobody leaves there, but it stays on until the outer search turns it off
     found = policy([t if t < math.inf else scores[k].max().item() + 1 for k, t in zip(exits, thresholds)])
     result = samples.evaluate(found, costs)
     return (found, result) if goal.is_met(result.accuracy, result.cost) else None
 
 
-class _Climb:
+class _CoordinateAscent:
     """Coordinate ascent over the thresholds of m exits on N samples.
 
     Args:
@@ -153,7 +155,7 @@ class _Climb:
         values = self.sorted[k][self.is_cut[k]].double()
         return torch.cat([values.new_full((1,), math.inf), values]), sums[0], sums[1]
 
-    def up(self, thresholds: List[float], price: float) -> List[float]:
+    def ascend(self, thresholds: List[float], price: float) -> List[float]:
         """Climb to where no single threshold can be moved to a higher accuracy - price * cost."""
         thresholds = list(thresholds)
         for _ in range(SWEEPS):
@@ -165,7 +167,7 @@ class _Climb:
                 break
         return thresholds
 
-    def spend(self, thresholds: List[float], goal: Goal) -> List[float]:
+    def use_slack(self, thresholds: List[float], goal: Goal) -> List[float]:
         """Move single thresholds while that improves the goal and keeps it met."""
         thresholds, count = list(thresholds), self.scores.shape[1]
         for _ in range(SWEEPS):

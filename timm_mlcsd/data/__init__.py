@@ -1,6 +1,6 @@
 """What timm's data package lacks."""
 
-from .checked import CheckedImages, CheckedLoader, NextIfBroken, WithoutBroken, checked_images, image_name
+from .checked import CheckedImages, CheckedLoader, DropBroken, SubstituteBroken, checked_images, image_name
 from .class_names import (
     ClassNames,
     check_look_alikes,
@@ -12,7 +12,6 @@ from .class_names import (
 )
 from .device_cache import CachedLoader, cache_images
 from .digits import DigitsDataset
-from .drawn import RememberingSampler
 from .folders import (
     SPLIT_FOLDERS,
     check_class_folders,
@@ -27,6 +26,7 @@ from .image import IMAGE_MODES, convert_image, read_image
 from .labels import CheckedCollate, CheckedMixup, check_labels
 from .pad_crop import PadCrop
 from .preprocess import IMAGE_MODE, Preprocessing, default_image_mode
+from .recording_sampler import RecordingSampler
 from .sample_keys import probe_keys, sample_keys
 from .stream import CheckedStream
 from .subset import ConvertedImages, IndexedTargets, TransformSubset, hold_out
@@ -45,12 +45,12 @@ __all__ = [
     'ConvertedImages',
     'DigitsDataset',
     'IndexedTargets',
-    'NextIfBroken',
+    'SubstituteBroken',
     'PadCrop',
     'Preprocessing',
-    'RememberingSampler',
+    'RecordingSampler',
     'TransformSubset',
-    'WithoutBroken',
+    'DropBroken',
     'cache_images',
     'check_class_folders',
     'check_folder_has_split',

@@ -9,15 +9,15 @@ from typing import Any, Callable, Collection, Iterable, Iterator, List, Optional
 import torch
 from torch.utils.data import Dataset
 
-from ..errors import UserError, shortened
+from ..errors import UserError, one_line
 from .image import read_image
 
 __all__ = [
     'CheckedImages',
     'CheckedLoader',
-    'NamesBroken',
-    'NextIfBroken',
-    'WithoutBroken',
+    'BrokenSampleTracker',
+    'SubstituteBroken',
+    'DropBroken',
     'checked_images',
     'image_name',
 ]
@@ -25,7 +25,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 
-class NamesBroken:
+class BrokenSampleTracker:
     """What looks for broken images, and says which there are.
 
     Attributes:
@@ -68,7 +68,7 @@ class NamesBroken:
             _logger.warning(f'Left out, because it cannot be read: {self._complaint(broken)}')
 
 
-class CheckedImages(NamesBroken, Dataset):
+class CheckedImages(BrokenSampleTracker, Dataset):
     """A timm reader's images; None in the place of one that cannot be read.
 
     timm's own data set takes the next image instead, says so every time, and counts nothing.
@@ -125,11 +125,11 @@ class CheckedImages(NamesBroken, Dataset):
         try:
             self._read(index)
         except Exception as e:
-            return f'{name} ({shortened(e, 120)})'
+            return f'{name} ({one_line(e, 120)})'
         return f'{name}, which now can be read'
 
 
-class NextIfBroken(Dataset):
+class SubstituteBroken(Dataset):
     """To train on: the image behind a broken one in its place, so that batches stay full.
 
     Args:
@@ -154,7 +154,7 @@ class NextIfBroken(Dataset):
         return len(self.dataset)
 
 
-class WithoutBroken:
+class DropBroken:
     """To evaluate on: makes batches of what can be read alone; they may be empty.
 
     Args:
@@ -186,9 +186,9 @@ def image_name(dataset: Any, index: int) -> str:
     return dataset.name(index) if isinstance(dataset, CheckedImages) else f'number {index}'
 
 
-def checked_images(dataset: Any) -> Optional[NamesBroken]:
+def checked_images(dataset: Any) -> Optional[BrokenSampleTracker]:
     """What a data set's images come from, if that looks for broken ones."""
-    while dataset is not None and not isinstance(dataset, NamesBroken):
+    while dataset is not None and not isinstance(dataset, BrokenSampleTracker):
         dataset = getattr(dataset, 'dataset', None)
     return dataset
 
@@ -214,7 +214,7 @@ class CheckedLoader:
         loader: timm's.
         dataset: What it loads.
         drawn: The indices in its batch of a number, where somebody remembers them.
-        part: The first of its batches to give, and the distance to the next.
+        shard: The first of its batches to give, and the distance to the next.
     """
 
     def __init__(
@@ -222,10 +222,10 @@ class CheckedLoader:
         loader: Any,
         dataset: Any,
         drawn: Optional[Callable[[int], List[int]]] = None,
-        part: Tuple[int, int] = (0, 1),
+        shard: Tuple[int, int] = (0, 1),
     ):
         self.loader = loader
-        self.part = part
+        self.shard = shard
         self.dataset = dataset
         self.drawn = drawn
         self.images = checked_images(dataset)
@@ -238,17 +238,17 @@ class CheckedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        first, step = self.part
+        first, step = self.shard
         with closing(iter(self.loader)) as batches:
             yield from self._looked_at(islice(batches, first, None, step))
 
     def _looked_at(self, batches: Iterator[Any]) -> Iterator[Any]:
-        is_first = True
+        is_primary = True
         while True:
             try:
-                with _signals_blocked() if is_first else nullcontext():
+                with _signals_blocked() if is_primary else nullcontext():
                     batch = next(batches)
-                is_first = False
+                is_primary = False
             except StopIteration:
                 self._check()
                 return

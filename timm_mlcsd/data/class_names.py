@@ -5,9 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Union
 
-from timm.data.readers import class_map
-
-from ..errors import UserError, shortened
+from .._timm import class_map
+from ..errors import UserError, one_line
 
 __all__ = [
     'ClassNames',
@@ -129,7 +128,7 @@ def _from_pickle(path: Path, flag: str) -> Dict[Any, int]:
     try:
         mapping = class_map.load_class_map(str(path))  # timm's unpickler runs no code
     except Exception as e:  # damaged pickles fail in as many ways as there are instructions
-        raise UserError(f'{flag} cannot be read: {shortened(e)}') from e
+        raise UserError(f'{flag} cannot be read: {one_line(e)}') from e
     right = isinstance(mapping, dict) and all(
         isinstance(name, (str, int)) and type(index) is int and 0 <= index < MAX_CLASSES
         for name, index in mapping.items()

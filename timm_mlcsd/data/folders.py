@@ -11,9 +11,9 @@ from typing import Any, Dict, Iterator, List, Sequence, Set
 
 import numpy as np
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.utils import natural_key
 
+from .._timm import get_img_extensions, set_img_extensions
 from ..errors import UserError, printable
 from .class_names import check_look_alikes
 

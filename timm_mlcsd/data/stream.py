@@ -12,17 +12,17 @@ from io import BytesIO
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Set
 
 from PIL import Image
-from timm.data.dataset import IterableImageDataset
-from timm.data.readers.targets import get_field
+from timm.data import IterableImageDataset
 
-from ..errors import shortened
-from .checked import NamesBroken
+from .._timm import get_field, input_decoders, intercept_open, wds_target_error
+from ..errors import one_line
+from .checked import BrokenSampleTracker
 from .image import convert_image, read_image
 
 __all__ = ['CheckedStream']
 
 
-class CheckedStream(NamesBroken, IterableImageDataset):
+class CheckedStream(BrokenSampleTracker, IterableImageDataset):
     """A timm reader's stream without the images that cannot be read.
 
     In training the stream goes on until it has given as many images as without them.
@@ -44,17 +44,15 @@ class CheckedStream(NamesBroken, IterableImageDataset):
         self.named: Set[str] = set()
         self._seen: Set[str] = set()
         self._log = _SharedLog()
-        # with this it opens its data, in the process that reads
-        reader._lazy_init = self._open
+        intercept_open(reader, self._open)
 
-    def _open(self) -> None:
-        open_reader = partial(type(self.reader)._lazy_init, self.reader)
+    def _open(self, open_reader: Callable[[], None]) -> None:
         _PREPARE[self.source](self.reader, open_reader, self.mode, self._leave_out)
 
     def _leave_out(self, name: str, error: Exception) -> None:
         if name not in self._seen:
             self._seen.add(name)
-            self._log.add([name, shortened(error, 120)])
+            self._log.add([name, one_line(error, 120)])
         if len(self._seen) > self.limit:
             raise ValueError('too many images are broken')
 
@@ -191,8 +189,7 @@ def _prepare_tfds(reader: Any, open_reader: Callable, mode: str, leave_out: Call
     def decode(encoded: bytes) -> Image.Image:
         return read_image(BytesIO(encoded), mode)
 
-    decoders = undecoded(type(reader)._input_decoders(reader))
-    reader._input_decoders = lambda: decoders
+    input_decoders(reader, undecoded)
     reader.builder.as_dataset = with_ids
     reader.input_img_mode = ''  # or timm would make an image of it
     open_reader()
@@ -204,8 +201,6 @@ def _prepare_tfds(reader: Any, open_reader: Callable, mode: str, leave_out: Call
 
 
 def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Callable) -> None:
-    from timm.data.readers.reader_wds import WdsTargetKeyError
-
     open_reader()
     shards = {os.path.join(reader.root, name) for name in reader.split_info.filenames}
 
@@ -229,7 +224,7 @@ def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Calla
             try:
                 decoded = decode(sample)
                 image = None if decoded is None else convert_image(decoded['jpg'], mode)
-            except (TypeError, WdsTargetKeyError):  # the flags' fault, not the sample's
+            except (TypeError, wds_target_error()):  # the flags' fault, not the sample's
                 raise
             except Exception as e:
                 leave_out(called, e)

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one living run: made exclusively, and locked until the process ends."""
+"""Exclusive use of a run's folder: created exclusively, and locked until the process ends."""
 
 import contextlib
 import importlib.util
@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import Iterator, Optional
 
-from ..errors import UserError, blame
+from ..errors import UserError, as_user_error
 
 __all__ = ['LOCK', 'claimed', 'new_folder']
 
@@ -15,12 +15,12 @@ LOCK = '.lock'
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Make a folder that was not there: with `name`, or with the first of -1, -2, ... behind it that is free.
+    """Create a new folder with the given name, or with the first free suffix of -1, -2, ...
 
     Raises:
         UserError: It cannot be written.
     """
-    with blame(f'--output {str(parent)!r} cannot be written'):
+    with as_user_error(f'--output {str(parent)!r} cannot be written'):
         parent.mkdir(parents=True, exist_ok=True)
         number = 0
         while True:
@@ -35,18 +35,17 @@ def new_folder(parent: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def claimed(folder: Path, is_new: bool = False) -> Iterator[None]:
-    """Keep a folder to this process. It is made if it is not there; one that is new is removed again where nothing came
-    into it.
+    """Lock a folder for this process; a missing folder is created, and a new one is removed again if it stays empty.
 
-    The lock is the kernel's, so that it ends with the process, however that ends; the loader's processes do not inherit
-    it. Where there are no such locks (Windows, some network file systems) any process may have the folder.
+    The lock is one of the kernel, so that it ends with the process, however that ends; loader processes do not inherit
+    it. Without such locks (Windows, some network file systems) the folder is not protected.
 
     Raises:
-        UserError: Another process has it, or it cannot be written.
+        UserError: Another process has locked it, or it cannot be written.
     """
     path = folder / LOCK
     is_new = is_new or not folder.exists()
-    with blame(f'the folder {str(folder)!r} cannot be written'):
+    with as_user_error(f'the folder {str(folder)!r} cannot be written'):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
     try:
@@ -61,7 +60,7 @@ def claimed(folder: Path, is_new: bool = False) -> Iterator[None]:
 
 
 def _locked(path: Path) -> Optional[int]:
-    """The open file, locked; None where there are no locks."""
+    """The open, locked file; None if the system has no locks."""
     if importlib.util.find_spec('fcntl') is None:
         return None
     import fcntl
@@ -80,7 +79,7 @@ def _locked(path: Path) -> Optional[int]:
         except OSError:  # a file system without locks
             os.close(file)
             return None
-        # the one who had it may have removed the file meanwhile
+        # the previous owner may have removed the file since
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 os.truncate(file, 0)

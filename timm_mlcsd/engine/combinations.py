@@ -1,11 +1,15 @@
-"""Flags that contradict each other, though each is right alone."""
+"""Checks of settings that are valid each, but contradict each other."""
 
-import argparse
 from typing import Any, Dict, Sequence
 
+from ..distributed import DistributedContext
 from ..errors import UserError
+from .config import TrainConfig
+from .data_config import DataConfig
+from .loaders import AugmentConfig
+from .optimizer import SchedulerConfig
 
-__all__ = ['check_combinations']
+__all__ = ['check_combinations', 'check_fsdp', 'check_input']
 
 # arguments of the network and of the optimizer that have flags of their own
 _MODEL_FLAGS = dict(
@@ -34,50 +38,87 @@ _OPTIMIZER_FLAGS = dict(
 )
 
 
-def check_combinations(args: argparse.Namespace) -> None:
-    """Refuse contradictions among the flags of train.py, or among those that validate.py shares.
+def check_combinations(config: TrainConfig) -> None:
+    """Refuse contradictions among the settings of a training.
 
     Raises:
         UserError: There is one.
     """
-    _check_input(args)
-    if 'opt' not in args:  # validate.py
-        return
-    _check_own_flags('--model-kwargs', args.model_kwargs, _MODEL_FLAGS)
-    _check_own_flags('--opt-kwargs', args.opt_args, _OPTIMIZER_FLAGS)
-    if args.exit_weights and not any(args.exit_weights):
-        raise _mistake('--exit-weights', args.exit_weights, 'one number above 0 or more: with none, no exit trains')
-    if not args.gamma and (args.distill == 'none' or args.exits == 1 or (args.alpha == 0 and args.beta == 0)):
+    check_input(config.data)
+    _check_own_flags('--model-kwargs', config.model.model_kwargs, _MODEL_FLAGS)
+    _check_own_flags('--opt-kwargs', config.optimizer.opt_args, _OPTIMIZER_FLAGS)
+    _check_loss(config)
+    _check_schedule(config.scheduler)
+    _check_augmentation(config.augment)
+
+
+def _check_loss(config: TrainConfig) -> None:
+    loss = config.loss
+    if loss.exit_weights and not any(loss.exit_weights):
+        raise _mistake('--exit-weights', loss.exit_weights, 'one number above 0 or more: with none, no exit trains')
+    no_distillation = loss.distill == 'none' or config.model.exits == 1 or (loss.alpha == 0 and loss.beta == 0)
+    if not loss.gamma and no_distillation:
         raise UserError('--gamma 0: nothing is left to train with, neither labels nor distillation.')
-    if args.lr_noise and (len(args.lr_noise) > 2 or not _increase(args.lr_noise)):
-        raise _mistake('--lr-noise', args.lr_noise, 'where it begins, and perhaps a later place where it ends')
-    if not _increase(args.decay_milestones):
-        raise _mistake('--decay-milestones', args.decay_milestones, 'epochs in increasing order')
-    if args.decay_rate > 1 and args.sched != 'poly':
-        raise _mistake('--decay-rate', [args.decay_rate], 'at most 1: only the power of --sched poly may be larger')
-    if args.cutmix_minmax and not _increase(args.cutmix_minmax):
-        raise _mistake('--cutmix-minmax', args.cutmix_minmax, 'the smaller share first')
-    for flag, bounds in (('--scale', args.scale), ('--ratio', args.ratio)):
+
+
+def _check_schedule(schedule: SchedulerConfig) -> None:
+    if schedule.lr_noise and (len(schedule.lr_noise) > 2 or not _increase(schedule.lr_noise)):
+        raise _mistake('--lr-noise', schedule.lr_noise, 'where it begins, and perhaps a later place where it ends')
+    if not _increase(schedule.decay_milestones):
+        raise _mistake('--decay-milestones', schedule.decay_milestones, 'epochs in increasing order')
+    if schedule.decay_rate > 1 and schedule.sched != 'poly':
+        raise _mistake('--decay-rate', [schedule.decay_rate], 'at most 1: only the power of --sched poly may be larger')
+
+
+def _check_augmentation(augment: AugmentConfig) -> None:
+    if augment.cutmix_minmax and not _increase(augment.cutmix_minmax):
+        raise _mistake('--cutmix-minmax', augment.cutmix_minmax, 'the smaller share first')
+    for flag, bounds in (('--scale', augment.scale), ('--ratio', augment.ratio)):
         if bounds[0] > bounds[1]:
             raise _mistake(flag, bounds, 'the smaller number first')
 
 
-def _check_input(args: argparse.Namespace) -> None:
-    if args.input_size:
-        channels, *size = args.input_size
-        if args.img_size not in (None, *size) or (args.img_size and size[0] != size[1]):
+def check_input(data: DataConfig) -> None:
+    """Refuse contradictions among the sizes and channels of the images.
+
+    Raises:
+        UserError: There is one.
+    """
+    if data.input_size:
+        channels, *size = data.input_size
+        if data.img_size not in (None, *size) or (data.img_size and size[0] != size[1]):
             raise UserError(
-                f'--input-size {_spelled(args.input_size)} contradicts --img-size {args.img_size}: give one of them.'
+                f'--input-size {_spelled(data.input_size)} contradicts --img-size {data.img_size}: give one of them.'
             )
-        if args.in_chans not in (None, channels):
+        if data.in_chans not in (None, channels):
             raise UserError(
-                f'--input-size {_spelled(args.input_size)} contradicts --in-chans {args.in_chans}: give one of them.'
+                f'--input-size {_spelled(data.input_size)} contradicts --in-chans {data.in_chans}: give one of them.'
             )
-    channels = args.input_size[0] if args.input_size else args.in_chans or 3
+    channels = data.input_size[0] if data.input_size else data.in_chans or 3
     for name in ('mean', 'std'):
-        value = getattr(args, name)
+        value = getattr(data, name)
         if value and len(value) not in (1, channels):
             raise UserError(f'--{name} has {len(value)} values for {channels} channels.')
+
+
+def check_fsdp(config: TrainConfig, dist_context: DistributedContext) -> None:
+    """Refuse what does not go together with ``--fsdp``."""
+    if dist_context.size == 1:
+        raise UserError('--fsdp shares a network out among processes: start several with torchrun.')
+    others = dict(
+        model_ema=config.trainer.model_ema,
+        torchcompile=config.device.torchcompile,
+        heads_only=config.model.heads_only,
+        sync_bn=config.trainer.sync_bn,
+        grad_checkpointing=config.model.grad_checkpointing,
+    )
+    others = [f'--{name.replace("_", "-")}' for name, given in others.items() if given]
+    if config.loop.clip_grad is not None and config.loop.clip_mode == 'agc':
+        others.append('--clip-mode agc (take norm)')
+    if config.device.amp and config.device.amp_dtype == 'float16':
+        others.append('--amp-dtype float16 (take bfloat16)')
+    if others:
+        raise UserError(f'--fsdp does not go together with {", ".join(others)}.')
 
 
 def _check_own_flags(flag: str, given: Dict[str, Any], own: Dict[str, str]) -> None:

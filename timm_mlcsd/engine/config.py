@@ -1,135 +1,89 @@
-"""A YAML file of flags, as in timm: the command line wins."""
+"""The whole configuration of a training: what train.py's flags set, and what a run writes into args.yaml."""
 
-import argparse
-import difflib
-import os
-import re
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Dict
 
-import yaml
+from .build import LossConfig, ModelConfig
+from .data_config import TrainDataConfig
+from .device import DeviceConfig
+from .epoch import LoopConfig
+from .loaders import AugmentConfig
+from .logs import LogConfig
+from .optimizer import OptimizerConfig, SchedulerConfig
+from .resume import RunConfig
 
-from ..arguments import KeyValues, ScriptParser, exits
-from ..errors import UserError
-from .combinations import check_combinations
-
-__all__ = ['parse_args']
+__all__ = ['TrainConfig', 'TrainerConfig']
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Parse the flags of ``--config``, if there is one, then the command line over them.
+@dataclass
+class TrainerConfig:
+    """Seed, averaged weights, and how several processes train together.
 
-    Raises:
-        UserError: A flag is wrong, or the config file is missing or holds a key that no flag has.
+    Attributes:
+        seed: Seed of weights, order and augmentation.
+        model_ema: Whether an average of the weights is kept and evaluated.
+        model_ema_decay: Decay of that average per update.
+        model_ema_warmup: Whether the decay grows from 0.
+        dist_bn: BatchNorm's statistics after an epoch: ``reduce`` for the mean over the processes, ``broadcast`` for
+            those of the first, empty to leave them.
+        fsdp: Whether parameters and optimizer state are sharded (FSDP2).
+        sync_bn: Whether BatchNorm normalises over all processes.
     """
-    config_parser = ScriptParser(add_help=False)
-    config_parser.add_argument('-c', '--config')
-    given, rest = config_parser.parse_known_args(argv)
-    # two passes, so that a list at the end of the file can't take the command line's DIR for one of its values
-    from_config = parser.parse_args(_config_to_argv(parser, given.config)) if given.config else None
-    configured = from_config and from_config.data_dir
-    if from_config:
-        from_config.data_dir = None
-    args = parser.parse_args(rest, namespace=from_config)
-    if args.data and args.data_dir and args.data != args.data_dir:
-        raise UserError(f'the data is named twice, as {args.data!r} and as --data-dir {args.data_dir!r}: give one.')
-    args.data_dir = args.data or args.data_dir or configured
-    if args.data_dir:
-        args.data_dir = os.path.expanduser(args.data_dir)
-    del args.config, args.data
-    check_combinations(args)
-    if args.input_size:
-        args.in_chans = args.input_size[0]
-    return args
+
+    seed: int = 42
+    model_ema: bool = False
+    model_ema_decay: float = 0.9998
+    model_ema_warmup: bool = False
+    dist_bn: str = 'reduce'
+    fsdp: bool = False
+    sync_bn: bool = False
 
 
-class _Written(str):
-    """A number as it is written, also inside of lists and dicts."""
+@dataclass
+class TrainConfig:
+    """A training, one part per owner; the names of all fields are those of train.py's flags.
 
-    def __repr__(self) -> str:
-        return str(self)
+    Examples:
+        ```python
+        config = TrainConfig(
+            data=TrainDataConfig(dataset='digits', img_size=32, val_split='validation'),
+            model=ModelConfig('mlcsd_resnet18', exits=4, small_input=True),
+            scheduler=SchedulerConfig(epochs=10),
+        )
+        folder = train(config)
+        ```
+    """
 
+    data: TrainDataConfig = field(default_factory=TrainDataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
-class _FlagLoader(yaml.SafeLoader):
-    """YAML whose keys are there once (PyYAML takes the last of two), and whose numbers are text, as those on a command
-    line are: YAML makes 8 of 010, 90 of 1:30 and 1.1 of a run with the name 1.10."""
+    def to_dict(self) -> Dict[str, Any]:
+        """All settings by the names of the flags, as plain values."""
+        flat: Dict[str, Any] = {}
+        for part in asdict(self).values():
+            flat.update(part)
+        return flat
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
-        merge = 'tag:yaml.org,2002:merge'
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f'it has {key!r} twice', node.start_mark)
-        return super().construct_mapping(node, deep)
+    @classmethod
+    def from_dict(cls, settings: Dict[str, Any]) -> 'TrainConfig':
+        """Create a configuration from settings by the names of the flags; missing ones have their default.
 
-    def construct_written(self, node: yaml.ScalarNode) -> _Written:
-        return _Written(self.construct_scalar(node))
-
-
-for _kind in ('int', 'float'):
-    _FlagLoader.add_constructor(f'tag:yaml.org,2002:{_kind}', _FlagLoader.construct_written)
-# numbers that YAML 1.1 takes for words
-_FlagLoader.add_implicit_resolver(
-    'tag:yaml.org,2002:float', re.compile(r'[-+]?[0-9]+[eE][-+]?[0-9]+$'), [*'-+0123456789']
-)
-
-
-def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
-    """Spell a YAML config as command line arguments, so that types and choices are checked like any flag's."""
-    flags: Dict[str, Tuple[str, argparse.Action]] = {}
-    for action in parser._actions:
-        if action.option_strings and action.dest not in ('help', 'config'):
-            spelt = [s for s in action.option_strings if s[:2] == '--' and s[:5] != '--no-'] or action.option_strings
-            names = {action.dest, *(s.lstrip('-').replace('-', '_') for s in spelt)}
-            flags.update((name, (spelt[-1], action)) for name in names)
-    try:
-        with open(path) as f:
-            config = yaml.load(f, _FlagLoader) or {}
-    except OSError as e:
-        raise UserError(f'--config {path!r} cannot be read: {e.strerror}.') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f'--config {path!r} is not valid YAML: {e}') from None
-    if not isinstance(config, dict):
-        raise UserError(f'--config {path!r} must hold "flag: value" lines.')
-    argv: List[str] = []
-    given: Dict[str, Any] = {}
-    for key, value in config.items():
-        dest = str(key).replace('-', '_')
-        if dest not in flags:
-            near = difflib.get_close_matches(dest, flags, n=3)
-            raise UserError(
-                f'--config {path!r}: no flag has the name {key!r}'
-                + (f'; near names: {", ".join(near)}.' if near else '; --help lists them.')
-            )
-        name = flags[dest][1].dest
-        if name in given:
-            raise UserError(f'--config {path!r}: {given[name]!r} and {key!r} are the same flag: give one of them.')
-        given[name] = key
-        argv += _spell(*flags[dest], value, path)
-    return argv
-
-
-def _spell(flag: str, action: argparse.Action, value: Any, path: str) -> List[str]:
-    if value is None:
-        return []
-    if isinstance(action, (argparse._StoreTrueAction, argparse.BooleanOptionalAction)):
-        if not isinstance(value, bool):
-            raise UserError(f'--config {path!r}: {action.dest} is a switch; give true or false, not {value!r}.')
-        off = action.option_strings[-1:] if isinstance(action, argparse.BooleanOptionalAction) else []
-        return [flag] if value else off
-    if isinstance(value, bool) and action.nargs == '?':
-        return [flag] if value else []
-    if isinstance(value, dict) and isinstance(action, KeyValues):
-        return [flag, *(f'{k}={v!r}' for k, v in value.items())]
-    if isinstance(value, list) and action.type is exits:
-        return [flag, ','.join(str(v) for v in value)]
-    if isinstance(value, list) and action.nargs not in (None, '?'):
-        return [flag, *(str(v) for v in value)]
-    if isinstance(value, (bool, dict, list)):
-        raise UserError(f'--config {path!r}: {action.dest} takes {_wanted(action)}, not {value!r}.')
-    return [f'{flag}={value}']
-
-
-def _wanted(action: argparse.Action) -> str:
-    if isinstance(action, KeyValues):
-        return 'key: value pairs'
-    return 'one value (quote it if it is text)' if action.nargs in (None, '?') else 'a list of values'
+        Raises:
+            ValueError: A name is unknown.
+        """
+        parts, left = {}, dict(settings)
+        for part in fields(cls):
+            names = [f.name for f in fields(part.default_factory)]
+            parts[part.name] = part.default_factory(**{name: left.pop(name) for name in names if name in left})
+        if left:
+            raise ValueError(f'unknown settings: {", ".join(sorted(left))}.')
+        return cls(**parts)

@@ -1,11 +1,7 @@
-"""From flags to data sets, which timm reads."""
+"""Data sets, which timm reads, from their configuration."""
 
-import argparse
-import importlib.util
 import logging
-import os
 from functools import partial
-from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -24,21 +20,19 @@ from ..data import (
     ConvertedImages,
     DigitsDataset,
     TransformSubset,
-    check_class_folders,
-    check_folder_has_split,
     class_label,
     hold_out,
     image_endings,
     leave_hidden_folders_out,
-    leave_out_what_is_no_data,
-    load_class_map,
     names_by_index,
     probe_keys,
     read_image,
     same_names,
     sample_keys,
 )
-from ..errors import UserError, blame, install_hint, printable
+from ..errors import UserError, as_user_error, printable
+from .data_config import DataConfig, TrainDataConfig
+from .sources import SOURCES, STREAMS, check_source, read_class_map
 
 __all__ = [
     'check_classes',
@@ -50,94 +44,97 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-_PREFIXES = ('', 'hfds', 'hfids', 'tfds', 'torch', 'wds')
-_STREAMS = ('hfids', 'tfds', 'wds')
-_TRAIN_AND_TEST = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')
-
 
 def load_dataset(
-    args: argparse.Namespace,
+    config: DataConfig,
     split: str,
     is_training: bool = False,
     num_samples: Optional[int] = None,
     needs_folder: bool = False,
+    seed: int = 42,
 ) -> Dataset:
-    """Load one split of what ``--dataset`` and ``--data-dir`` name.
+    """Load one split of a data set.
 
     Args:
-        args: The flags.
-        split: Which.
+        config: The data.
+        split: Name of the split.
         is_training: Whether streamed data is shuffled.
-        num_samples: Length of a stream to train on, where it doesn't tell.
-        needs_folder: Whether a folder without splits is a mistake, instead of being the split itself.
+        num_samples: Number of samples in a training stream of unknown length.
+        needs_folder: Whether a folder without splits is an error, instead of being the split itself.
+        seed: Seed of the order in which streamed data is shuffled.
 
     Raises:
         UserError: It cannot be read.
     """
-    image_mode = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
+    image_mode = _image_mode(config)
+    if config.dataset == 'digits':
+        read_class_map(config, SOURCES['torch'])
+        with as_user_error('--dataset digits'):
+            return DigitsDataset(split, image_mode=image_mode)
+    prefix = check_source(config, split, needs_folder)
+    source = SOURCES[prefix]
+    class_map = read_class_map(config, source)
+    if prefix == 'hfids' and not is_training:
+        num_samples = 1  # timm insists, and uses it for training only
+    hint = (
+        ' (--train-num-samples N tells how long it is)' if source.is_stream and is_training and not num_samples else ''
+    )
+    hint = f' with the classes of --class-map {config.class_map}' if config.class_map else hint
+    what = f'split {split!r} of --dataset {config.dataset!r} at {config.data_dir!r} cannot be read{hint}'
+    keys = dict(input_key=config.input_key, target_key=config.target_key) if source.has_keys else {}
+    with as_user_error(what), image_endings():
+        dataset = create_dataset(
+            config.dataset,
+            root=config.data_dir,
+            split=split,
+            is_training=is_training,
+            class_map=class_map or '',
+            download=config.dataset_download,
+            batch_size=config.batch_size,
+            num_samples=num_samples,
+            repeats=getattr(config, 'epoch_repeats', 0) if is_training else 0,
+            seed=seed,
+            input_img_mode=image_mode,
+            trust_remote_code=config.dataset_trust_remote_code,
+            **keys,
+        )
+    with as_user_error(what):
+        source.check(getattr(dataset, 'reader', None), config, split, class_map)
+    return _with_checked_images(dataset, prefix, config, image_mode, is_training)
+
+
+def _image_mode(config: DataConfig) -> str:
+    """The Pillow mode that images are read in."""
+    image_mode = config.input_img_mode or ('L' if config.in_chans == 1 else 'RGB')
     if image_mode not in IMAGE_MODES:
         raise UserError(
             f'--input-img-mode {image_mode} is no mode of Pillow with 8 bits per channel: expected one of '
             f'{", ".join(IMAGE_MODES)}.'
         )
     channels = len(ImageMode.getmode(image_mode).bands)
-    if args.in_chans and channels != args.in_chans:
+    if config.in_chans and channels != config.in_chans:
         raise UserError(
-            f'--in-chans {args.in_chans}: images are read as {image_mode}, with {channels} channels; name another '
+            f'--in-chans {config.in_chans}: images are read as {image_mode}, with {channels} channels; name another '
             f'--input-img-mode: L has 1, RGB 3, RGBA and CMYK 4.'
         )
-    if args.dataset == 'digits':
-        _class_map(args, 'torch')
-        with blame('--dataset digits'):
-            return DigitsDataset(split, image_mode=image_mode)
-    prefix = _check_source(args, split, needs_folder)
-    if prefix == 'hfids' and not is_training:
-        num_samples = 1  # timm insists, and uses it for training alone
-    keys = dict(input_key=args.input_key, target_key=args.target_key) if prefix not in ('', 'torch') else {}
-    class_map = _class_map(args, prefix)
-    asks = prefix in _STREAMS and is_training and not num_samples
-    hint = ' (--train-num-samples N tells how long it is)' if asks else ''
-    hint = f' with the classes of --class-map {args.class_map}' if args.class_map else hint
-    what = f'split {split!r} of --dataset {args.dataset!r} at {args.data_dir!r} cannot be read{hint}'
-    with blame(what), image_endings():
-        dataset = create_dataset(
-            args.dataset,
-            root=args.data_dir,
-            split=split,
-            is_training=is_training,
-            class_map=class_map or '',
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            num_samples=num_samples,
-            repeats=args.epoch_repeats if is_training else 0,
-            seed=getattr(args, 'seed', 42),
-            input_img_mode=image_mode,
-            trust_remote_code=args.dataset_trust_remote_code,
-            **keys,
-        )
-    if prefix == 'hfids':
-        _learn_classes(dataset.reader, args)
-    if prefix in ('hfds', 'hfids', 'tfds'):
-        _check_columns(dataset.reader, args)
-    if class_map is not None and prefix != '':
-        _check_map_is_whole(class_map, names_of_reader(dataset.reader), args.class_map)
-    if prefix == 'wds':
-        _check_shards(dataset.reader, split)
-    if prefix == '':
-        with blame(what):
-            leave_out_what_is_no_data(dataset.reader, class_map is not None)
-        check_class_folders(dataset.reader, args.class_map)
+    return image_mode
+
+
+def _with_checked_images(
+    dataset: Dataset, prefix: str, config: DataConfig, image_mode: str, is_training: bool
+) -> Dataset:
+    """The data set with our reading of images, which counts and names the ones that are broken."""
     if isinstance(dataset, ImageDataset):
-        return CheckedImages(dataset.reader, image_mode, args.max_bad_samples)
-    if prefix in _STREAMS:
+        return CheckedImages(dataset.reader, image_mode, config.max_bad_samples)
+    if SOURCES[prefix].is_stream:
         if not is_training:
-            # timm would part it among processes, and repeat or lose images
+            # timm would divide it among processes, and repeat or lose images
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
-        return CheckedStream(dataset.reader, prefix, image_mode, args.max_bad_samples)
-    if args.max_bad_samples:
+        return CheckedStream(dataset.reader, prefix, image_mode, config.max_bad_samples)
+    if config.max_bad_samples:
         raise UserError(
-            f'--max-bad-samples {args.max_bad_samples}: --dataset {args.dataset!r} is read by torchvision, which stops '
-            f'at an image that cannot be read.'
+            f'--max-bad-samples {config.max_bad_samples}: --dataset {config.dataset!r} is read by torchvision, which '
+            f'stops at an image that cannot be read.'
         )
     if isinstance(dataset, ImageFolder):
         leave_hidden_folders_out(dataset)
@@ -146,105 +143,8 @@ def load_dataset(
     return ConvertedImages(dataset, image_mode) if prefix == 'torch' else dataset
 
 
-def _class_map(args: argparse.Namespace, prefix: str) -> Optional[Dict[Any, int]]:
-    """The indices that ``--class-map`` gives to classes, None without that flag."""
-    if not args.class_map:
-        return None
-    if prefix in ('torch', 'wds'):
-        raise UserError(
-            f'--class-map {args.class_map!r}: expected a folder of images, hfds/, hfids/ or tfds/ data, got --dataset '
-            f'{args.dataset!r}, whose labels are indices; leave the flag out.'
-        )
-    return load_class_map(args.class_map, args.data_dir)
-
-
-def _check_map_is_whole(class_map: Dict[Any, int], names: Dict[int, str], flag: str) -> None:
-    """Refuse a class map without a class of the data: each image of it would seem to be broken."""
-    missing = [name for index, name in names.items() if name not in class_map and index not in class_map]
-    if missing:
-        raise UserError(
-            f'--class-map {flag!r}: expected an index for every class of the data, got none for '
-            f'{printable(", ".join(missing[:5]))}; add {"it" if len(missing) == 1 else "them"}.'
-        )
-
-
-def _check_source(args: argparse.Namespace, split: str, needs_folder: bool) -> str:
-    """Refuse data that timm would not find, or take for other data; returns which of timm's sources it is."""
-    if not args.dataset and not args.data_dir:
-        tag = getattr(args, 'pretrained_backbone', None)
-        swallowed = f' --pretrained-backbone took {tag!r} for a tag.' if isinstance(tag, str) else ''
-        raise UserError(f'no data: give a path (./train.py DIR), or --dataset digits, which needs none.{swallowed}')
-    prefix, _, name = args.dataset.partition('/')
-    if prefix.lower() not in _PREFIXES:  # timm would take it for a folder of images
-        raise UserError(
-            f'--dataset {args.dataset!r} is unknown: leave it out for a folder of images, or give digits or a name '
-            f'that begins with {", ".join(p + "/" for p in _PREFIXES if p)}.'
-        )
-    prefix = prefix.lower()
-    if prefix == 'torch':
-        _check_torchvision_has_split(name, args.data_dir, split)
-    path = args.data_dir if prefix in ('', 'torch') else name
-    looks_local = path == args.data_dir or path.startswith(('/', './', '../'))
-    if path and looks_local and not args.dataset_download and not Path(path).exists():
-        raise UserError(f'no data at {path!r}: there is no such file or folder.')
-    if prefix == '' or name in ('folder', 'image_folder'):
-        check_folder_has_split(args.data_dir, split, needs_folder)
-    _check_package(args.dataset, prefix)
-    return prefix
-
-
-def _check_package(dataset: str, prefix: str) -> None:
-    package = dict(hfds='datasets', hfids='datasets', tfds='tensorflow_datasets', wds='webdataset').get(prefix)
-    if package and importlib.util.find_spec(package) is None:
-        extra = 'hfds' if package == 'datasets' else prefix
-        raise UserError(f'--dataset {dataset} needs the package {package}; {install_hint(extra)}.')
-
-
-def _learn_classes(reader: Any, args: argparse.Namespace) -> None:
-    """Ask the first shard for columns and class names that a streamed data set does not state."""
-    info = reader.builder.info
-    if info.features is None:
-        info.features = reader.builder.as_streaming_dataset(split=reader.split).features
-    names = getattr((info.features or {}).get(args.target_key or 'label'), 'names', None)
-    if names and not reader.class_to_idx:
-        reader.class_to_idx = {name: i for i, name in enumerate(names)}
-
-
-def _check_columns(reader: Any, args: argparse.Namespace) -> None:
-    """Refuse keys that no sample has: each of them would seem to be broken."""
-    if hasattr(reader, 'dataset'):
-        # timm has added an empty column of that name
-        table = reader.dataset.data
-        columns = [name for name in table.column_names if table.column(name).null_count < len(table)]
-    else:
-        columns = reader.builder.info.features or ()
-    for flag, keys in (('--input-key', args.input_key or 'image'), ('--target-key', args.target_key or 'label')):
-        for key in keys.split(','):
-            if columns and not {key.strip(), key.strip().partition('/')[0]}.intersection(columns):
-                raise UserError(f'{flag} {keys!r}: {args.dataset!r} has no such column; it has {", ".join(columns)}.')
-
-
-def _check_shards(reader: Any, split: str) -> None:
-    """Refuse a stream whose files are not all there, before it is trained on."""
-    shards = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
-    missing = [path for path in shards if '://' not in path and 'pipe:' not in path and not os.path.exists(path)]
-    if missing:
-        raise UserError(f'split {split!r}: {len(missing)} of {len(shards)} shards are not there, {missing[0]!r} first.')
-
-
-def _check_torchvision_has_split(name: str, root: Optional[str], split: str) -> None:
-    """Refuse what timm would take for the test images: with these data sets, any split that isn't train."""
-    if not root:
-        raise UserError(f'--dataset torch/{name} needs a path: ./train.py DIR, or --data-dir DIR.')
-    if name.rpartition('/')[2].lower() in _TRAIN_AND_TEST and split not in ('train', 'training', 'test'):
-        raise UserError(
-            f'torch/{name} has no split {split!r}, only train and test. Leave --val-split out to hold images out of '
-            f'train; name test to evaluate.'
-        )
-
-
 def class_names(dataset: Dataset) -> Optional[ClassNames]:
-    """The names of the classes by index, None for an index without; None where the data set doesn't tell."""
+    """The names of the classes by index, None for an index without a name; None if the data set has no names."""
     while isinstance(dataset, (TransformSubset, ConvertedImages)):
         dataset = dataset.dataset
     reader = getattr(dataset, 'reader', dataset)
@@ -260,7 +160,7 @@ def class_names(dataset: Dataset) -> Optional[ClassNames]:
 
 
 def check_classes(names: Optional[ClassNames], expected: Optional[ClassNames], what: str) -> None:
-    """Refuse data whose classes have other names, and so other indices, than those trained on."""
+    """Refuse data whose class names, and so indices, differ from those of training."""
     if names and expected and not same_names(names, expected):
         ours, theirs = (', '.join(class_label(some, i) for i in range(min(len(some), 5))) for some in (names, expected))
         raise UserError(
@@ -270,7 +170,7 @@ def check_classes(names: Optional[ClassNames], expected: Optional[ClassNames], w
 
 
 def same_split(split: str, other: str) -> bool:
-    """Whether two names stand for the same images, or for some of the same: timm's synonyms, parts of one split."""
+    """Whether two names of splits share images: timm's synonyms, or slices of one split."""
 
     def whole(split: str) -> str:
         name = split.partition('[')[0].lower()
@@ -279,37 +179,49 @@ def same_split(split: str, other: str) -> bool:
     return whole(split) == whole(other)
 
 
-def train_and_val_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset, Dict[str, Any]]:
-    """The data to train on, the data that chooses the best epoch, and a record of which was which.
+def train_and_val_datasets(config: TrainDataConfig, seed: int = 42) -> Tuple[Dataset, Dataset, Dict[str, Any]]:
+    """Load the training images and the images that choose the best epoch.
 
-    Without ``--val-split`` the second is held out of the train split by a seed of its own; the record then holds the
-    indices and a key of every image there, so that images that were trained on are never taken for held-out ones.
+    Without ``--val-split`` the latter are held out of the train split, chosen by `val_seed`. The record then has their
+    indices and keys, so that images that were trained on are never evaluated as held out.
+
+    Args:
+        config: The data.
+        seed: Seed of the order in which streamed data is shuffled.
+
+    Returns:
+        Training data, validation data, and the record for checkpoints.
+
+    Raises:
+        UserError: The data cannot be read, or nothing can be held out.
     """
-    train = load_dataset(args, args.train_split, is_training=True, num_samples=args.train_num_samples)
-    for flag, given in (('--train-num-samples', args.train_num_samples), ('--epoch-repeats', args.epoch_repeats)):
+    train = load_dataset(config, config.train_split, is_training=True, num_samples=config.train_num_samples, seed=seed)
+    for flag, given in (('--train-num-samples', config.train_num_samples), ('--epoch-repeats', config.epoch_repeats)):
         if given and not isinstance(train, IterableDataset):
-            raise UserError(f'{flag} {given} is for streams alone ({", ".join(f"{p}/" for p in _STREAMS)}).')
-    record: Dict[str, Any] = dict(train_split=args.train_split, val_split=args.val_split)
+            raise UserError(f'{flag} {given} is for streams alone ({", ".join(f"{p}/" for p in STREAMS)}).')
+    record: Dict[str, Any] = dict(train_split=config.train_split, val_split=config.val_split)
     if not isinstance(train, IterableDataset):
         record.update(train_size=len(train), train_probe=probe_keys(train))
-    if args.val_split:
-        if same_split(args.val_split, args.train_split) and '[' not in args.val_split:
-            _logger.warning(f'--val-split {args.val_split}: the images that are trained on will choose the best epoch.')
+    if config.val_split:
+        if same_split(config.val_split, config.train_split) and '[' not in config.val_split:
+            _logger.warning(
+                f'--val-split {config.val_split}: the images that are trained on will choose the best epoch.'
+            )
         # without a folder for it, timm would take the training images once more
-        val = load_dataset(args, args.val_split, needs_folder=True)
-        check_classes(class_names(val), class_names(train), f'split {args.val_split!r}')
+        val = load_dataset(config, config.val_split, needs_folder=True)
+        check_classes(class_names(val), class_names(train), f'split {config.val_split!r}')
         return train, val, record
     if isinstance(train, IterableDataset):
-        raise UserError(f'--dataset {args.dataset!r} is a stream, nothing can be held out of it: name a --val-split.')
-    if not 0.0 < args.val_fraction < 1.0:
+        raise UserError(f'--dataset {config.dataset!r} is a stream, nothing can be held out of it: name a --val-split.')
+    if not 0.0 < config.val_fraction < 1.0:
         raise UserError(
-            f'--val-fraction {args.val_fraction} must lie between 0 and 1: the held-out part chooses the best epoch. '
+            f'--val-fraction {config.val_fraction} must lie between 0 and 1: the held-out part chooses the best epoch. '
             f'To train on the whole split, name a --val-split.'
         )
-    kept, held = hold_out(len(train), args.val_fraction, args.val_seed)
+    kept, held = hold_out(len(train), config.val_fraction, config.val_seed)
     record.update(
-        val_fraction=args.val_fraction,
-        val_seed=args.val_seed,
+        val_fraction=config.val_fraction,
+        val_seed=config.val_seed,
         val_indices=torch.tensor(held),
         val_keys=sample_keys(train, held),
     )

@@ -1,4 +1,4 @@
-"""``--dry-run``: what a training would take, found out in two steps."""
+"""Memory and time of a training, measured in two updates (``--dry-run``)."""
 
 import contextlib
 import importlib.util
@@ -9,15 +9,15 @@ from typing import List
 import torch
 
 from ..report import format_table
-from .epoch import Stopped
 from .logs import check_packages
-from .training import Training
+from .signals import StopRequested
+from .trainer import Trainer
 
-__all__ = ['rehearse']
+__all__ = ['dry_run']
 
 
 class _Clock:
-    """In the place of a `Termination`: notes when updates end, and ends the epoch after a few."""
+    """Takes the place of a `SigtermHandler`: notes the times at which updates end, and ends the epoch after a few."""
 
     def __init__(self, updates: int, device: torch.device):
         self.updates = updates
@@ -30,30 +30,30 @@ class _Clock:
         self.ends.append(time.perf_counter())
 
     @property
-    def wished(self) -> bool:
+    def stop_requested(self) -> bool:
         self.tick()
         return len(self.ends) > self.updates
 
 
-def rehearse(training: Training) -> None:
+def dry_run(trainer: Trainer) -> None:
     """Train for two updates, the first of which warms up, evaluate a batch, and print what they took; nothing is
     written.
 
     Raises:
         UserError: The training would not go, as far as that shows.
     """
-    args, model, task, world = training.args, training.model, training.task, training.world
-    check_packages(args)
-    clock = _Clock(2, training.device)
+    config, model, task, dist_context = trainer.config, trainer.model, trainer.task, trainer.dist_context
+    check_packages(config.log)
+    clock = _Clock(2, trainer.device)
     clock.tick()
-    with contextlib.suppress(Stopped):
-        training.train_epoch(training.start_epoch, lambda progress: None, clock)
+    with contextlib.suppress(StopRequested):
+        trainer.train_epoch(trainer.start_epoch, lambda progress: None, clock)
     seconds = clock.ends[-1] - clock.ends[-2]
-    next(training.validation_logits(), None)
-    if not world.is_first:
+    next(trainer.validation_logits(), None)
+    if not dist_context.is_primary:
         return
-    images = args.batch_size * world.size * args.grad_accum_steps
-    per_epoch = seconds * training.updates_per_epoch
+    images = config.data.batch_size * dist_context.size * config.loop.grad_accum_steps
+    per_epoch = seconds * trainer.updates_per_epoch
     heads = sum(p.numel() for p in model.heads.parameters())
     rows = [
         ('parameters of the backbone', f'{(sum(p.numel() for p in model.parameters()) - heads) / 1e6:.2f} M'),
@@ -61,8 +61,8 @@ def rehearse(training: Training) -> None:
         ('parameters of the loss', f'{sum(p.numel() for p in task.criterion.parameters()) / 1e6:.2f} M'),
         ('images per update', f'{images} in {seconds:.3f} s, {images / seconds:.0f} images/s'),
         ('time of an epoch', f'{_duration(per_epoch)}, without evaluation'),
-        (f'time of {training.num_epochs} epochs', _duration(training.num_epochs * per_epoch)),
-        ('peak memory', _peak_memory(training.device)),
+        (f'time of {trainer.num_epochs} epochs', _duration(trainer.num_epochs * per_epoch)),
+        ('peak memory', _peak_memory(trainer.device)),
     ]
     print(format_table(('what', 'how much'), rows))
 

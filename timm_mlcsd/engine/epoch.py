@@ -1,92 +1,63 @@
-"""One pass over the training data, which may stop half-way and go on there as if it had not."""
+"""One pass over the training data, which can stop after any update and continue from there."""
 
-import argparse
 import contextlib
 import logging
 import math
-import os
-import random
-import signal
-import threading
 from collections import OrderedDict
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
+from dataclasses import dataclass
+from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
 from tqdm import tqdm
 
+from ..distributed import SINGLE_PROCESS, DistributedContext
 from ..task import MLCSDTask
-from .finite import NotFinite, Watch
-from .world import ALONE, World
+from .device import to_channels_last
+from .finite import NonFiniteError, NonFiniteMonitor
+from .rng import isolated_rng, rng_state, set_rng_state
+from .signals import SigtermHandler, StopRequested
 
-__all__ = ['Progress', 'Stopped', 'Termination', 'mean_losses', 'train_epoch', 'until']
+__all__ = ['EpochLoop', 'LoopConfig', 'Progress', 'mean_losses']
 
 _logger = logging.getLogger(__name__)
 
-# of float16's gradients, which start at 65,536 times their size
+# smallest loss scale of float16 before the run counts as diverged; the scale starts at 65,536
 SMALLEST_SCALE = 1e-3
 
-_CTRL_C = 'SIGINT (Ctrl-C)'
 
-
-class Stopped(Exception):
-    """Somebody wants the process to end; what was reached is saved."""
-
-
-class Termination:
-    """Turns SIGTERM and SIGINT into a wish that the loops look for: a machine about to go sends the one, with torchrun
-    twice, and Ctrl-C is the other. A second Ctrl-C ends the process at once.
+@dataclass
+class LoopConfig:
+    """How batches become updates.
 
     Attributes:
-        wished: Whether one has come.
-        by: Its name.
+        grad_accum_steps: Batches per update.
+        clip_grad: Bound for gradients, None for no clipping.
+        clip_mode: What `clip_grad` bounds: ``norm``, ``value`` or ``agc``.
+        skip_nonfinite: Batches in a row whose loss may be non-finite before the run ends; their updates are skipped.
+        log_interval: Batches between two looks at losses and accuracy.
+        checkpoint_every_steps: Updates between two checkpoints inside an epoch; 0 for none.
     """
 
-    def __init__(self):
-        self.wished = False
-        self.by: Optional[str] = None
-        self._before: Dict[int, Any] = {}
-
-    def __enter__(self) -> 'Termination':
-        # signals are the main thread's alone
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                # a shell lets its background jobs ignore Ctrl-C
-                if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._wish)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _wish(self, number: int, *_: Any) -> None:
-        is_interrupt = number == signal.SIGINT
-        # torchrun passes it on, and ends its processes itself when they take too long
-        alone = 'TORCHELASTIC_RUN_ID' not in os.environ
-        if is_interrupt and self.by == _CTRL_C and alone:
-            raise KeyboardInterrupt
-        self.wished = True
-        self.by = self.by or (_CTRL_C if is_interrupt else 'SIGTERM')
-        if is_interrupt and int(os.environ.get('RANK', 0)) == 0:
-            # print and logging must not be called from here
-            again = '; press it again to stop at once, without' if alone else ''
-            os.write(2, f'\nCtrl-C: saving after this update{again}\n'.encode())
+    grad_accum_steps: int = 1
+    clip_grad: Optional[float] = None
+    clip_mode: str = 'norm'
+    skip_nonfinite: int = 0
+    log_interval: int = 50
+    checkpoint_every_steps: int = 0
 
 
 class Progress(NamedTuple):
-    """How far an epoch has come: what a resumed one needs beside weights and optimizer.
+    """Position in an epoch: what a resumed epoch needs beside weights and optimizer.
 
     Attributes:
-        step: Batches done.
-        skipped: Batches among them whose loss was not finite.
-        seen: Images in the others.
-        totals: Sums over the others of the loss and its parts.
-        right: Right answers per exit, [K].
-        generators: The states of all random number generators.
-        statistics: This process's running statistics, where there are others with other ones.
+        step: Number of batches done.
+        skipped: Number of these whose loss was not finite.
+        seen: Number of images in the others.
+        totals: Sums of the loss and its parts over the others.
+        right: Number of correct answers per exit, [K].
+        generators: States of all random number generators.
+        statistics: Running statistics of this process, where processes have different ones.
     """
 
     step: int
@@ -98,225 +69,264 @@ class Progress(NamedTuple):
     statistics: Sequence[torch.Tensor] = ()
 
     def on_cpu(self) -> 'Progress':
-        """The same in main memory, for whoever saves it."""
+        """The same with all tensors in main memory."""
         totals = {name: total.cpu() for name, total in self.totals.items()}
         statistics = [buffer.cpu() for buffer in self.statistics]
         return self._replace(totals=totals, right=self.right.cpu(), statistics=statistics)
 
 
-def train_epoch(
-    epoch: int,
-    task: MLCSDTask,
-    batches: Any,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    scaler: Optional[NativeScaler],
-    autocast: ContextManager,
-    args: argparse.Namespace,
-    num_updates: int,
-    start: Optional[Progress] = None,
-    save: Optional[Callable[[Progress], None]] = None,
-    termination: Optional[Termination] = None,
-    world: World = ALONE,
-    names: Optional[Callable[[int], List[str]]] = None,
-) -> Progress:
-    """Train for one epoch, or for what is left of it.
+def mean_losses(progress: Progress, dist_context: DistributedContext = SINGLE_PROCESS) -> Dict[str, float]:
+    """The loss and its parts, means over the batches of an epoch and all processes."""
+    batches = dist_context.size * (progress.step - progress.skipped)
+    totals = progress.totals.items()
+    return OrderedDict((name, (dist_context.all_reduce_sum(total) / batches).item()) for name, total in totals)
+
+
+class EpochMeters:
+    """Sums over the batches of an epoch, kept on the device.
 
     Args:
-        epoch: Its number.
+        device: Device of the task.
+        start: Sums to continue from.
+    """
+
+    def __init__(self, device: torch.device, start: Optional[Progress] = None):
+        self.skipped = self.seen = 0
+        self.totals: Dict[str, torch.Tensor] = {}
+        self.right = torch.zeros((), device=device)
+        if start is not None:
+            self.skipped, self.seen, self.right = start.skipped, start.seen, start.right.to(device)
+            self.totals = {name: total.to(device) for name, total in start.totals.items()}
+
+    def add(self, result: Dict[str, Any], target: torch.Tensor) -> None:
+        """Add what the task returned for a batch, and its targets [B] or [B, C]."""
+        labels = target if target.ndim == 1 else target.argmax(dim=1)
+        answers = torch.stack(result['exit_logits']).detach().argmax(dim=-1)
+        self.right = self.right + (answers == labels).sum(dim=1)
+        self.seen += len(target)
+        for name, value in result.items():
+            if isinstance(value, torch.Tensor) and value.ndim == 0:
+                self.totals[name] = self.totals.get(name, 0.0) + value.detach()
+
+    def summary(self, batches: int) -> str:
+        """Mean loss and accuracy of so many batches, for the progress bar."""
+        accuracy = ' '.join(f'{a:.1f}' for a in (100 * self.right / self.seen).tolist())
+        return f'loss {self.totals["loss"].item() / (batches - self.skipped):.3f}, top-1 per exit {accuracy}'
+
+
+class EpochLoop:
+    """Trains a task for one epoch after another.
+
+    Args:
         task: Model and loss.
-        batches: The loader; in the same random state it must give the same batches again.
-        optimizer: Of the task's parameters.
-        scheduler: Stepped at every update.
-        scaler: For float16.
+        batches: Loader; in the same random state it must give the same batches again.
+        optimizer: Optimizer of the task's parameters.
+        config: How batches become updates.
+        scheduler: Schedule that is stepped at every update.
+        scaler: Loss scaler for float16.
         autocast: Context of the forward passes.
-        args: The flags.
-        num_updates: Updates before this epoch.
-        start: Where to go on.
-        save: Called every ``--checkpoint-every-steps`` updates, and before the process stops.
-        termination: Whether to stop after the next update.
-        world: The processes that train.
-        names: What the images of the batch of a number are called.
-
-    Returns:
-        The end of the epoch, as this process saw it.
-
-    Raises:
-        Stopped: By `termination`.
-        NotFinite: The loss is not finite, or weights aren't that would be saved.
+        channels_last: Whether images get that memory format.
+        dist_context: Processes that train together.
+        names: Function from the number of a batch to the names of its images.
     """
-    task.train()
-    if task.criterion.ramp is not None:
-        task.criterion.ramp.auto = False
-    accumulate = args.grad_accum_steps
-    short_group = len(batches) % accumulate
-    skipped, seen, totals, right = 0, 0, {}, torch.zeros((), device=task.device)
-    in_a_row, spoilt, watch = 0, False, Watch(task.device, world, names)
-    if start is not None:
-        skipped, seen, right = start.skipped, start.seen, start.right.to(task.device)
-        totals = {name: total.to(task.device) for name, total in start.totals.items()}
-        num_updates += math.ceil(start.step / accumulate)
-        for buffer, before in zip(_statistics(task), start.statistics):
-            buffer.copy_(before)
-        if start.step == len(batches):
+
+    def __init__(
+        self,
+        task: MLCSDTask,
+        batches: Any,
+        optimizer: torch.optim.Optimizer,
+        config: LoopConfig,
+        *,
+        scheduler: Any = None,
+        scaler: Optional[NativeScaler] = None,
+        autocast: Optional[ContextManager] = None,
+        channels_last: bool = False,
+        dist_context: DistributedContext = SINGLE_PROCESS,
+        names: Optional[Callable[[int], List[str]]] = None,
+    ):
+        self.task = task
+        self.batches = batches
+        self.optimizer = optimizer
+        self.config = config
+        self.scheduler = scheduler
+        self.scaler = scaler
+        self.autocast = autocast or contextlib.nullcontext()
+        self.channels_last = channels_last
+        self.dist_context = dist_context
+        self.names = names
+
+    def run(
+        self,
+        epoch: int,
+        num_updates: int = 0,
+        start: Optional[Progress] = None,
+        save: Optional[Callable[[Progress], None]] = None,
+        handler: Optional[SigtermHandler] = None,
+    ) -> Progress:
+        """Train for an epoch, or for the rest of it.
+
+        Args:
+            epoch: Number of the epoch.
+            num_updates: Updates before this epoch.
+            start: Position to continue from.
+            save: Function that saves a checkpoint, called every `checkpoint_every_steps` updates and before a stop.
+            handler: Source of stop requests.
+
+        Returns:
+            The end of the epoch, as this process has seen it.
+
+        Raises:
+            StopRequested: The handler has a request.
+            NonFiniteError: The loss is not finite, or weights that would be saved are not.
+        """
+        self.task.train()
+        if self.task.criterion.ramp is not None:
+            self.task.criterion.ramp.auto = False
+        self._begin(epoch, num_updates, start)
+        if start is not None and start.step == len(self.batches):
             return start
+        self.optimizer.zero_grad()
+        quiet = None if self.dist_context.is_primary else True
+        batches = isolated_rng(self.batches)
+        bar = tqdm(batches, total=len(self.batches), desc=f'epoch {epoch}', disable=quiet, leave=False)
+        for i, (images, target) in enumerate(bar):
+            if start is not None and i < start.step:
+                self._replay(i, start, handler)
+                continue
+            target, indices = target.unbind(dim=1) if self.task.criterion.needs_indices else (target, None)
+            result = self._run_batch(i, images, target, indices)
+            if self._ends_update(i):
+                self._update()
+            if result is not None:
+                self.meters.add(result, target)
+            if self.meters.seen and (self._is_last(i) or (i + 1) % self.config.log_interval == 0):
+                self._check(i)
+                bar.set_postfix_str(self.meters.summary(i + 1))
+            if self._ends_update(i) and save is not None:
+                self._save_or_stop(i, save, handler)
+        if not self.meters.seen:
+            last = self.meters.skipped - 1
+            raise NonFiniteError('the loss is not finite', epoch, last, more=', as in all of this epoch')
+        return self._progress(len(self.batches))
 
-    def own_statistics() -> List[torch.Tensor]:
-        return [buffer.clone() for buffer in _statistics(task)] if world.size > 1 else []
-
-    optimizer.zero_grad()
-    quiet = None if world.is_first else True
-    bar = tqdm(_apart(batches), total=len(batches), desc=f'epoch {epoch}', disable=quiet, leave=False)
-    for i, (images, target) in enumerate(bar):
-        if start is not None and i < start.step:
-            if i + 1 == start.step:
-                _set_generators(start.generators)
-            if world.any(termination is not None and termination.wished):
-                raise Stopped  # all is as it was saved
-            continue
-        is_last = i + 1 == len(batches)
-        # the last group of an epoch may hold fewer batches
-        group_size = short_group if short_group and i >= len(batches) - short_group else accumulate
-        need_update = (i + 1) % accumulate == 0 or is_last
-        if args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        target, indices = target.unbind(dim=1) if task.criterion.needs_indices else (target, None)
-        statistics = [(b, b.clone()) for b in _statistics(task)] if args.skip_nonfinite else []
-        # gradients that are still to be added to need not go round
-        with contextlib.nullcontext() if need_update else task.no_sync():
-            with autocast:
-                result = task(images, target, indices)
-            loss = result['loss'] / group_size
-            watch.see(i, result['loss'].detach())
-            finite = not args.skip_nonfinite or not world.any(not loss.isfinite())
-            in_a_row = 0 if finite else in_a_row + 1
-            # of an update that is left out nothing stays
-            spoilt = spoilt or not finite
-            if not spoilt and scaler:
-                scaler(
-                    loss,
-                    optimizer,
-                    clip_grad=args.clip_grad,
-                    clip_mode=args.clip_mode,
-                    parameters=task.get_clip_parameters(),
-                    need_update=need_update,
-                )
-            elif not spoilt:
-                loss.backward()
-        if not finite:
-            skipped += 1
-            too_many = in_a_row > args.skip_nonfinite
-            bad = watch.found(epoch, f', as in the {in_a_row - 1} batches before' if too_many else '')
-            if too_many:
-                raise bad
-            rest = ', with the other batches of its update' if group_size > 1 else ''
-            _logger.warning(f'{bad}: left out{rest} ({in_a_row} in a row)')
-            for buffer, before in statistics:
+    def _begin(self, epoch: int, num_updates: int, start: Optional[Progress]) -> None:
+        """Reset the counters of an epoch, or set them to those of `start`."""
+        self.epoch = epoch
+        self.num_updates = num_updates
+        self.meters = EpochMeters(self.task.device, start)
+        self.monitor = NonFiniteMonitor(self.task.device, self.dist_context, self.names)
+        self.nonfinite_in_a_row = 0
+        self.skip_update = False
+        if start is not None:
+            self.num_updates += math.ceil(start.step / self.config.grad_accum_steps)
+            for buffer, before in zip(_model_buffers(self.task), start.statistics):
                 buffer.copy_(before)
-        if need_update and not spoilt and not scaler:
-            if args.clip_grad is not None:
-                dispatch_clip_grad(task.get_clip_parameters(), args.clip_grad, mode=args.clip_mode)
-            optimizer.step()
-        if need_update:
-            optimizer.zero_grad()
-            spoilt = False
-            num_updates += 1
-            if task.criterion.ramp is not None:
-                task.criterion.ramp.step()
-            task.update_ema(step=num_updates)
-            if scheduler is not None:
-                scheduler.step_update(num_updates=num_updates)
 
+    def _replay(self, i: int, start: Progress, handler: Optional[SigtermHandler]) -> None:
+        """Pass over a batch that was trained on before the run was resumed."""
+        if i + 1 == start.step:
+            set_rng_state(start.generators)
+        if self.dist_context.any_rank(handler is not None and handler.stop_requested):
+            raise StopRequested  # the state is still the saved one
+
+    def _is_last(self, i: int) -> bool:
+        return i + 1 == len(self.batches)
+
+    def _ends_update(self, i: int) -> bool:
+        return (i + 1) % self.config.grad_accum_steps == 0 or self._is_last(i)
+
+    def _batches_of_update(self, i: int) -> int:
+        """Number of batches in the update of batch i; the last update of an epoch may have fewer."""
+        short = len(self.batches) % self.config.grad_accum_steps
+        return short if short and i >= len(self.batches) - short else self.config.grad_accum_steps
+
+    def _run_batch(
+        self, i: int, images: torch.Tensor, target: torch.Tensor, indices: Optional[torch.Tensor]
+    ) -> Optional[Dict[str, Any]]:
+        """Forward and backward pass; returns what the task returned, None if the loss is not finite and is skipped."""
+        if self.channels_last:
+            images = to_channels_last(images)
+        may_skip = self.config.skip_nonfinite > 0
+        buffers = [(b, b.clone()) for b in _model_buffers(self.task)] if may_skip else []
+        # gradients are exchanged once per update
+        with contextlib.nullcontext() if self._ends_update(i) else self.task.no_sync():
+            with self.autocast:
+                result = self.task(images, target, indices)
+            loss = result['loss'] / self._batches_of_update(i)
+            self.monitor.update(i, result['loss'].detach())
+            finite = not may_skip or not self.dist_context.any_rank(not loss.isfinite())
+            self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
+            self.skip_update = self.skip_update or not finite
+            if not self.skip_update:
+                self._backward(loss, self._ends_update(i))
         if finite:
-            labels = target if target.ndim == 1 else target.argmax(dim=1)
-            right = right + (torch.stack(result['exit_logits']).detach().argmax(dim=-1) == labels).sum(dim=1)
-            seen += len(target)
-            for name, value in result.items():
-                if isinstance(value, torch.Tensor) and value.ndim == 0:
-                    totals[name] = totals.get(name, 0.0) + value.detach()
-        if seen and (is_last or (i + 1) % args.log_interval == 0):
-            watch.check(epoch, i, task.parameters() if is_last else ())
-            if scaler and scaler.state_dict()['scale'] < SMALLEST_SCALE:
-                raise NotFinite('no gradients are finite in float16, whatever they are scaled with', epoch, i)
-            accuracy = ' '.join(f'{a:.1f}' for a in (100 * right / seen).tolist())
-            bar.set_postfix_str(f'loss {totals["loss"].item() / (i + 1 - skipped):.3f}, top-1 per exit {accuracy}')
-        if need_update and save is not None:
-            stop = world.any(termination is not None and termination.wished)
-            every = args.checkpoint_every_steps
-            if stop or (every and not is_last and num_updates % every == 0):
-                watch.check(epoch, i, task.parameters())
-                save(Progress(i + 1, skipped, seen, totals, right, _generators(), own_statistics()))
-            if stop:
-                raise Stopped
-    if not seen:
-        raise NotFinite('the loss is not finite', epoch, skipped - 1, more=', as in all of this epoch')
-    return Progress(len(batches), skipped, seen, totals, right, _generators(), own_statistics())
+            return result
+        self._skip_batch(i, buffers)
+        return None
 
-
-def until(termination: Termination, batches: Iterator[Any], world: World) -> Iterator[Any]:
-    """This process's batches, as long as nobody wants any of the processes to end; they go in step, because one that is
-    to end cannot wait for what the others still have.
-
-    Raises:
-        Stopped: Somebody does; in all processes at once.
-    """
-    while True:
-        batch = next(batches, None)
-        if world.any(termination.wished):
-            raise Stopped
-        # one may have a batch more than another
-        if not world.any(batch is not None):
+    def _backward(self, loss: torch.Tensor, need_update: bool) -> None:
+        if self.scaler is None:
+            loss.backward()
             return
-        if batch is not None:
-            yield batch
+        self.scaler(
+            loss,
+            self.optimizer,
+            clip_grad=self.config.clip_grad,
+            clip_mode=self.config.clip_mode,
+            parameters=self.task.get_clip_parameters(),
+            need_update=need_update,
+        )
+
+    def _skip_batch(self, i: int, buffers: List[Tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Undo what a batch with a non-finite loss has changed, or end the run after too many in a row."""
+        self.meters.skipped += 1
+        count = self.nonfinite_in_a_row
+        too_many = count > self.config.skip_nonfinite
+        error = self.monitor.pop(self.epoch, f', as in the {count - 1} batches before' if too_many else '')
+        if too_many:
+            raise error
+        rest = ', with the other batches of its update' if self._batches_of_update(i) > 1 else ''
+        _logger.warning(f'{error}: left out{rest} ({count} in a row)')
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+    def _update(self) -> None:
+        """Step the optimizer, unless the scaler has, and what follows it: ramp, EMA and schedule."""
+        if not self.skip_update and self.scaler is None:
+            if self.config.clip_grad is not None:
+                dispatch_clip_grad(self.task.get_clip_parameters(), self.config.clip_grad, mode=self.config.clip_mode)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.skip_update = False
+        self.num_updates += 1
+        if self.task.criterion.ramp is not None:
+            self.task.criterion.ramp.step()
+        self.task.update_ema(step=self.num_updates)
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=self.num_updates)
+
+    def _check(self, i: int) -> None:
+        """Raise a `NonFiniteError` for what the batches until now have shown."""
+        self.monitor.raise_if_any(self.epoch, i, self.task.parameters() if self._is_last(i) else ())
+        if self.scaler and self.scaler.state_dict()['scale'] < SMALLEST_SCALE:
+            raise NonFiniteError('no gradients are finite in float16, whatever they are scaled with', self.epoch, i)
+
+    def _save_or_stop(self, i: int, save: Callable[[Progress], None], handler: Optional[SigtermHandler]) -> None:
+        stop = self.dist_context.any_rank(handler is not None and handler.stop_requested)
+        every = self.config.checkpoint_every_steps
+        if stop or (every and not self._is_last(i) and self.num_updates % every == 0):
+            self.monitor.raise_if_any(self.epoch, i, self.task.parameters())
+            save(self._progress(i + 1))
+        if stop:
+            raise StopRequested
+
+    def _progress(self, step: int) -> Progress:
+        meters = self.meters
+        own = [buffer.clone() for buffer in _model_buffers(self.task)] if self.dist_context.size > 1 else []
+        return Progress(step, meters.skipped, meters.seen, meters.totals, meters.right, rng_state(), own)
 
 
-def mean_losses(progress: Progress, world: World = ALONE) -> Dict[str, float]:
-    """The loss and its parts, means over the batches of an epoch and all processes."""
-    batches = world.size * (progress.step - progress.skipped)
-    return OrderedDict((name, (world.sum(total) / batches).item()) for name, total in progress.totals.items())
-
-
-def _apart(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, drawn with generators of their own: what the network draws (dropout, say) changes no batch, so that
-    the first batches can be passed over without computing anything."""
-    own = _generators()
-    iterator = iter(batches)
-    while True:
-        outer = _generators()
-        _set_generators(own)
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        finally:
-            own = _generators()
-            _set_generators(outer)
-        yield batch
-
-
-def _statistics(task: MLCSDTask) -> List[torch.Tensor]:
-    """The buffers that a batch changes: running statistics of BatchNorm, which one NaN would spoil for good, and of
-    accuracy."""
+def _model_buffers(task: MLCSDTask) -> List[torch.Tensor]:
+    """The buffers that a batch changes, the running statistics of BatchNorm and of accuracy: a NaN would stay there."""
     modules = (unwrap_model(task.trainable_module).model, task.criterion.mixer, task.criterion.ramp)
     return [buffer for module in modules if module is not None for buffer in module.buffers()]
-
-
-def _generators() -> Dict[str, Any]:
-    """The states of all generators, as tensors and plain values."""
-    name, keys, *rest = np.random.get_state()
-    return dict(
-        torch=torch.get_rng_state(),
-        cuda=torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        python=random.getstate(),
-    )
-
-
-def _set_generators(states: Dict[str, Any]) -> None:
-    torch.set_rng_state(states['torch'])
-    if states['cuda'] is not None:
-        torch.cuda.set_rng_state(states['cuda'])
-    name, keys, *rest = states['numpy']
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    random.setstate(states['python'])

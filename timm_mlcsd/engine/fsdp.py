@@ -1,6 +1,5 @@
-"""``--fsdp``: parameters, gradients and optimizer state shared out among the processes (FSDP2)."""
+"""Parameters, gradients and optimizer state sharded over the processes (FSDP2)."""
 
-import argparse
 from typing import Any, Dict
 
 import torch
@@ -14,45 +13,24 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from ..errors import UserError
+from ..distributed import DistributedContext
 from ..models import MultiExitModel
 from ..task import MLCSDTask
-from .world import World
 
-__all__ = ['check_fsdp', 'load_sharded', 'shard_task', 'sharded_state']
+__all__ = ['load_sharded', 'shard_task', 'sharded_state']
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def check_fsdp(args: argparse.Namespace, world: World) -> None:
-    """Refuse what does not go together with ``--fsdp``."""
-    if world.size == 1:
-        raise UserError('--fsdp shares a network out among processes: start several with torchrun.')
-    others = dict(
-        model_ema=args.model_ema,
-        torchcompile=args.torchcompile,
-        heads_only=args.heads_only,
-        sync_bn=args.sync_bn,
-        grad_checkpointing=args.grad_checkpointing,
-    )
-    others = [f'--{name.replace("_", "-")}' for name, given in others.items() if given]
-    if args.clip_grad is not None and args.clip_mode == 'agc':
-        others.append('--clip-mode agc (take norm)')
-    if args.amp and args.amp_dtype == 'float16':
-        others.append('--amp-dtype float16 (take bfloat16)')
-    if others:
-        raise UserError(f'--fsdp does not go together with {", ".join(others)}.')
-
-
-def shard_task(task: MLCSDTask, model: MultiExitModel, world: World) -> None:
-    """Share network and loss out, block by block, before the optimizer is made.
+def shard_task(task: MLCSDTask, model: MultiExitModel, dist_context: DistributedContext) -> None:
+    """Shard network and loss block by block, before the optimizer is created.
 
     Args:
-        task: Network and loss; their parameters go to its device.
+        task: Task that owns network and loss; their parameters move to its device.
         model: The network.
-        world: The processes.
+        dist_context: Processes that train together.
     """
-    mesh = init_device_mesh(task.device.type, (world.size,))
+    mesh = init_device_mesh(task.device.type, (dist_context.size,))
     names = {place.name for place in model.plan.places} if hasattr(model, 'plan') else set()
     wrapped = getattr(model, 'backbone', model)
     blocks = [module for name, module in wrapped.named_modules() if name in names]
@@ -68,7 +46,7 @@ def shard_task(task: MLCSDTask, model: MultiExitModel, world: World) -> None:
 
 
 def sharded_state(task: MLCSDTask, optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
-    """What a checkpoint holds of task and optimizer, put together on the CPU; all processes call it."""
+    """The unsharded state of task and optimizer for a checkpoint, on the CPU; all processes call it."""
     state = get_model_state_dict(task.trainable_module, options=WHOLE)
     optimizer_state = get_optimizer_state_dict(task.trainable_module, optimizer, options=WHOLE)
     parts = {
@@ -83,7 +61,7 @@ def sharded_state(task: MLCSDTask, optimizer: torch.optim.Optimizer) -> Dict[str
 def load_sharded(
     task: MLCSDTask, checkpoint: Dict[str, Any], optimizer: torch.optim.Optimizer, weights_only: bool
 ) -> None:
-    """Share out what `sharded_state` has put together, perhaps without the optimizer's part."""
+    """Load a state of `sharded_state`, optionally without that of the optimizer."""
     criterion = checkpoint.get('task_state', {}).get('criterion', {})
     state = {f'model.{name}': t for name, t in checkpoint['state_dict'].items()}
     state.update({f'criterion.{name}': t for name, t in criterion.items()})

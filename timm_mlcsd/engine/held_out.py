@@ -1,6 +1,5 @@
-"""Which images a training held out, and whether data is what a checkpoint was trained on."""
+"""The images that a training held out, and whether data is the training data of a checkpoint."""
 
-import argparse
 import logging
 import os
 from typing import Any, Dict, Tuple
@@ -11,6 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..data import TransformSubset, hold_out, image_name, probe_keys, sample_keys
 from ..errors import UserError, printable
 from ..network import load_checkpoint
+from .data_config import DataConfig, TrainDataConfig
 from .datasets import load_dataset, same_split
 
 __all__ = [
@@ -26,25 +26,25 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 
-def held_out(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Dataset, str]:
-    """The images that training held out of its train split, and what to call them.
+def held_out(config: DataConfig, checkpoint: Dict[str, Any]) -> Tuple[Dataset, str]:
+    """Load the images that training held out of its train split; also returns a name for them.
 
     Raises:
         UserError: The split isn't the one of training.
     """
     split = checkpoint['train_split']
-    dataset = load_dataset(args, split)
+    dataset = load_dataset(config, split)
     check_held_out(dataset, checkpoint, f'split {split!r}')
     return TransformSubset(dataset, checkpoint['val_indices'].tolist()), f'the held-out part of {split}'
 
 
 def check_held_out(dataset: Dataset, checkpoint: Dict[str, Any], what: str) -> None:
-    """Refuse data in which other images lie where a training held images out: they may have been trained on.
+    """Refuse data whose images at the held-out indices are not those of training: they may have been trained on.
 
     Args:
-        dataset: All that the training's images were held out of, without a transform.
-        checkpoint: Of that training.
-        what: What to call the data.
+        dataset: The whole train split, without a transform.
+        checkpoint: Checkpoint of the training.
+        what: Name of the data in messages.
 
     Raises:
         UserError: It has another number of images, or others at the places of the held-out ones.
@@ -74,7 +74,7 @@ def check_held_out(dataset: Dataset, checkpoint: Dict[str, Any], what: str) -> N
 
 
 def _check_record(checkpoint: Dict[str, Any]) -> None:
-    """Refuse a record of held-out images that train.py did not write."""
+    """Refuse an invalid record of held-out images."""
     size, indices, keys = (checkpoint.get(name) for name in ('train_size', 'val_indices', 'val_keys'))
     right = (
         isinstance(size, int)
@@ -89,7 +89,7 @@ def _check_record(checkpoint: Dict[str, Any]) -> None:
 
 
 def halves_of(dataset: TransformSubset) -> Tuple[TransformSubset, TransformSubset]:
-    """Held-out images in two halves, always the same: one to fit a policy to, one to report on.
+    """Divide held-out images into two fixed halves: one to fit a policy to, one to report on.
 
     Raises:
         UserError: There are fewer than two.
@@ -101,32 +101,33 @@ def halves_of(dataset: TransformSubset) -> Tuple[TransformSubset, TransformSubse
     return fit, report
 
 
-def warn_of_seen_images(args: argparse.Namespace, record: Dict[str, Any]) -> None:
+def warn_of_seen_images(initial_checkpoint: str, config: TrainDataConfig, record: Dict[str, Any]) -> None:
     """Warn where ``--initial-checkpoint`` was trained on images that are held out now.
 
     Args:
-        args: The flags.
-        record: Of `train_and_val_datasets`.
+        initial_checkpoint: Path of the checkpoint.
+        config: Data of this training.
+        record: The record that `train_and_val_datasets` returned.
     """
     try:
-        checkpoint = load_checkpoint(args.initial_checkpoint)
+        checkpoint = load_checkpoint(initial_checkpoint)
     except UserError:
-        return  # weights alone, which do not tell
-    if 'val_keys' not in record or 'val_keys' not in checkpoint or not is_same_data(args, checkpoint):
+        return  # a file of weights has no record
+    if 'val_keys' not in record or 'val_keys' not in checkpoint or not is_same_data(config, checkpoint):
         return
-    if not same_split(checkpoint['train_split'], args.train_split):
+    if not same_split(checkpoint['train_split'], config.train_split):
         return
     seen = int((~torch.isin(record['val_keys'], checkpoint['val_keys'])).sum())
     if seen:
         _logger.warning(
-            f'--initial-checkpoint {args.initial_checkpoint} was trained on {seen} of the {len(record["val_keys"])} '
+            f'--initial-checkpoint {initial_checkpoint} was trained on {seen} of the {len(record["val_keys"])} '
             f'images that are held out now, so accuracy on them promises too much: give the --val-fraction and '
             f'--val-seed of that training.'
         )
 
 
 def is_data_of(dataset: Dataset, checkpoint: Dict[str, Any]) -> bool:
-    """Whether a data set is what a checkpoint was trained on, wherever it lies now."""
+    """Whether a data set is the training data of a checkpoint, in whatever place."""
     if 'train_probe' not in checkpoint or isinstance(dataset, IterableDataset):
         return False
     return len(dataset) == checkpoint.get('train_size') and _equal(probe_keys(dataset), checkpoint['train_probe'])
@@ -136,15 +137,15 @@ def _equal(keys: torch.Tensor, recorded: Any) -> bool:
     return isinstance(recorded, torch.Tensor) and torch.equal(keys, recorded)
 
 
-def is_trained_on(args: argparse.Namespace, checkpoint: Dict[str, Any], split: str) -> bool:
-    """Whether a split of the data that the flags name is, as far as a checkpoint tells, what it was trained on."""
+def is_trained_on(config: DataConfig, checkpoint: Dict[str, Any], split: str) -> bool:
+    """Whether a split is, by its name, the one that a checkpoint was trained on."""
     if 'train_split' not in checkpoint or not same_split(split, checkpoint['train_split']):
         return False
-    return is_same_data(args, checkpoint)
+    return is_same_data(config, checkpoint)
 
 
-def is_same_data(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> bool:
-    """Whether the flags name the data, whatever split, that a checkpoint was trained on."""
+def is_same_data(config: DataConfig, checkpoint: Dict[str, Any]) -> bool:
+    """Whether the data, of any split, is by its name the data that a checkpoint was trained on."""
     trained = checkpoint.get('args', {})
-    same_set = args.dataset.lower() == (trained.get('dataset') or '').lower()
-    return same_set and os.path.realpath(args.data_dir or '') == os.path.realpath(trained.get('data_dir') or '')
+    same_set = config.dataset.lower() == (trained.get('dataset') or '').lower()
+    return same_set and os.path.realpath(config.data_dir or '') == os.path.realpath(trained.get('data_dir') or '')

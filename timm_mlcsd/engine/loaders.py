@@ -1,100 +1,175 @@
-"""From data sets and flags to batches, through timm's loaders."""
+"""Batches from data sets, through timm's loaders."""
 
-import argparse
 import logging
 import multiprocessing
 import os
 import sys
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
 import torch.distributed as dist
 from timm.data import Mixup, create_loader
-from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from .._timm import fast_collate
 from ..data import (
     CachedLoader,
     CheckedCollate,
     CheckedLoader,
     CheckedMixup,
-    NextIfBroken,
+    DropBroken,
     PadCrop,
-    RememberingSampler,
+    RecordingSampler,
+    SubstituteBroken,
     TransformSubset,
-    WithoutBroken,
     cache_images,
     check_labels,
     checked_images,
 )
-from ..errors import UserError, blame
-from .world import ALONE, World
+from ..distributed import SINGLE_PROCESS, DistributedContext
+from ..errors import UserError, as_user_error
+from .data_config import DataConfig, TrainDataConfig
 
-__all__ = ['eval_loader', 'mixup_active', 'set_epoch', 'train_loader']
+__all__ = ['AugmentConfig', 'eval_loader', 'mixup_active', 'set_epoch', 'train_loader']
 
 _logger = logging.getLogger(__name__)
 
 
-def mixup_active(args: argparse.Namespace) -> bool:
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+@dataclass
+class AugmentConfig:
+    """Augmentation of the training images, as in timm.
+
+    Attributes:
+        no_aug: Whether all augmentation is off.
+        train_crop_mode: ``rrc``, ``rkrc``, ``rkrr`` or ``pad4``, None for timm's default.
+        scale: Smallest and largest share of the image in a random resized crop.
+        ratio: Smallest and largest ratio of its sides.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        color_jitter: Strength of colour jitter.
+        color_jitter_prob: Probability of colour jitter, None for always.
+        grayscale_prob: Probability of greyscale.
+        gaussian_blur_prob: Probability of blur.
+        aa: AutoAugment policy.
+        reprob: Probability of random erasing.
+        remode: What erased pixels become: ``const``, ``rand`` or ``pixel``.
+        recount: Number of erased rectangles.
+        train_interpolation: How training images are resized.
+        mixup: Alpha of mixup, 0 for none.
+        cutmix: Alpha of cutmix, 0 for none.
+        cutmix_minmax: Smallest and largest share of cutmix, instead of alpha.
+        mixup_prob: Probability of mixing a batch.
+        mixup_switch_prob: Probability of cutmix where both are on.
+        mixup_mode: ``batch``, ``pair`` or ``elem``.
+        mixup_off_epoch: Epoch from which mixing is off, 0 for never.
+    """
+
+    no_aug: bool = False
+    train_crop_mode: Optional[str] = None
+    scale: List[float] = field(default_factory=lambda: [0.08, 1.0])
+    ratio: List[float] = field(default_factory=lambda: [3.0 / 4.0, 4.0 / 3.0])
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.4
+    color_jitter_prob: Optional[float] = None
+    grayscale_prob: float = 0.0
+    gaussian_blur_prob: float = 0.0
+    aa: Optional[str] = None
+    reprob: float = 0.0
+    remode: str = 'pixel'
+    recount: int = 1
+    train_interpolation: str = 'random'
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    cutmix_minmax: Optional[List[float]] = None
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = 'batch'
+    mixup_off_epoch: int = 0
+
+
+def mixup_active(augment: AugmentConfig) -> bool:
+    """Whether batches are mixed, so that targets are soft."""
+    return augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax is not None
 
 
 def train_loader(
-    args: argparse.Namespace,
+    config: TrainDataConfig,
+    augment: AugmentConfig,
     dataset: Dataset,
     data_config: Dict[str, Any],
     num_classes: int,
     device: torch.device,
+    *,
+    smoothing: float = 0.0,
+    seed: int = 42,
+    channels_last: bool = False,
 ) -> Any:
-    """Batches to train on: augmented, normalised, on the device."""
-    for flag, (low, high) in (('--scale', args.scale), ('--ratio', args.ratio)):
+    """Batches to train on: augmented and normalised, on the device.
+
+    Args:
+        config: Batch size, workers and cache.
+        augment: Augmentation.
+        dataset: Training images.
+        data_config: Preprocessing.
+        num_classes: C, of soft targets.
+        device: Device of the batches.
+        smoothing: Label smoothing of mixed targets.
+        seed: Seed of the order that processes share.
+        channels_last: Memory format of cached images.
+
+    Raises:
+        UserError: The settings do not go together.
+    """
+    for flag, (low, high) in (('--scale', augment.scale), ('--ratio', augment.ratio)):
         if not 0 < low <= high:
             raise UserError(f'{flag} {low} {high}: the first must be above 0, and the second no smaller.')
-    if args.cache_dataset:
-        _check_cacheable(args, dataset)
+    if config.cache_dataset:
+        _check_cacheable(config, augment, dataset)
     if checked_images(dataset) is not None and not isinstance(dataset, IterableDataset):
-        dataset = NextIfBroken(dataset)
+        dataset = SubstituteBroken(dataset)
     mixup = None
-    if mixup_active(args):
-        if args.batch_size % 2:
-            raise UserError(f'--batch-size {args.batch_size} must be even: mixup and cutmix work on pairs of images.')
-        mixup = (Mixup if args.cache_dataset else CheckedMixup)(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
+    if mixup_active(augment):
+        if config.batch_size % 2:
+            raise UserError(f'--batch-size {config.batch_size} must be even: mixup and cutmix work on pairs of images.')
+        mixup = (Mixup if config.cache_dataset else CheckedMixup)(
+            mixup_alpha=augment.mixup,
+            cutmix_alpha=augment.cutmix,
+            cutmix_minmax=augment.cutmix_minmax,
+            prob=augment.mixup_prob,
+            switch_prob=augment.mixup_switch_prob,
+            mode=augment.mixup_mode,
+            label_smoothing=smoothing,
             num_classes=num_classes,
         )
-    pad_crop = args.train_crop_mode == 'pad4'
+    pad_crop = augment.train_crop_mode == 'pad4'
     loader = create_loader(
         dataset,
         input_size=data_config['input_size'],
-        batch_size=args.batch_size,
+        batch_size=config.batch_size,
         is_training=True,
-        no_aug=args.no_aug,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        train_crop_mode=None if pad_crop else args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob,
-        gaussian_blur_prob=args.gaussian_blur_prob,
-        auto_augment=args.aa,
-        interpolation=args.train_interpolation,
+        no_aug=augment.no_aug,
+        re_prob=augment.reprob,
+        re_mode=augment.remode,
+        re_count=augment.recount,
+        train_crop_mode=None if pad_crop else augment.train_crop_mode,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter,
+        color_jitter_prob=augment.color_jitter_prob,
+        grayscale_prob=augment.grayscale_prob,
+        gaussian_blur_prob=augment.gaussian_blur_prob,
+        auto_augment=augment.aa,
+        interpolation=augment.train_interpolation,
         mean=data_config['mean'],
         std=data_config['std'],
-        num_workers=args.workers,
-        collate_fn=CheckedCollate(fast_collate, num_classes) if mixup is None or args.cache_dataset else mixup,
-        pin_memory=_pin_memory(args, device),
+        num_workers=config.workers,
+        collate_fn=CheckedCollate(fast_collate, num_classes) if mixup is None or config.cache_dataset else mixup,
+        pin_memory=_pin_memory(config, device),
         device=device,
         distributed=dist.is_initialized(),
         # fresh workers take their seeds from the epoch's, so that a resumed epoch sees the same images
@@ -102,88 +177,95 @@ def train_loader(
     )
     _prepare_workers(loader.loader)
     if isinstance(loader.sampler, DistributedSampler):
-        loader.sampler.seed = args.seed
+        loader.sampler.seed = seed
     drawn = _remember(loader.loader)
     pad_and_crop = PadCrop(data_config['input_size'][1:])
-    if args.cache_dataset:
-        augmented = not args.no_aug
+    if config.cache_dataset:
+        augmented = not augment.no_aug
         if augmented:
             dataset.transform = pad_and_crop.resize
         loader = _cached(
-            args,
+            config,
             loader,
             num_classes,
+            channels_last=channels_last,
             training=True,
             padding=pad_and_crop.padding * augmented,
-            hflip=args.hflip * augmented,
-            vflip=args.vflip * augmented,
+            hflip=augment.hflip * augmented,
+            vflip=augment.vflip * augmented,
             mixup=mixup,
             sampler=loader.sampler if dist.is_initialized() else None,
         )
         drawn = loader.batch
-    elif pad_crop and not args.no_aug:
+    elif pad_crop and not augment.no_aug:
         # the first of timm's training transforms is its crop
         dataset.transform.transforms[0] = pad_and_crop
     if len(loader) == 0:
-        raise UserError(f'--batch-size {args.batch_size} is larger than the training set ({len(dataset)} images).')
+        raise UserError(f'--batch-size {config.batch_size} is larger than the training set ({len(dataset)} images).')
     return CheckedLoader(loader, dataset, drawn)
 
 
 def set_epoch(batches: Any, dataset: Dataset, epoch: int) -> None:
-    """Tell streams, and what shares the images out among processes, that another epoch begins."""
+    """Tell streams and distributed samplers the number of the epoch."""
     for it in (dataset, getattr(batches, 'sampler', None)):
         if hasattr(it, 'set_epoch'):
             it.set_epoch(epoch)
 
 
 def eval_loader(
-    args: argparse.Namespace,
+    config: DataConfig,
     dataset: Dataset,
     data_config: Dict[str, Any],
     device: torch.device,
+    *,
     batch_size: Optional[int] = None,
-    world: World = ALONE,
+    dist_context: DistributedContext = SINGLE_PROCESS,
     num_classes: Optional[int] = None,
+    channels_last: bool = False,
 ) -> Any:
-    """Batches to evaluate on: resized and centre-cropped, normalised, on the device; in `world`, this process's part of
-    them, so that all together see every image once. Labels must be of `num_classes` classes, if that is given."""
-    part = (0, 1)
+    """Batches to evaluate on: resized, centre-cropped and normalised, on the device.
+
+    With several processes each gets its share, so that all together see every image once. Labels must be of
+    `num_classes` classes, if that is given.
+    """
+    shard = (0, 1)
     if isinstance(dataset, IterableDataset):
-        part = (world.rank, world.size)
-    elif world.size > 1:
-        dataset = TransformSubset(dataset, range(world.rank, len(dataset), world.size))
+        shard = (dist_context.rank, dist_context.size)
+    elif dist_context.size > 1:
+        dataset = TransformSubset(dataset, range(dist_context.rank, len(dataset), dist_context.size))
     collate = fast_collate if num_classes is None else CheckedCollate(fast_collate, num_classes)
     loader = create_loader(
         dataset,
         input_size=data_config['input_size'],
-        batch_size=batch_size or args.batch_size,
+        batch_size=batch_size or config.batch_size,
         interpolation=data_config['interpolation'],
         mean=data_config['mean'],
         std=data_config['std'],
         crop_pct=data_config['crop_pct'],
         crop_mode=data_config['crop_mode'],
-        num_workers=args.workers,
-        collate_fn=WithoutBroken(collate, data_config['input_size'][0]),
-        pin_memory=_pin_memory(args, device),
+        num_workers=config.workers,
+        collate_fn=DropBroken(collate, data_config['input_size'][0]),
+        pin_memory=_pin_memory(config, device),
         device=device,
         persistent_workers=False,
     )
     _prepare_workers(loader.loader)
-    loader = _cached(args, loader, num_classes) if getattr(args, 'cache_dataset', '') else loader
-    return CheckedLoader(loader, dataset, part=part)
+    if getattr(config, 'cache_dataset', ''):
+        loader = _cached(config, loader, num_classes, channels_last=channels_last)
+    return CheckedLoader(loader, dataset, shard=shard)
 
 
-def _pin_memory(args: argparse.Namespace, device: torch.device) -> bool:
-    # from other memory a copy waits for all that the GPU has yet to do
-    return device.type == 'cuda' if args.pin_mem is None else args.pin_mem
+def _pin_memory(config: DataConfig, device: torch.device) -> bool:
+    # copies from pageable memory synchronise with the GPU
+    return device.type == 'cuda' if config.pin_mem is None else config.pin_mem
 
 
 def _prepare_workers(loader: DataLoader) -> None:
-    """Make a loader's processes start without accidents."""
+    """Prepare the start of a loader's processes."""
     if not loader.num_workers:
         return
     if os.name == 'posix':
-        # while it starts it would lift what `CheckedLoader` does about signals
+        # its start would undo the signal mask of `CheckedLoader`
         resource_tracker.ensure_running()
     # before Python 3.12 a fork hangs for ever if a thread of torch.distributed enters Python at that moment
     forks = sys.version_info < (3, 12) and multiprocessing.get_start_method() == 'fork'
@@ -193,38 +275,38 @@ def _prepare_workers(loader: DataLoader) -> None:
 
 
 def _remember(loader: DataLoader) -> Optional[Callable[[int], List[int]]]:
-    """Make a loader remember its batches' indices; a stream has none."""
+    """Let a loader record the indices of its batches; None for a stream, which has none."""
     if isinstance(loader.dataset, IterableDataset):
         return None
-    sampler = loader.batch_sampler.sampler = RememberingSampler(loader.batch_sampler.sampler)
+    sampler = loader.batch_sampler.sampler = RecordingSampler(loader.batch_sampler.sampler)
     return lambda number: sampler.batch(number, loader.batch_size)
 
 
-def _check_cacheable(args: argparse.Namespace, dataset: Dataset) -> None:
-    """Refuse what ``--cache-dataset device`` does not do."""
+def _check_cacheable(config: DataConfig, augment: AugmentConfig, dataset: Dataset) -> None:
+    """Refuse settings that ``--cache-dataset device`` does not support."""
     if isinstance(dataset, IterableDataset):
-        raise UserError(f'--cache-dataset device: --dataset {args.dataset!r} is a stream, which cannot be kept.')
+        raise UserError(f'--cache-dataset device: --dataset {config.dataset!r} is a stream, which cannot be kept.')
     undone = dict(
-        color_jitter=args.color_jitter,
-        aa=args.aa,
-        grayscale_prob=args.grayscale_prob,
-        gaussian_blur_prob=args.gaussian_blur_prob,
+        color_jitter=augment.color_jitter,
+        aa=augment.aa,
+        grayscale_prob=augment.grayscale_prob,
+        gaussian_blur_prob=augment.gaussian_blur_prob,
     )
     undone = [f'--{name.replace("_", "-")} {value}' for name, value in undone.items() if value]
-    if args.train_crop_mode != 'pad4':
-        undone.append(f'--train-crop-mode {args.train_crop_mode or "rrc"}')
-    if undone and not args.no_aug:
+    if augment.train_crop_mode != 'pad4':
+        undone.append(f'--train-crop-mode {augment.train_crop_mode or "rrc"}')
+    if undone and not augment.no_aug:
         raise UserError(
             f'--cache-dataset device crops as --train-crop-mode pad4 does, flips, erases and mixes; it does no '
             f'{", ".join(undone)} (--color-jitter 0 leaves that out).'
         )
 
 
-def _cached(args: argparse.Namespace, loader: Any, num_classes: Optional[int], **kwargs: Any) -> CachedLoader:
-    """The loader that gives what timm's would, from images kept on the device."""
-    with blame('--cache-dataset device'):
+def _cached(config: DataConfig, loader: Any, num_classes: Optional[int], **kwargs: Any) -> CachedLoader:
+    """A loader of the same batches as timm's, from images kept on the device."""
+    with as_user_error('--cache-dataset device'):
         try:
-            images, targets = cache_images(loader.loader.dataset, loader.device, args.workers)
+            images, targets = cache_images(loader.loader.dataset, loader.device, config.workers)
         except Exception:
             checked = checked_images(loader.loader.dataset)
             if checked is not None:
@@ -240,6 +322,5 @@ def _cached(args: argparse.Namespace, loader: Any, num_classes: Optional[int], *
         mean=loader.mean.flatten().double() / 255,
         std=loader.std.flatten().double() / 255,
         erase=loader.random_erasing,
-        channels_last=args.channels_last,
         **kwargs,
     )

@@ -1,44 +1,62 @@
-"""Where an epoch's numbers go beside summary.csv: TensorBoard, Weights & Biases, trackio."""
+"""Loggers of an epoch's metrics beside summary.csv: TensorBoard, Weights & Biases, trackio."""
 
-import argparse
 import importlib
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import torch
 
-from ..errors import UserError, blame, install_hint
+from ..errors import UserError, as_user_error, install_hint
 
-__all__ = ['LOGS', 'Logs', 'check_packages']
+__all__ = ['LOGS', 'LogConfig', 'MetricLoggers', 'check_packages']
 
 CELL = 24  # pixels at each side of a cell of the CWEM's picture
 
 
-class Logs:
-    """What ``--log-*`` asks for, opened; the numbers of an epoch go to all of them.
+@dataclass
+class LogConfig:
+    """Where the numbers of an epoch go beside summary.csv.
+
+    Attributes:
+        log_tensorboard: Whether TensorBoard gets them.
+        log_wandb: Whether Weights & Biases gets them.
+        log_trackio: Whether trackio gets them.
+        log_project: Project at the latter two.
+    """
+
+    log_tensorboard: bool = False
+    log_wandb: bool = False
+    log_trackio: bool = False
+    log_project: str = 'timm_mlcsd'
+
+
+class MetricLoggers:
+    """The loggers that are switched on; each epoch's metrics are sent to all of them.
 
     Args:
-        args: The flags.
-        folder: Of the run.
+        config: Which loggers are on.
+        folder: Folder of the run.
+        settings: Settings of the run by name, for the loggers that keep them.
 
     Raises:
         UserError: A package is missing, or a service refuses.
     """
 
-    def __init__(self, args: argparse.Namespace, folder: Path):
+    def __init__(self, config: LogConfig, folder: Path, settings: Dict[str, Any]):
         self.open: List[Any] = []
         for name, make in LOGS.items():
-            if getattr(args, f'log_{name}'):
-                with blame(f'--log-{name} cannot be used'):
-                    self.open.append(make(args, folder))
+            if getattr(config, f'log_{name}'):
+                with as_user_error(f'--log-{name} cannot be used'):
+                    self.open.append(make(config, folder, settings))
 
     def add(self, epoch: int, values: Dict[str, float], weights: Optional[torch.Tensor] = None) -> None:
         """Add an epoch.
 
         Args:
-            epoch: Its number.
-            values: By name.
+            epoch: Number of the epoch.
+            values: Metrics by name.
             weights: Mean mixing weights of the teachers, [K, K], drawn white for 1.
         """
         picture = None
@@ -56,7 +74,7 @@ class Logs:
 class _TensorBoard:
     """Event files in the folder of the run."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path):
+    def __init__(self, config: LogConfig, folder: Path, settings: Dict[str, Any]):
         self.writer = _package('torch.utils.tensorboard', 'tensorboard').SummaryWriter(str(folder))
 
     def add(self, epoch: int, values: Dict[str, float], picture: Optional[torch.Tensor]) -> None:
@@ -72,9 +90,9 @@ class _TensorBoard:
 class _Service:
     """A package with wandb's interface, which trackio shares."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path):
+    def __init__(self, config: LogConfig, folder: Path, settings: Dict[str, Any]):
         self.module = _package(self.name, self.name)
-        self.run = self.module.init(project=args.log_project, name=folder.name, config=vars(args), **self.more(folder))
+        self.run = self.module.init(project=config.log_project, name=folder.name, config=settings, **self.more(folder))
 
     def add(self, epoch: int, values: Dict[str, float], picture: Optional[torch.Tensor]) -> None:
         pictures = {} if picture is None else {'teachers': self.module.Image(picture.numpy())}
@@ -90,7 +108,7 @@ class _WandB(_Service):
     def more(self, folder: Path) -> Dict[str, Any]:
         # a name may be taken again, an id never
         path = folder / 'wandb-id.txt'
-        with blame(f'--log-wandb: {str(path)!r}'):
+        with as_user_error(f'--log-wandb: {str(path)!r}'):
             if not path.exists():
                 path.write_text(uuid.uuid4().hex[:8])
             return dict(dir=str(folder), id=path.read_text(), resume='allow')
@@ -106,14 +124,14 @@ class _Trackio(_Service):
 LOGS = {'tensorboard': _TensorBoard, 'wandb': _WandB, 'trackio': _Trackio}
 
 
-def check_packages(args: argparse.Namespace) -> None:
-    """Find out whether what ``--log-*`` asks for is installed.
+def check_packages(config: LogConfig) -> None:
+    """Check that the packages of the loggers are installed.
 
     Raises:
         UserError: It isn't.
     """
     for name in LOGS:
-        if getattr(args, f'log_{name}'):
+        if getattr(config, f'log_{name}'):
             _package('torch.utils.tensorboard' if name == 'tensorboard' else name, name)
 
 

@@ -1,116 +1,143 @@
-"""Where a run lives, and how it goes on."""
+"""The folder of a run, and how a run is resumed."""
 
-import argparse
 import contextlib
 import logging
 import os
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from timm.utils import NativeScaler
 from torch.utils.data import Dataset
 
 from ..data import ClassNames, class_label, image_name, same_names
-from ..errors import UserError, blame, printable
+from ..distributed import SINGLE_PROCESS, DistributedContext
+from ..errors import UserError, as_user_error, printable
 from ..network import stored_names
 from ..task import MLCSDTask
 from .checkpoint import load_newest
 from .claim import claimed, new_folder
+from .data_config import TrainDataConfig
 from .epoch import Progress
 from .fsdp import load_sharded
 from .held_out import is_same_data
-from .world import ALONE, World
 
-__all__ = ['AUTO', 'check_same_run', 'find_checkpoint', 'resume', 'run_folder']
+__all__ = ['AUTO', 'RunConfig', 'check_same_run', 'find_checkpoint', 'resume', 'run_folder']
 
 _logger = logging.getLogger(__name__)
 
 AUTO = 'auto'
 
 
-@contextlib.contextmanager
-def run_folder(args: argparse.Namespace, world: World = ALONE) -> Iterator[Path]:
-    """The folder of a run, which no other run has meanwhile; with ``--dry-run`` it is neither made nor locked.
+@dataclass
+class RunConfig:
+    """Where a run is kept, and what it continues.
 
-    A run with ``--resume PATH`` goes on where that checkpoint lies, ``--experiment`` names a folder, and any other run
-    gets a new one. All processes call it; the first one's folder is that of all.
+    Attributes:
+        output: Folder of all runs.
+        experiment: Name of this run's folder, empty for time and model.
+        resume: Checkpoint or run folder to continue from; ``auto`` continues `experiment` if it has begun.
+        no_resume_opt: Whether only the weights of `resume` are taken.
+        checkpoint_hist: Number of numbered checkpoints that are kept.
+        dry_run: Whether only two updates are tried and nothing is written.
+    """
+
+    output: str = './output/train'
+    experiment: str = ''
+    resume: str = ''
+    no_resume_opt: bool = False
+    checkpoint_hist: int = 10
+    dry_run: bool = False
+
+
+@contextlib.contextmanager
+def run_folder(config: RunConfig, model: str, dist_context: DistributedContext = SINGLE_PROCESS) -> Iterator[Path]:
+    """Choose the folder of a run and lock it; with ``--dry-run`` it is neither made nor locked.
+
+    A run with ``--resume PATH`` continues in the folder of that checkpoint, ``--experiment`` names a folder, and any
+    other run gets a new one. All processes call it; the folder of the first process is that of all.
+
+    Args:
+        config: Where the run is kept.
+        model: Name of the model, for the name of a new folder.
+        dist_context: Processes that train together.
 
     Raises:
         UserError: Another run has it, it cannot be written, or it could not be found again.
     """
-    finds_itself = os.path.isdir(args.resume) and not args.no_resume_opt
-    if not args.experiment and (args.resume == AUTO or (_may_restart() and not finds_itself)):
-        why = '--resume auto' if args.resume == AUTO else 'a job that torchrun may start again (--max-restarts)'
+    finds_itself = os.path.isdir(config.resume) and not config.no_resume_opt
+    if not config.experiment and (config.resume == AUTO or (_may_restart() and not finds_itself)):
+        why = '--resume auto' if config.resume == AUTO else 'a job that torchrun may start again (--max-restarts)'
         raise UserError(f'{why} must find its checkpoint again: give the run a name with --experiment NAME.')
-    if args.dry_run:
-        yield _named(args) or Path(args.output) / _new_name(args)
+    if config.dry_run:
+        yield _named(config) or Path(config.output) / _new_name(model)
         return
     with contextlib.ExitStack() as stack:
         folder = error = None
-        if world.is_first:
+        if dist_context.is_primary:
             try:
-                named = _named(args)
-                folder = named or new_folder(Path(args.output), _new_name(args))
+                named = _named(config)
+                folder = named or new_folder(Path(config.output), _new_name(model))
                 stack.enter_context(claimed(folder, is_new=named is None))
             except UserError as e:
                 error = str(e)
-        folder, error = world.gather((folder, error))[0]
+        folder, error = dist_context.all_gather((folder, error))[0]
         if error:
             raise UserError(error)
         yield folder
 
 
-def _named(args: argparse.Namespace) -> Optional[Path]:
-    """The folder that the flags name; None where they name none.
+def _named(config: RunConfig) -> Optional[Path]:
+    """The folder that the settings name; None if they name none.
 
     Raises:
         UserError: There is no checkpoint to resume from.
     """
-    if args.experiment:
-        return Path(args.output) / args.experiment
-    if not args.resume:
+    if config.experiment:
+        return Path(config.output) / config.experiment
+    if not config.resume:
         return None
-    given = Path(args.resume)
+    given = Path(config.resume)
     folder = given if given.is_dir() else given.parent
     if not any(folder.glob('*.pth.tar')):
-        load_newest(given)  # says what is wrong
+        load_newest(given)  # raises the error
     return folder
 
 
 def _may_restart() -> bool:
-    """Whether torchrun may start the processes anew."""
+    """Whether torchrun may restart the processes."""
     return int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) > 0
 
 
-def _new_name(args: argparse.Namespace) -> str:
-    return f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace("/", "_")}'
+def _new_name(model: str) -> str:
+    return f'{datetime.now():%Y%m%d-%H%M%S}-{model.replace("/", "_")}'
 
 
-def find_checkpoint(args: argparse.Namespace, folder: Path) -> Tuple[Optional[Dict[str, Any]], bool]:
-    """The checkpoint that a run in `folder` goes on from, None for a new run, and whether to take weights alone.
+def find_checkpoint(config: RunConfig, folder: Path) -> Tuple[Optional[Dict[str, Any]], bool]:
+    """Find the checkpoint that a run continues from, None for a new run, and whether only its weights are taken.
 
-    With ``--resume auto``, and where torchrun may start the processes anew, ``--experiment`` goes on if it has begun,
-    whole: ``--no-resume-opt`` is about what another run has left.
+    With ``--resume auto``, and if torchrun may restart the processes, ``--experiment`` is resumed with its whole state if
+    it has begun; ``--no-resume-opt`` applies to checkpoints of other runs.
 
     Raises:
-        UserError: The folder holds a run that nobody wants to go on with, or the checkpoint cannot be read.
+        UserError: The folder holds a run that is not resumed, or the checkpoint cannot be read.
     """
-    # a rehearsal leaves it alone
-    has_begun = bool(args.experiment) and any(folder.glob('*.pth.tar')) and not args.dry_run
-    if has_begun and (args.resume == AUTO or _may_restart()):
-        if args.resume not in ('', AUTO):
-            _logger.warning(f'Going on with {folder}, which has begun, not with --resume {args.resume}')
+    # a dry run does not touch it
+    has_begun = bool(config.experiment) and any(folder.glob('*.pth.tar')) and not config.dry_run
+    if has_begun and (config.resume == AUTO or _may_restart()):
+        if config.resume not in ('', AUTO):
+            _logger.warning(f'Going on with {folder}, which has begun, not with --resume {config.resume}')
         return load_newest(folder), False
-    given = Path(args.resume) if args.resume not in ('', AUTO) else None
+    given = Path(config.resume) if config.resume not in ('', AUTO) else None
     checkpoint = load_newest(given) if given else None
     is_own = given is not None and (given if given.is_dir() else given.parent).resolve() == folder.resolve()
     if has_begun and not is_own:
         raise UserError(
             f'{str(folder)!r} holds a run already: go on with --resume {folder}, or name another --experiment.'
         )
-    return checkpoint, checkpoint is not None and args.no_resume_opt
+    return checkpoint, checkpoint is not None and config.no_resume_opt
 
 
 def check_same_run(
@@ -120,17 +147,17 @@ def check_same_run(
     weights_only: bool = False,
     same_data: bool = True,
 ) -> None:
-    """Refuse to resume what another model, other classes or another choice of held-out images have begun.
+    """Refuse to resume a run with another model, other classes or other held-out images.
 
     Args:
-        checkpoint: What is resumed.
-        identity: What the flags and the data amount to now, by the checkpoint's keys.
-        val_data: The images that choose the epoch now.
-        weights_only: Whether only weights are taken, which other classes may have trained.
-        same_data: Whether the flags name the data that the checkpoint was trained on.
+        checkpoint: The checkpoint.
+        identity: Model, classes and split of this run, by the checkpoint's keys.
+        val_data: The images that choose the epoch in this run.
+        weights_only: Whether only weights are taken, so that classes may differ.
+        same_data: Whether this run has the data of the checkpoint.
     """
     held_out = ('val_fraction', 'val_seed', 'val_indices', 'val_keys', 'train_size')
-    with blame('--resume'):
+    with as_user_error('--resume'):
         checkpoint = {**checkpoint, 'class_names': stored_names(checkpoint)}
     for key, value in identity.items():
         if weights_only and not same_data and key in held_out:
@@ -161,7 +188,7 @@ def _equal(before: Any, now: torch.Tensor) -> bool:
 
 
 def _other_held_out(before: Any, now: torch.Tensor, val_data: Dataset) -> str:
-    """What to say where a run that goes on would hold other images out than it did."""
+    """The error message for held-out images that are not those of the checkpoint."""
     others = list(range(len(now)))
     if isinstance(before, torch.Tensor) and before.shape == now.shape:
         others = (before != now).nonzero().flatten().tolist()
@@ -179,7 +206,7 @@ def _some(names: ClassNames) -> str:
 
 
 def _as_lists(value: Any) -> Any:
-    """The same value with lists for tuples: a YAML file has only the one, the command line may have either."""
+    """The same value with lists for tuples, because a YAML file has lists only."""
     if isinstance(value, dict):
         return {k: _as_lists(v) for k, v in value.items()}
     return [_as_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -190,59 +217,48 @@ def resume(
     task: MLCSDTask,
     optimizer: torch.optim.Optimizer,
     scaler: Optional[NativeScaler],
-    args: argparse.Namespace,
-    world: World,
+    settings: Dict[str, Any],
+    data: TrainDataConfig,
+    dist_context: DistributedContext,
     weights_only: bool = False,
     lr_rule: Optional[Tuple] = None,
 ) -> Tuple[int, float, Optional[Progress]]:
-    """Put the state of a checkpoint back; returns the epoch to start with, the best metric so far, and where to go on
-    in an epoch that was not finished.
+    """Restore the state of a checkpoint.
 
-    `lr_rule` is what the learning rate follows from, None where the user named it: with the same rule it may change
-    with the number of processes.
+    Args:
+        checkpoint: Checkpoint of train.py.
+        task: Task that is restored.
+        optimizer: Optimizer that is restored.
+        scaler: Loss scaler that is restored, None without float16.
+        settings: Settings of this run by the names of the flags, with the resolved learning rate.
+        data: Data of this run.
+        dist_context: Processes that train together.
+        weights_only: Whether only weights and epoch are restored.
+        lr_rule: What the learning rate was derived from, None where the user gave it; under the same rule it may
+            change with the number of processes.
+
+    Returns:
+        The epoch to start with, the best metric so far, and the position in that epoch if it is not finished.
+
+    Raises:
+        UserError: The checkpoint does not fit the settings.
     """
     rescaled = lr_rule is not None and _as_lists(checkpoint.get('lr_rule')) == _as_lists(lr_rule)
-    fixed = ('opt', 'lr', 'weight_decay', 'momentum', 'opt_betas', 'opt_eps', 'opt_args', 'layer_decay', 'exit_lr_mult')
-    fixed += ('fsdp', 'heads_only', 'distill', 'distill_method', 'distill_ramp')
-    if 'progress' in checkpoint:
-        fixed += ('batch_size', 'workers', 'grad_accum_steps', 'cache_dataset', 'seed')
-    for name in (name for name in fixed if not (rescaled and name == 'lr')):
-        # a flag that is younger than the checkpoint had its default then, but for the ramp
-        absent = 'none' if name == 'distill_ramp' else getattr(args, name)
-        before, now = checkpoint['args'].get(name, absent), getattr(args, name)
-        if before != now and not weights_only:
-            flag = '--opt-kwargs' if name == 'opt_args' else f'--{name.replace("_", "-")}'
-            raise UserError(
-                f'--resume: the run used {flag} {before}, not {now}, and goes on with '
-                f'it: say so, or take its weights only with --no-resume-opt.'
-            )
-    if not is_same_data(args, checkpoint):
+    if not weights_only:
+        _check_same_settings(checkpoint, settings, rescaled)
+    if not is_same_data(data, checkpoint):
         before, now = (
-            ' '.join(filter(None, (a.get('dataset'), a.get('data_dir')))) for a in (checkpoint['args'], vars(args))
+            ' '.join(filter(None, (s.get('dataset'), s.get('data_dir')))) for s in (checkpoint['args'], settings)
         )
         _logger.warning(f'The run was trained on {before}, and goes on with {now}')
-    with blame('the checkpoint to go on from does not fit these flags'):
-        if args.fsdp:
-            load_sharded(task, checkpoint, optimizer, weights_only)
-        else:
-            task.load_checkpoint_state(checkpoint['state_dict'], checkpoint.get('task_state'))
-        if args.model_ema:
-            if 'state_dict_ema' in checkpoint:
-                task.load_checkpoint_state(checkpoint['state_dict_ema'], checkpoint.get('task_state_ema'), ema=True)
-            else:
-                task.get_trainable_module(ema=True).set(task.get_trainable_module())
-        if not (weights_only or args.fsdp):
-            optimizer.load_state_dict(checkpoint['optimizer'])
-            if scaler and NativeScaler.state_dict_key in checkpoint:
-                scaler.load_state_dict(checkpoint[NativeScaler.state_dict_key])
-    before = checkpoint['args']['lr']
-    if before != args.lr and rescaled and not weights_only:
-        _logger.warning(
-            f'Learning rate {args.lr} instead of {before}: so --lr-base says for the images of an update now'
-        )
+    with as_user_error('the checkpoint to go on from does not fit these flags'):
+        _load_states(checkpoint, task, optimizer, scaler, settings, weights_only)
+    before, now = checkpoint['args']['lr'], settings['lr']
+    if before != now and rescaled and not weights_only:
+        _logger.warning(f'Learning rate {now} instead of {before}: so --lr-base says for the images of an update now')
         for group in optimizer.param_groups:
             for key in {'lr', 'initial_lr'} & group.keys():
-                group[key] *= args.lr / before
+                group[key] *= now / before
     epoch, best = checkpoint['epoch'] + 1, checkpoint.get('best_metric')
     if not isinstance(best, float) or epoch < 0:
         raise UserError(
@@ -251,15 +267,58 @@ def resume(
     if 'progress' not in checkpoint or weights_only:
         _logger.info(f'Resuming after epoch {epoch - 1}')
         return epoch, best, None
-    by_rank = checkpoint['progress']
-    if isinstance(by_rank, dict):  # as written before there were several processes
-        by_rank = [by_rank]
-    if len(by_rank) != world.size:
+    return epoch, best, _position(checkpoint['progress'], epoch, dist_context)
+
+
+def _check_same_settings(checkpoint: Dict[str, Any], settings: Dict[str, Any], rescaled: bool) -> None:
+    """Refuse settings that a run must not change half-way."""
+    fixed = ('opt', 'lr', 'weight_decay', 'momentum', 'opt_betas', 'opt_eps', 'opt_args', 'layer_decay', 'exit_lr_mult')
+    fixed += ('fsdp', 'heads_only', 'distill', 'distill_method', 'distill_ramp')
+    if 'progress' in checkpoint:
+        fixed += ('batch_size', 'workers', 'grad_accum_steps', 'cache_dataset', 'seed')
+    for name in (name for name in fixed if not (rescaled and name == 'lr')):
+        # a flag that is newer than the checkpoint had its default then; the ramp's was none
+        absent = 'none' if name == 'distill_ramp' else settings[name]
+        before, now = checkpoint['args'].get(name, absent), settings[name]
+        if before != now:
+            flag = '--opt-kwargs' if name == 'opt_args' else f'--{name.replace("_", "-")}'
+            raise UserError(
+                f'--resume: the run used {flag} {before}, not {now}, and goes on with '
+                f'it: say so, or take its weights only with --no-resume-opt.'
+            )
+
+
+def _load_states(
+    checkpoint: Dict[str, Any],
+    task: MLCSDTask,
+    optimizer: torch.optim.Optimizer,
+    scaler: Optional[NativeScaler],
+    settings: Dict[str, Any],
+    weights_only: bool,
+) -> None:
+    if settings['fsdp']:
+        load_sharded(task, checkpoint, optimizer, weights_only)
+    else:
+        task.load_checkpoint_state(checkpoint['state_dict'], checkpoint.get('task_state'))
+    if settings['model_ema']:
+        if 'state_dict_ema' in checkpoint:
+            task.load_checkpoint_state(checkpoint['state_dict_ema'], checkpoint.get('task_state_ema'), ema=True)
+        else:
+            task.get_trainable_module(ema=True).set(task.get_trainable_module())
+    if not (weights_only or settings['fsdp']):
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        if scaler and NativeScaler.state_dict_key in checkpoint:
+            scaler.load_state_dict(checkpoint[NativeScaler.state_dict_key])
+
+
+def _position(by_rank: List[Dict[str, Any]], epoch: int, dist_context: DistributedContext) -> Optional[Progress]:
+    """The position of this process in an unfinished epoch, None where the epoch begins at its first batch."""
+    if len(by_rank) != dist_context.size:
         _logger.warning(
-            f'Resuming with {world.size} processes what {len(by_rank)} were doing: epoch {epoch} begins anew, with the '
-            f'weights that it had reached.'
+            f'Resuming with {dist_context.size} processes what {len(by_rank)} were doing: epoch {epoch} begins anew, '
+            f'with the weights that it had reached.'
         )
-        return epoch, best, None
-    progress = Progress(**by_rank[world.rank])
+        return None
+    progress = Progress(**by_rank[dist_context.rank])
     _logger.info(f'Resuming in epoch {epoch}, after {progress.step} batches')
-    return epoch, best, progress
+    return progress

@@ -1,26 +1,24 @@
 """Losses of multi-exit networks; they know nothing of backbones."""
 
-from .distill import CC, CRD, DKD, KD, METHODS, Lesson, Method
-from .memory import LogitMemory
-from .mlcsd import CWEM_SUPERVISIONS, DISTILLS, MLCSDLoss
+from .distill import CC, CRD, DISTILL_METHODS, DKD, KD, DistillBatch, DistillMethod
+from .mlcsd import CWEM_SUPERVISIONS, DISTILL_MODES, MLCSDLoss
 from .ramp import DISTILL_RAMPS, AccuracyRamp
-from .teachers import CWEM, TEACHERS, Mixer
+from .teachers import CWEM, TEACHERS, TeacherMixer
 
 __all__ = [
     'CC',
     'CRD',
     'CWEM',
     'CWEM_SUPERVISIONS',
-    'DISTILLS',
+    'DISTILL_MODES',
     'DISTILL_RAMPS',
     'DKD',
     'KD',
-    'METHODS',
+    'DISTILL_METHODS',
     'TEACHERS',
     'AccuracyRamp',
-    'Lesson',
-    'LogitMemory',
+    'DistillBatch',
     'MLCSDLoss',
-    'Method',
-    'Mixer',
+    'DistillMethod',
+    'TeacherMixer',
 ]

@@ -1,6 +1,6 @@
 """What an exit learns from its teacher: the methods of the paper's Table 10, each the place of L_KD in the total loss.
 
-A method maps a `Lesson` to one loss per exit. Whatever mixes the teachers (`TEACHERS`), its teacher is the mixed
+A method maps a `DistillBatch` to one loss per exit. Whatever mixes the teachers (`TEACHERS`), its teacher is the mixed
 logits t_i, for methods that compare features the pooled mixed feature g_i: from the last exit alone it is the usual
 self-distillation.
 """
@@ -12,13 +12,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .memory import mean_of_processes, rows_of_processes
+from ..distributed import all_gather_rows, all_reduce_mean
 from .ramp import limit_gradient
 
-__all__ = ['CC', 'CRD', 'DKD', 'KD', 'METHODS', 'Lesson', 'Method']
+__all__ = ['CC', 'CRD', 'DKD', 'KD', 'DISTILL_METHODS', 'DistillBatch', 'DistillMethod']
 
 
-class Lesson(NamedTuple):
+class DistillBatch(NamedTuple):
     """What the exits of one batch show, and what their teachers do.
 
     Attributes:
@@ -38,7 +38,7 @@ class Lesson(NamedTuple):
     indices: Optional[torch.Tensor]
 
 
-class Method(nn.Module):
+class DistillMethod(nn.Module):
     """A way to learn from a teacher.
 
     Attributes:
@@ -53,21 +53,21 @@ class Method(nn.Module):
     hard_labels = False
     needs_indices = False
 
-    def forward(self, lesson: Lesson) -> torch.Tensor:
+    def forward(self, batch: DistillBatch) -> torch.Tensor:
         """The losses [K] of the exits, batch means."""
         raise NotImplementedError
 
-    def limited(self, lesson: Lesson, strength: torch.Tensor) -> torch.Tensor:
+    def limited(self, batch: DistillBatch, strength: torch.Tensor) -> torch.Tensor:
         """The losses with the gradient of every image limited, in methods that know its length; else as they are.
 
         Args:
-            lesson: What the exits show.
+            batch: What the exits show.
             strength: Weights that the losses will get, [K].
         """
-        return self(lesson)
+        return self(batch)
 
 
-class KD(Method):
+class KD(DistillMethod):
     """Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; the paper's eq. 4.
 
     T^2 KL(softmax(t / T) || softmax(z / T)).
@@ -82,22 +82,22 @@ class KD(Method):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, lesson: Lesson) -> torch.Tensor:
-        log_p, log_t = self._log_probs(lesson)
+    def forward(self, batch: DistillBatch) -> torch.Tensor:
+        log_p, log_t = self._log_probs(batch)
         return self.temperature**2 * _divergence(log_p, log_t).mean(dim=0)
 
-    def limited(self, lesson: Lesson, strength: torch.Tensor) -> torch.Tensor:
-        log_p, log_t = self._log_probs(lesson)
+    def limited(self, batch: DistillBatch, strength: torch.Tensor) -> torch.Tensor:
+        log_p, log_t = self._log_probs(batch)
         gap = log_p.detach().exp() - log_t.detach().exp()  # 1/T of the gradient on the logits
         loss = self.temperature**2 * _divergence(log_p, log_t)
         return limit_gradient(loss, strength * self.temperature * gap.norm(dim=-1)).mean(dim=0)
 
-    def _log_probs(self, lesson: Lesson) -> Tuple[torch.Tensor, torch.Tensor]:
-        both = (lesson.logits, lesson.teacher_logits)
+    def _log_probs(self, batch: DistillBatch) -> Tuple[torch.Tensor, torch.Tensor]:
+        both = (batch.logits, batch.teacher_logits)
         return tuple(F.log_softmax(z / self.temperature, dim=-1) for z in both)
 
 
-class DKD(Method):
+class DKD(DistillMethod):
     """Zhao et al. 2022, "Decoupled Knowledge Distillation": a TCKD + b NCKD, times T^2.
 
     With softened probabilities p and the label y, TCKD is the divergence between the two-class distributions
@@ -118,8 +118,8 @@ class DKD(Method):
         self.target_weight = target_weight
         self.other_weight = other_weight
 
-    def forward(self, lesson: Lesson) -> torch.Tensor:
-        student, teacher = (self._split(z, lesson.target) for z in (lesson.logits, lesson.teacher_logits))
+    def forward(self, batch: DistillBatch) -> torch.Tensor:
+        student, teacher = (self._split(z, batch.target) for z in (batch.logits, batch.teacher_logits))
         tckd, nckd = (_divergence(p, t).mean(dim=0) for p, t in zip(student, teacher))
         return self.temperature**2 * (self.target_weight * tckd + self.other_weight * nckd)
 
@@ -133,7 +133,7 @@ class DKD(Method):
         return torch.stack([own, rest], dim=-1), (log_p - rest.unsqueeze(-1)).masked_fill(is_target, 0.0)
 
 
-class CC(Method):
+class CC(DistillMethod):
     """Peng et al. 2019, "Correlation Congruence for Knowledge Distillation".
 
     The squared difference, meaned over all pairs of images of the batch, between student's and teacher's correlations
@@ -153,8 +153,8 @@ class CC(Method):
         self.gamma = gamma
         self.order = order
 
-    def forward(self, lesson: Lesson) -> torch.Tensor:
-        difference = self._correlation(lesson.features) - self._correlation(lesson.teacher_features)
+    def forward(self, batch: DistillBatch) -> torch.Tensor:
+        difference = self._correlation(batch.features) - self._correlation(batch.teacher_features)
         return difference.square().mean(dim=(-2, -1))
 
     def _correlation(self, features: torch.Tensor) -> torch.Tensor:
@@ -168,7 +168,7 @@ class CC(Method):
         return total
 
 
-class CRD(Method):
+class CRD(DistillMethod):
     """Tian et al. 2020, "Contrastive Representation Distillation", with the memory bank of the authors' code.
 
     Student's and teacher's features are embedded by a linear layer each and brought to length 1. A memory keeps both
@@ -222,9 +222,9 @@ class CRD(Method):
         self.register_buffer('scale', torch.zeros(2 * num_learners))
         self.register_buffer('labels', torch.full((num_samples,), -1))
 
-    def forward(self, lesson: Lesson) -> torch.Tensor:
-        n, indices = self.num_learners, lesson.indices
-        pooled = torch.cat([lesson.features[:, :n], lesson.teacher_features[:, :n]], dim=1)
+    def forward(self, batch: DistillBatch) -> torch.Tensor:
+        n, indices = self.num_learners, batch.indices
+        pooled = torch.cat([batch.features[:, :n], batch.teacher_features[:, :n]], dim=1)
         embedding = self.embed(pooled.flatten(1).unsqueeze(-1).to(self.embed.weight.dtype))
         embedding = F.normalize(embedding.view(len(pooled), 2 * n, -1).transpose(0, 1), dim=-1)  # [2n, B, E]
 
@@ -233,16 +233,16 @@ class CRD(Method):
         own, others = (self.memory[:, i].roll(n, dims=0) for i in (indices, drawn))
         own = (embedding * own).sum(dim=-1, keepdim=True)
         scores = torch.cat([own, embedding @ others.transpose(-2, -1)], dim=-1) / self.temperature
-        is_other = self.labels[drawn] != lesson.target.unsqueeze(1)  # [B, N]
+        is_other = self.labels[drawn] != batch.target.unsqueeze(1)  # [B, N]
         counted = torch.cat([torch.ones_like(is_other[:, :1]), is_other], dim=1)
 
         e = scores.exp()
         with torch.no_grad():
-            first = mean_of_processes((e * counted).sum(dim=(-2, -1)) / counted.sum() * self.num_samples)
+            first = all_reduce_mean((e * counted).sum(dim=(-2, -1)) / counted.sum() * self.num_samples)
             scale = torch.where(self.scale > 0, self.scale, first)
             if self.training:
                 self.scale.copy_(scale)
-                self._remember(embedding.detach(), lesson)
+                self._remember(embedding.detach(), batch)
         e = e / scale[:, None, None]
         ratio = self.negatives / self.num_samples
         same = -(e[..., 0] / (e[..., 0] + ratio)).log()
@@ -251,19 +251,19 @@ class CRD(Method):
         apart = apart * (self.negatives / is_other.sum(dim=-1).clamp(min=1).to(apart.dtype))
         losses = (same + apart).mean(dim=-1)
         losses = losses[:n] + losses[n:]
-        return F.pad(losses, (0, lesson.logits.shape[1] - n))
+        return F.pad(losses, (0, batch.logits.shape[1] - n))
 
-    def _remember(self, embedding: torch.Tensor, lesson: Lesson) -> None:
-        old = self.memory[:, lesson.indices]
+    def _remember(self, embedding: torch.Tensor, batch: DistillBatch) -> None:
+        old = self.memory[:, batch.indices]
         new = F.normalize(self.momentum * old + (1 - self.momentum) * embedding, dim=-1)
         # one NaN would stay for good
         new = torch.where(new.isfinite(), new, old)
-        new, indices, target = rows_of_processes(new.transpose(0, 1), lesson.indices, lesson.target)
+        new, indices, target = all_gather_rows(new.transpose(0, 1), batch.indices, batch.target)
         self.memory.index_copy_(1, indices, new.transpose(0, 1))
         self.labels.index_copy_(0, indices, target)
 
 
-METHODS: Dict[str, Type[Method]] = {'kd': KD, 'cc': CC, 'crd': CRD, 'dkd': DKD}
+DISTILL_METHODS: Dict[str, Type[DistillMethod]] = {'kd': KD, 'cc': CC, 'crd': CRD, 'dkd': DKD}
 
 
 def _divergence(log_p: torch.Tensor, log_t: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ With logits z_k, features f_k, labels y, K exits, temperature T and weights w_i 
     L     = gamma L_CLS + alpha L_KD + beta L_HT    eq. 7
 
 t_i and g_i are constants for L_KD and L_HT: students never pull their teacher. Other teachers than the CWEM's are other
-W_i (`TEACHERS`), other ways to learn from them are other L_KD (`METHODS`).
+W_i (`TEACHERS`), other ways to learn from them are other L_KD (`DISTILL_METHODS`).
 """
 
 import math
@@ -22,14 +22,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.loss import JsdCrossEntropy
 
-from .distill import CC, CRD, METHODS, Lesson, Method
-from .memory import LogitMemory
+from .distill import CC, CRD, DISTILL_METHODS, DistillBatch, DistillMethod
 from .ramp import DISTILL_RAMPS, AccuracyRamp, limit_gradient
-from .teachers import CWEM, TEACHERS, Mixer
+from .teachers import CWEM, TEACHERS, TeacherMixer
 
-__all__ = ['CWEM_SUPERVISIONS', 'DISTILLS', 'MLCSDLoss']
+__all__ = ['CWEM_SUPERVISIONS', 'DISTILL_MODES', 'MLCSDLoss']
 
-DISTILLS = ('none', *TEACHERS)
+DISTILL_MODES = ('none', *TEACHERS)
 CWEM_SUPERVISIONS = ('ce', 'kd', 'none')
 
 
@@ -61,15 +60,12 @@ class MLCSDLoss(nn.Module):
         exit_weights: w_i, K numbers; default all 1, as in the paper.
         distill: Who teaches: ``none`` or one of `TEACHERS`.
         cwem_supervision: What trains the CWEM.
-        method: What L_KD is: one of `METHODS` with its authors' hyper-parameters, or a `Method`.
+        method: What L_KD is: one of `DISTILL_METHODS` with its authors' hyper-parameters, or a `DistillMethod`.
         distill_ramp: ``accuracy`` scales what exit i adds to L_KD and L_HT by its running training accuracy
             (`AccuracyRamp`), so that full-strength distillation waits for exits that know something, and limits the
             gradient of each image to a label's (`limit_gradient`; of the methods, ``kd`` has it): the default of
             train.py. ``none``, the default here, is the paper's loss.
-        pool_momentum: Above 0, the pool of logits that teachers are mixed from is a running mean over the epochs,
-            image by image (`LogitMemory`); this is the share of the old mean. Not in the paper.
-        num_samples: Images in the training set, for what remembers them all: ``crd`` and `pool_momentum`.
-        num_classes: C, for `pool_momentum`.
+        num_samples: Number of images in the training set, which ``crd`` needs.
 
     Examples:
         ```python
@@ -96,27 +92,25 @@ class MLCSDLoss(nn.Module):
         exit_weights: Optional[Sequence[float]] = None,
         distill: str = 'all-for-all',
         cwem_supervision: str = 'ce',
-        method: Union[str, Method] = 'kd',
+        method: Union[str, DistillMethod] = 'kd',
         distill_ramp: str = 'none',
-        pool_momentum: float = 0.0,
         num_samples: Optional[int] = None,
-        num_classes: Optional[int] = None,
     ):
         super().__init__()
-        if distill not in DISTILLS:
-            raise ValueError(f'distill={distill!r} is unknown; choose one of {", ".join(DISTILLS)}.')
+        if distill not in DISTILL_MODES:
+            raise ValueError(f'distill={distill!r} is unknown; choose one of {", ".join(DISTILL_MODES)}.')
         if cwem_supervision not in CWEM_SUPERVISIONS:
             raise ValueError(
                 f'cwem_supervision={cwem_supervision!r} is unknown; choose one of {", ".join(CWEM_SUPERVISIONS)}.'
             )
-        if not isinstance(method, Method) and method not in METHODS:
-            raise ValueError(f'method={method!r} is unknown; choose one of {", ".join(METHODS)}, or pass a Method.')
+        if not isinstance(method, DistillMethod) and method not in DISTILL_METHODS:
+            raise ValueError(
+                f'method={method!r} is unknown; choose one of {", ".join(DISTILL_METHODS)}, or pass a DistillMethod.'
+            )
         if distill_ramp not in DISTILL_RAMPS:
             raise ValueError(f'distill_ramp={distill_ramp!r} is unknown; choose one of {", ".join(DISTILL_RAMPS)}.')
-        if not 0.0 <= pool_momentum < 1.0:
-            raise ValueError(f'pool_momentum={pool_momentum} must be at least 0 and less than 1.')
         if alpha is None:
-            alpha = (METHODS[method] if isinstance(method, str) else method).weight
+            alpha = (DISTILL_METHODS[method] if isinstance(method, str) else method).weight
         for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
             if not 0 <= value < math.inf:
                 raise ValueError(f'{name}={value} must be finite and not negative; 0 switches the term off.')
@@ -151,9 +145,8 @@ class MLCSDLoss(nn.Module):
         # a tensor, not a number: a ramp must not recompile a compiled loss
         self.register_buffer('distill_scale', torch.ones(()), persistent=False)
 
-        self.mixer: Optional[Mixer] = None
-        self.method: Optional[Method] = None
-        self.memory: Optional[LogitMemory] = None
+        self.mixer: Optional[TeacherMixer] = None
+        self.method: Optional[DistillMethod] = None
         self.ramp: Optional[AccuracyRamp] = None
         self.projections = nn.ModuleList()
         # one exit has nobody to learn from
@@ -164,47 +157,34 @@ class MLCSDLoss(nn.Module):
             self.mixer.requires_grad_(cwem_supervision == 'ce' or (cwem_supervision == 'kd' and alpha > 0))
             if alpha:
                 self.method = self._make_method(method, num_samples, dims[-1]) if isinstance(method, str) else method
-            if pool_momentum:
-                self.memory = self._make_memory(pool_momentum, num_samples, num_classes)
             if len(set(dims)) > 1:
                 self.projections.extend(
                     nn.Identity() if dim == dims[-1] else nn.Conv2d(dim, dims[-1], 1, bias=False) for dim in dims
                 )
                 self.projections.requires_grad_(beta > 0 or (self.method is not None and self.method.reads_features))
 
-    def _make_method(self, name: str, num_samples: Optional[int], feature_dim: int) -> Method:
+    def _make_method(self, name: str, num_samples: Optional[int], feature_dim: int) -> DistillMethod:
         if name == 'cc':
             return CC()
         if name == 'crd':
             if not num_samples:
                 raise ValueError("method='crd' remembers every training image: pass num_samples, how many there are.")
-            return CRD(self.num_exits - (not self.mixer.last_learns), feature_dim, num_samples)
-        return METHODS[name](self.temperature)
-
-    def _make_memory(self, momentum: float, num_samples: Optional[int], num_classes: Optional[int]) -> LogitMemory:
-        if self.method is None or self.method.reads_features:
-            raise ValueError(
-                f'pool_momentum={momentum} is about the logits that exits learn from: it needs alpha > 0 and a method '
-                f'that reads logits, kd or dkd.'
-            )
-        if not (num_samples and num_classes):
-            raise ValueError('pool_momentum remembers every training image: pass num_samples and num_classes.')
-        return LogitMemory(num_samples, self.num_exits, num_classes, momentum)
+            return CRD(self.num_exits - (not self.mixer.supervises_last_exit), feature_dim, num_samples)
+        return DISTILL_METHODS[name](self.temperature)
 
     @property
     def needs_hard_labels(self) -> bool:
         """Whether the target must be class indices."""
-        return self.memory is not None or (self.method is not None and self.method.hard_labels)
+        return self.method is not None and self.method.hard_labels
 
     @property
     def needs_indices(self) -> bool:
         """Whether the loss must know which images a batch holds."""
-        return self.memory is not None or (self.method is not None and self.method.needs_indices)
+        return self.method is not None and self.method.needs_indices
 
-    def memory_names(self) -> List[str]:
+    def bank_buffer_names(self) -> List[str]:
         """Names of the buffers that remember training images; processes keep them alike without DDP's help."""
-        remembers = {'memory': self.memory is not None, 'method': self.method is not None and self.method.needs_indices}
-        return [name for name, _ in self.named_buffers() if remembers.get(name.partition('.')[0])]
+        return [name for name, _ in self.named_buffers() if self.needs_indices and name.startswith('method.')]
 
     def set_distill_scale(self, scale: float) -> None:
         """Scale alpha and beta, from 0 to 1, as a warm-up does."""
@@ -282,10 +262,10 @@ class MLCSDLoss(nn.Module):
         target: torch.Tensor,
         indices: Optional[torch.Tensor],
     ) -> Dict[str, torch.Tensor]:
-        self._check_lesson(target, indices)
+        self._check_batch(target, indices)
         parts = {}
         features = self._align(features)
-        pool = logits.detach() if self.memory is None else self.memory(logits.detach(), indices)
+        pool = logits.detach()
         weights = self._mix(pool, features, target)
         teacher = weights @ pool
         if isinstance(self.mixer, CWEM) and self.cwem_supervision == 'ce':
@@ -299,11 +279,11 @@ class MLCSDLoss(nn.Module):
             if self.method.reads_features:
                 pooled = torch.stack([f.mean(dim=(-2, -1)) for f in features], dim=1)
                 teacher_pooled = through @ pooled.detach()
-            lesson = Lesson(logits, through @ pool, pooled, teacher_pooled, target, indices)
+            batch = DistillBatch(logits, through @ pool, pooled, teacher_pooled, target, indices)
             if self.ramp is None:
-                losses = self.method(lesson)
+                losses = self.method(batch)
             else:
-                losses = self.method.limited(lesson, self.alpha * self.distill_scale * exit_weights)
+                losses = self.method.limited(batch, self.alpha * self.distill_scale * exit_weights)
             parts['kd'] = exit_weights @ losses.to(logits.dtype)
         if self.beta:
             # the mean doesn't care for the order of the elements, so take them as they lie in memory
@@ -327,12 +307,12 @@ class MLCSDLoss(nn.Module):
         losses = limit_gradient(losses, self.beta * self.distill_scale * exit_weights * lengths)
         return exit_weights @ losses.mean(dim=0)
 
-    def _check_lesson(self, target: torch.Tensor, indices: Optional[torch.Tensor]) -> None:
-        name = 'pool_momentum' if self.memory is not None else type(self.method).__name__
+    def _check_batch(self, target: torch.Tensor, indices: Optional[torch.Tensor]) -> None:
+        name = type(self.method).__name__
         if self.needs_hard_labels and target.ndim != 1:
             raise ValueError(
                 f'{name} needs class indices [B] as target, not {list(target.shape)}: leave out mixup and cutmix, or '
-                f'take method=\'kd\' or \'cc\' without pool_momentum.'
+                f"take method='kd' or 'cc'."
             )
         if self.needs_indices and indices is None:
             raise ValueError(f'{name} needs indices [B]: which images of the training set the batch holds.')

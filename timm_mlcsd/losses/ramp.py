@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from .memory import mean_of_processes
+from ..distributed import all_reduce_mean
 
 __all__ = ['DISTILL_RAMPS', 'AccuracyRamp', 'limit_gradient']
 
@@ -63,7 +63,7 @@ class AccuracyRamp(nn.Module):
     @torch.no_grad()
     def step(self) -> None:
         """Take into account what was noted since the last step, in all processes that train together."""
-        right, seen = mean_of_processes(torch.cat([self.right, self.seen[None]])).split([len(self.right), 1])
+        right, seen = all_reduce_mean(torch.cat([self.right, self.seen[None]])).split([len(self.right), 1])
         images = seen * (dist.get_world_size() if dist.is_initialized() else 1)
         share = 1 - self.momentum ** (images / 64)
         self.accuracy.add_(share * (right / seen.clamp_min(1) - self.accuracy))

@@ -12,10 +12,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ['CWEM', 'TEACHERS', 'Mixer']
+__all__ = ['CWEM', 'TEACHERS', 'TeacherMixer']
 
 
-class Mixer(nn.Module):
+class TeacherMixer(nn.Module):
     """Weighs the exits.
 
     Args:
@@ -23,10 +23,10 @@ class Mixer(nn.Module):
         feature_dim: D.
 
     Attributes:
-        last_learns: Whether the last exit has a teacher other than itself.
+        supervises_last_exit: Whether the last exit has a teacher other than itself.
     """
 
-    last_learns = True
+    supervises_last_exit = True
 
     def __init__(self, num_exits: int, feature_dim: int):
         super().__init__()
@@ -50,7 +50,7 @@ class Mixer(nn.Module):
         return weights.unsqueeze(1).expand(-1, self.num_exits, -1)
 
 
-class CWEM(Mixer):
+class CWEM(TeacherMixer):
     """Classifier weight encoding module (paper, section of that name): 1x1 conv, BatchNorm and softmax per exit.
 
     The K convolutions are one grouped convolution and the K norms one norm. A training batch of one image has no
@@ -72,10 +72,10 @@ class CWEM(Mixer):
         return x.view(-1, self.num_exits, self.num_exits).softmax(dim=-1)
 
 
-class LastExit(Mixer):
+class LastExit(TeacherMixer):
     """One-for-all: the last exit alone teaches every exit (FLSM on logits, FFSM on features)."""
 
-    last_learns = False
+    supervises_last_exit = False
 
     def forward(self, pooled: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         weights = logits.new_zeros(logits.shape[0], self.num_exits)
@@ -83,7 +83,7 @@ class LastExit(Mixer):
         return self._for_all(weights)
 
 
-class Minimum(Mixer):
+class Minimum(TeacherMixer):
     """The exit with the least cross-entropy on an image teaches it to every exit."""
 
     def forward(self, pooled: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -91,17 +91,17 @@ class Minimum(Mixer):
         return self._for_all(F.one_hot(best, self.num_exits).to(logits.dtype))
 
 
-class Average(Mixer):
+class Average(TeacherMixer):
     """The ensemble: the mean of all exits teaches every exit (paper's reference 48)."""
 
     def forward(self, pooled: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return torch.full_like(logits[:, :1, :1], 1.0 / self.num_exits).expand(-1, self.num_exits, self.num_exits)
 
 
-class Deeper(Mixer):
+class Deeper(TeacherMixer):
     """The mean of the exits behind it teaches an exit; the last has only itself, and so learns nothing."""
 
-    last_learns = False
+    supervises_last_exit = False
 
     def forward(self, pooled: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         weights = torch.ones(self.num_exits, self.num_exits, dtype=logits.dtype, device=logits.device).triu(1)
@@ -109,7 +109,7 @@ class Deeper(Mixer):
         return (weights / weights.sum(dim=1, keepdim=True)).expand(logits.shape[0], -1, -1)
 
 
-class Attention(Mixer):
+class Attention(TeacherMixer):
     """An exit weighs the more, the less the entropy of its prediction: softmax over the exits of -H(softmax(z_k)).
 
     The paper's reference 49 in words ("calculated using the entropy value of the predicted results"); the formula is
@@ -121,7 +121,7 @@ class Attention(Mixer):
         return self._for_all((log_p.exp() * log_p).sum(dim=-1).softmax(dim=-1))
 
 
-class Confidence(Mixer):
+class Confidence(TeacherMixer):
     """An exit weighs the more, the less its cross-entropy L_k: (1 - exp L_k / sum_j exp L_j) / (K - 1).
 
     Zhang et al. 2022, "Confidence-Aware Multi-Teacher Knowledge Distillation" (paper's reference 50).
@@ -131,7 +131,7 @@ class Confidence(Mixer):
         return self._for_all((1 - _cross_entropy(logits, target).softmax(dim=1)) / (self.num_exits - 1))
 
 
-TEACHERS: Dict[str, Type[Mixer]] = {
+TEACHERS: Dict[str, Type[TeacherMixer]] = {
     'one-for-all': LastExit,
     'minimum': Minimum,
     'average': Average,

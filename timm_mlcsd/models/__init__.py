@@ -2,13 +2,13 @@
 
 from .backbone import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, MultiExitBackbone, create_multi_exit
 from .heads import EXIT_HEADS, EXIT_POOLS, ExitHead
-from .meta import OnMeta
 from .msdnet import MSDNet
 from .multi_exit import MultiExitModel, MultiExitOutput
 from .ranet import RANet
 from .registry import create_named  # registers mlcsd_* with timm
 from .shufflenetv2 import ShuffleNetV2
-from .taps import is_tap
+from .stages.meta import MetaRunner
+from .stages.taps import is_tap
 from .weights import load_backbone, weights_digest
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     'MultiExitBackbone',
     'MultiExitModel',
     'MultiExitOutput',
-    'OnMeta',
+    'MetaRunner',
     'RANet',
     'ShuffleNetV2',
     'create_multi_exit',

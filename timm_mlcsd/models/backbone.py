@@ -14,12 +14,12 @@ from timm.models import get_model_input_config, get_model_traits
 
 from .contract import BackboneContract, check_pool
 from .heads import ExitHead, check_kinds, head_style
-from .hooks import what_hangs_on
 from .multi_exit import MultiExitModel, MultiExitOutput
-from .plan import Plan, plan_stages
-from .probe import Place
-from .programs import ChainProgram, GraphProgram
-from .small_input import has_small_input
+from .stages.executors import ChainExecutor, GraphExecutor
+from .stages.hooks import what_hangs_on
+from .stages.plan import Plan, plan_stages
+from .stages.probe import TracedModule
+from .stages.small_input import has_small_input
 
 __all__ = ['DEFAULT_EXIT_HEAD', 'DEFAULT_EXIT_POOL', 'MultiExitBackbone', 'create_multi_exit']
 
@@ -152,7 +152,7 @@ class MultiExitBackbone(BackboneContract):
         dims = [*(head.exit_feature_dim for head in self.heads), last.channels]
         self.exit_feature_dim = dims[0] if len(set(dims)) == 1 else dims
         self.reduction = self.probe_size[-1] // last.width
-        self.program = (ChainProgram if plan.is_chain else GraphProgram)(self.backbone, plan)
+        self.executor = (ChainExecutor if plan.is_chain else GraphExecutor)(self.backbone, plan)
 
     def replace_plan(self, names: List[str]) -> None:
         plan = _plan_by_name(self.backbone, self.probe_size, names)
@@ -164,9 +164,9 @@ class MultiExitBackbone(BackboneContract):
             self.exit_args = dict(self.exit_args, exits=sorted(kept, key=self.exit_names.index) or 1)
         if self.frozen is not None:
             self.frozen = [name for name, _ in self.backbone.named_parameters() if name in self.frozen]
-        self.program.release(self.backbone)
+        self.executor.release(self.backbone)
         self._use_plan(plan)
-        self.program.set_grad_checkpointing(self, self.grad_checkpointing)
+        self.executor.set_grad_checkpointing(self, self.grad_checkpointing)
 
     @property
     def resumable(self) -> bool:
@@ -179,21 +179,21 @@ class MultiExitBackbone(BackboneContract):
         hanging = what_hangs_on(self)
         if hanging:
             return f'the network itself has {hanging}, which its stages would leave out'
-        return self.program.why_not(self)
+        return self.executor.unsupported_reason(self)
 
     def run_stage(self, k: int, state: Any) -> Any:
-        return self.program.run_stage(self, k, state)
+        return self.executor.run_stage(self, k, state)
 
     def run_head(self, k: int, state: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-        feature = self.program.read_tap(k, state)
+        feature = self.executor.read_tap(k, state)
         if k < self.num_exits - 1:
             return self.heads[k](feature)
-        return _one_answer(self.program.run_end(self, state)), feature
+        return _one_answer(self.executor.run_end(self, state)), feature
 
     def forward_exits(self, x: torch.Tensor) -> MultiExitOutput:
-        if self.program.runs_in_stages(self, x):
+        if self.executor.runs_in_stages(self, x):
             return super().forward_exits(x)
-        last, maps = self.program.run_whole(self, x)
+        last, maps = self.executor.run_whole(self, x)
         outputs = [head(m) for head, m in zip(self.heads, maps)] + [(_one_answer(last), maps[-1])]
         logits, features = zip(*outputs)
         return MultiExitOutput(logits, features)
@@ -232,7 +232,7 @@ class MultiExitBackbone(BackboneContract):
             ValueError: The backbone doesn't take such images, or cannot be cut.
         """
         self.check_input_size(*input_size[1:])
-        self.program.prepare(self, tuple(input_size))
+        self.executor.prepare(self, tuple(input_size))
 
     def check_input_size(self, height: int, width: int) -> None:
         """Raise a ValueError for images too small to be reduced as often as the backbone does."""
@@ -312,7 +312,7 @@ def _one_answer(logits: Union[torch.Tensor, Tuple[torch.Tensor, ...]]) -> torch.
     return sum(logits) / len(logits) if isinstance(logits, tuple) else logits
 
 
-def _widths_below(tap: Place, places: Sequence[Place]) -> List[int]:
+def _widths_below(tap: TracedModule, places: Sequence[TracedModule]) -> List[int]:
     """The tap's width, then the backbone's width at every halving of the resolution from there to its end."""
     layouts = [place.layout for place in places if place.layout is not None]
     end = layouts[-1].width

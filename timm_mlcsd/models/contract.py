@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.models import group_parameters
 
 from .multi_exit import MultiExitModel
-from .plan import Plan
+from .stages.plan import Plan
 
 __all__ = ['DELEGATED', 'BackboneContract']
 
@@ -92,12 +92,12 @@ class BackboneContract(MultiExitModel):
         weight = next(self.backbone.parameters())
         for head in self.heads:
             head.reset_classifier(num_classes, device=weight.device, dtype=weight.dtype)
-        self.program.forget()
+        self.executor.invalidate()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping what is inside them."""
         self.grad_checkpointing = enable
-        self.program.set_grad_checkpointing(self, enable)
+        self.executor.set_grad_checkpointing(self, enable)
 
     def no_weight_decay(self) -> Set[str]:
         """Names of the parameters that want no weight decay."""

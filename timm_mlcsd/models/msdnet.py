@@ -1,6 +1,6 @@
 """MSDNet (Huang et al. 2018, "Multi-Scale Dense Networks for Resource Efficient Image Classification").
 
-Layers and knobs as in the public implementation (kalviny/MSDNet-PyTorch): same parameters, multiply-adds and exits.
+Layers and arguments as in the public implementation (kalviny/MSDNet-PyTorch): same parameters, multiply-adds and exits.
 """
 
 import math
@@ -14,12 +14,12 @@ from .native import (
     STEMS,
     STEP_MODES,
     NativeMultiExit,
+    bottleneck_conv,
     check_choice,
     conv_layer,
     create_native,
-    kept_channels,
-    narrow_conv,
     native_cfg,
+    transition_channels,
 )
 from .native import stem as make_stem
 
@@ -44,8 +44,8 @@ class _DenseScale(nn.Module):
     def __init__(self, chs: int, finer_chs: Union[int, None], growth: int, factor: int, finer_factor: int):
         super().__init__()
         own = growth if finer_chs is None else growth // 2
-        self.down = None if finer_chs is None else narrow_conv(finer_chs, own, finer_factor, stride=2)
-        self.normal = narrow_conv(chs, own, factor)
+        self.down = None if finer_chs is None else bottleneck_conv(finer_chs, own, finer_factor, stride=2)
+        self.normal = bottleneck_conv(chs, own, factor)
 
     def forward(self, x: torch.Tensor, finer: Union[torch.Tensor, None]) -> torch.Tensor:
         new = (self.normal(x),) if self.down is None else (self.down(finer), self.normal(x))
@@ -149,7 +149,7 @@ class MSDNet(NativeMultiExit):
             )
         if not 0 <= reduction <= 1:
             raise ValueError(f'reduction={reduction} must lie between 0 and 1.')
-        knobs = dict(
+        model_args = dict(
             num_blocks=num_blocks,
             base=base,
             step=step,
@@ -175,13 +175,13 @@ class MSDNet(NativeMultiExit):
                 width += growth_rate
                 thirds = (math.floor(total / 3), math.floor(2 * total / 3))
                 if reduction and (num_in > num_out if prune == 'max' else n in thirds):
-                    kept = kept_channels(reduction, width)
+                    kept = transition_channels(reduction, width)
                     layers.append(_Transition(width, kept, growth_factors[num_scales - num_out :]))
                     width = kept
             stages.append(nn.Sequential(*layers))
             widths.append(width * growth_factors[-1])
         scale = (4 if stem == 'imagenet' else 1) * 2 ** (num_scales - 1)
-        super().__init__(stages, widths, stem, scale, num_classes, in_chans, global_pool, knobs)
+        super().__init__(stages, widths, stem, scale, num_classes, in_chans, global_pool, model_args)
         self.stem = nn.ModuleList([make_stem(stem, in_chans, channels * growth_factors[0])])
         for finer, factor in zip(growth_factors, growth_factors[1:]):
             self.stem.append(conv_layer(channels * finer, channels * factor, stride=2))

@@ -21,8 +21,8 @@ __all__ = [
     'check_choice',
     'conv_layer',
     'create_native',
-    'kept_channels',
-    'narrow_conv',
+    'transition_channels',
+    'bottleneck_conv',
     'native_cfg',
     'stem',
 ]
@@ -43,7 +43,7 @@ def conv_layer(in_chs: int, out_chs: int, kernel_size: int = 3, stride: int = 1)
     )
 
 
-def narrow_conv(in_chs: int, out_chs: int, factor: int, stride: int = 1) -> nn.Sequential:
+def bottleneck_conv(in_chs: int, out_chs: int, factor: int, stride: int = 1) -> nn.Sequential:
     """A 3x3 conv layer behind a 1x1 one of at most `factor` times its width: DenseNet's bottleneck."""
     inner = min(in_chs, factor * out_chs)
     return nn.Sequential(*conv_layer(in_chs, inner, 1), *conv_layer(inner, out_chs, 3, stride))
@@ -61,7 +61,7 @@ def stem(kind: str, in_chs: int, out_chs: int) -> nn.Sequential:
     )
 
 
-def kept_channels(reduction: float, width: int) -> int:
+def transition_channels(reduction: float, width: int) -> int:
     """What a transition keeps of `width` channels."""
     kept = math.floor(reduction * width)
     if not kept:
@@ -131,7 +131,7 @@ class NativeMultiExit(MultiExitModel):
         num_classes: C, 0 for features.
         in_chans: Channels of the images.
         global_pool: ``avg``; empty, with 0 classes only, for unpooled features at all exits.
-        knobs: The arguments that make this network again.
+        model_args: The arguments that make this network again.
     """
 
     why_not_resumable = None
@@ -145,7 +145,7 @@ class NativeMultiExit(MultiExitModel):
         num_classes: int,
         in_chans: int,
         global_pool: str,
-        knobs: Dict[str, Any],
+        model_args: Dict[str, Any],
     ):
         super().__init__()
         check_global_pool(global_pool, num_classes)
@@ -154,7 +154,7 @@ class NativeMultiExit(MultiExitModel):
         self.in_chans = in_chans
         self.num_exits = len(stages)
         self.exit_names = [f'stages.{k}' for k in range(self.num_exits)]
-        self.exit_args = knobs
+        self.exit_args = model_args
         self.probe_size = (in_chans, *((224, 224) if stem_kind == 'imagenet' else (32, 32)))
         self.reduction = reduction
         dims = [CIFAR_HEAD_WIDTH if stem_kind == 'cifar' else width for width in widths]

@@ -1,6 +1,6 @@
 """RANet (Yang et al. 2020, "Resolution Adaptive Networks for Efficient Inference").
 
-Layers and knobs as in the public implementation (yangle15/RANet-pytorch): same parameters, multiply-adds and exits.
+Layers and arguments as in the public implementation (yangle15/RANet-pytorch): same parameters, multiply-adds and exits.
 """
 
 import math
@@ -15,12 +15,12 @@ from .native import (
     STEMS,
     STEP_MODES,
     NativeMultiExit,
+    bottleneck_conv,
     check_choice,
     conv_layer,
     create_native,
-    kept_channels,
-    narrow_conv,
     native_cfg,
+    transition_channels,
 )
 from .native import stem as make_stem
 
@@ -58,8 +58,8 @@ class _DenseLayer(nn.Module):
         if lower is not None:
             lower_chs, lower_factor, share = lower
             own = growth - math.floor(growth * share)
-            self.up = narrow_conv(lower_chs, growth - own, lower_factor)
-        self.normal = narrow_conv(chs, own, factor, stride=2 if down else 1)
+            self.up = bottleneck_conv(lower_chs, growth - own, lower_factor)
+        self.normal = bottleneck_conv(chs, own, factor, stride=2 if down else 1)
 
     def forward(self, x: torch.Tensor, lower: Optional[torch.Tensor]) -> torch.Tensor:
         new = self.normal(x)
@@ -108,7 +108,7 @@ class _Block(nn.Module):
             self.width += added
         self.transition = None
         if keep is not None:
-            kept = kept_channels(keep, self.width)
+            kept = transition_channels(keep, self.width)
             self.transition = conv_layer(self.width, kept, 1)
             self.width = kept
 
@@ -192,7 +192,7 @@ class RANet(NativeMultiExit):
                 f'compress_factor={compress_factor} leaves one side of a fusing layer without channels, with '
                 f'growth_rate={growth_rate} and growth_factors={tuple(growth_factors)}.'
             )
-        knobs = dict(
+        model_args = dict(
             num_blocks=num_blocks,
             block_step=block_step,
             step=step,
@@ -236,7 +236,7 @@ class RANet(NativeMultiExit):
             lower_widths = map_widths
         reduction_of_stem = 4 if stem == 'imagenet' else 1
         scale = reduction_of_stem * 2 ** (scales[-1] - 1)
-        super().__init__(stages, widths, stem, scale, num_classes, in_chans, global_pool, knobs)
+        super().__init__(stages, widths, stem, scale, num_classes, in_chans, global_pool, model_args)
         self.first_exits = first_exits
         # finest first
         self.stem = nn.ModuleList([make_stem(stem, in_chans, channels * growth_factors[-1])])

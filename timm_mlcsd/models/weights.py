@@ -11,7 +11,7 @@ import torch.nn as nn
 from timm.models import load_state_dict
 
 from .._timm import filter_checkpoint
-from ..errors import shortened
+from ..errors import one_line
 from .multi_exit import MultiExitModel
 
 __all__ = ['drop_unfit_classifiers', 'fit_weights', 'load_backbone', 'weights_digest']
@@ -43,7 +43,7 @@ def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Ten
         try:
             source = load_state_dict(str(source))
         except Exception as e:  # unpickling fails in as many ways as there are files
-            raise ValueError(f'{str(source)!r} cannot be read as weights: {shortened(e)}') from e
+            raise ValueError(f'{str(source)!r} cannot be read as weights: {one_line(e)}') from e
     source = _split(source)[0] or source
     backbone = model.backbone if isinstance(model, MultiExitModel) else model
     try:
@@ -52,7 +52,7 @@ def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Ten
             source = filter_checkpoint(source, backbone)
         backbone.load_state_dict(source)
     except RuntimeError as e:
-        raise ValueError(f'these are weights of another network than the backbone: {shortened(e)}') from None
+        raise ValueError(f'these are weights of another network than the backbone: {one_line(e)}') from None
 
 
 def fit_weights(state_dict: Dict[str, torch.Tensor], model: MultiExitModel) -> Dict[str, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""The commands, one module each; argparse is used here only."""

@@ -1,0 +1,220 @@
+"""What the command lines of all scripts share."""
+
+import argparse
+import math
+import re
+import sys
+from typing import Any, List, NoReturn, Optional, Union
+
+from timm.utils import ParseKwargs
+
+from ..errors import UserError
+
+__all__ = [
+    'KeyValues',
+    'Number',
+    'ScriptParser',
+    'budget',
+    'epochs',
+    'exits',
+    'fraction',
+    'image_side',
+    'integer',
+    'interpolation',
+    'non_negative_float',
+    'non_negative_int',
+    'number',
+    'positive_float',
+    'positive_int',
+    'probability',
+    'seed',
+    'train_interpolation',
+]
+
+# what every seed, counter and tensor size takes
+LARGEST_INT = 2**31 - 1
+# no more than float32 takes, with room to multiply
+LARGEST_FLOAT = 1e30
+
+_FORMS = {int: r'[+-]?[0-9]+', float: r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?'}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that say something."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, '', {}) or '(default' in (action.help or ''):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for arg in args:
+            # argparse makes an empty list of it, whatever the type
+            if re.fullmatch(r'--?[\w-]+=--', arg):
+                self.error(f"argument {arg[:-3]}: expected a value, got '--'")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{message} (--help lists the flags)')
+
+
+class KeyValues(ParseKwargs):
+    """timm's ``KEY=VALUE ...``; anything else, a key twice and numbers that are not finite are errors."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        keys = [value.partition('=')[0] for value in values if value]
+        for value in filter(None, values):
+            if not value.partition('=')[1] or not value.partition('=')[0].isidentifier():
+                parser.error(f'argument {option_string}: expected KEY=VALUE, got {_short(value)}')
+        for key in keys:
+            if keys.count(key) > 1:
+                parser.error(f'argument {option_string}: expected every KEY once, got {key} {keys.count(key)} times')
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (MemoryError, RecursionError, TypeError):  # of a literal that is nested too deeply, or no literal
+            parser.error(f'argument {option_string}: expected plain values, got {_short(" ".join(values))}')
+        for key, value in getattr(namespace, self.dest).items():
+            if not _all_finite(value):
+                parser.error(f'argument {option_string}: expected finite numbers, got {_short(f"{key}={value}")}')
+
+
+def _all_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return _all_finite(list(value.values()))
+    if isinstance(value, (list, tuple, set)):
+        return all(_all_finite(v) for v in value)
+    if isinstance(value, str):
+        return not re.fullmatch(r'[+-]?\.?(nan|inf|infinity)', value.strip(), re.I)
+    if isinstance(value, complex):
+        return False
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+class Number:
+    """A number between bounds, as the type of a flag: ASCII digits, without spaces or underscores.
+
+    Args:
+        kind: int or float.
+        at_least: The smallest value; None for no bound.
+        at_most: The largest value.
+        above: The bound that every value exceeds, instead of `at_least`.
+        below: The bound that every value stays under, instead of `at_most`.
+    """
+
+    def __init__(
+        self,
+        kind: type,
+        at_least: Optional[float] = None,
+        at_most: Optional[float] = None,
+        above: Optional[float] = None,
+        below: Optional[float] = None,
+    ):
+        self.kind = kind
+        self.at_least = at_least
+        self.at_most = at_most
+        self.above = above
+        self.below = below
+
+    def __call__(self, text: str) -> Union[int, float]:
+        """The number.
+
+        Raises:
+            argparse.ArgumentTypeError: The text is not one, or it lies outside the bounds.
+        """
+        # longer ones are outside all bounds, and Python refuses to read them
+        if re.fullmatch(_FORMS[self.kind], text) and len(text) < 1000:
+            value = self.kind(text)
+            if value in self:
+                return value
+        raise argparse.ArgumentTypeError(f'expected {self}, got {_short(text)}')
+
+    def __contains__(self, value: Union[int, float]) -> bool:
+        limit = LARGEST_INT if self.kind is int else LARGEST_FLOAT
+        return (
+            abs(value) <= limit
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        what = 'an integer' if self.kind is int else 'a number'
+        if self.at_least is not None and self.at_most is not None:
+            return f'{what} from {self.at_least:.10g} to {self.at_most:.10g}'
+        words = {'at least': self.at_least, 'above': self.above, 'at most': self.at_most, 'below': self.below}
+        bounds = [f'{word} {bound:.10g}' for word, bound in words.items() if bound is not None]
+        return f'{what} {" and ".join(bounds)}' if bounds else f'a finite {what[2:]}'
+
+
+def number(**bounds: float) -> Number:
+    """The type of a flag that takes a finite number; see `Number` for the bounds."""
+    return Number(float, **bounds)
+
+
+def integer(at_least: int, at_most: int = LARGEST_INT) -> Number:
+    """The type of a flag that takes an integer."""
+    return Number(int, at_least=at_least, at_most=at_most)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f'{text[:40]}...')
+
+
+positive_int = integer(1)
+non_negative_int = integer(0)
+positive_float = number(above=0)
+non_negative_float = number(at_least=0)
+probability = number(at_least=0, at_most=1)
+# of a running mean, say: with 1 nothing would move
+fraction = number(at_least=0, below=1)
+# random number generators take these seeds
+seed = integer(0)
+# in pixels: larger images fit no memory
+image_side = integer(1, 16384)
+
+
+def epochs(text: str) -> int:
+    """A number of epochs behind a flag that can do without one."""
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError as e:
+        raise argparse.ArgumentTypeError(f'{e}; DIR goes in front of the flags') from None
+
+
+def budget(text: str) -> str:
+    """A positive number of MMACs, or a percentage with its sign."""
+    try:
+        positive_float(text[:-1] if text.endswith('%') else text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f'expected a positive number of MMACs, or a percentage of the plain backbone such as 60%, got '
+            f'{_short(text)}'
+        ) from None
+    return text
+
+
+def interpolation(text: str) -> str:
+    """How images are resized, in timm's words; empty for the model's way."""
+    known = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+    if text and text not in known:
+        raise argparse.ArgumentTypeError(f'expected one of {", ".join(known)}, got {_short(text)}')
+    return text
+
+
+def train_interpolation(text: str) -> str:
+    """How images are resized in training, where ``random`` takes another way each time."""
+    return text if text == 'random' else interpolation(text)
+
+
+def exits(text: str) -> Union[int, List[str]]:
+    """A number of exits, or comma-separated names of the modules to tap."""
+    return integer(1, 1000)(text) if re.fullmatch(r'[+-]?\d+', text) else text.split(',')

@@ -1,0 +1,142 @@
+"""Several processes that train one network together: who takes part, and what they exchange."""
+
+import gc
+import logging
+import os
+import sys
+import warnings
+from typing import Any, List, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from .errors import UserError
+
+__all__ = [
+    'SINGLE_PROCESS',
+    'DistributedContext',
+    'all_gather_rows',
+    'all_reduce_mean',
+    'end_process',
+    'init_distributed',
+]
+
+
+class DistributedContext(NamedTuple):
+    """Rank of this process and number of processes, with the collectives of the training loop.
+
+    Every method but `is_primary` and `shutdown` is collective: all processes call it, in the same order.
+
+    Attributes:
+        rank: Rank of this process, from 0.
+        size: Number of processes.
+        local_rank: Rank of this process on its machine, from 0.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_primary(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        if self.size == 1:
+            return flag
+        # a CPU tensor: the exchange does not synchronise with a GPU
+        tensor = torch.tensor(float(flag))
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor)
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_gather(self, value: Any) -> List[Any]:
+        """The values of all processes, by rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def shutdown(self) -> None:
+        """Destroy the process group, if there is one."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+SINGLE_PROCESS = DistributedContext()
+
+
+def init_distributed(device: torch.device) -> DistributedContext:
+    """Initialise torch.distributed where torchrun has started this process.
+
+    Args:
+        device: Device that this process trains on.
+
+    Returns:
+        The context; `SINGLE_PROCESS` without torchrun.
+
+    Raises:
+        UserError: torch.distributed could not be initialised.
+    """
+    if 'RANK' not in os.environ or 'WORLD_SIZE' not in os.environ:
+        return SINGLE_PROCESS
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    try:
+        store, rank, size = next(dist.rendezvous('env://'))
+        if os.environ.get('GROUP_WORLD_SIZE') == '1':
+            # torchrun's store outlives a restart, and would still tell where the killed processes could be reached
+            store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f'torch.distributed could not be initialised: {e}') from e
+    context = DistributedContext(dist.get_rank(), dist.get_world_size(), local_rank)
+    if not context.is_primary:
+        logging.getLogger().setLevel(logging.ERROR)
+        warnings.simplefilter('ignore')
+    return context
+
+
+def all_gather_rows(*tensors: torch.Tensor) -> List[torch.Tensor]:
+    """Concatenate each tensor [B, ...] over all processes, [processes * B, ...], without gradients.
+
+    Every process has the same B.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(tensors)
+    gathered = []
+    for tensor in tensors:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        gathered.append(torch.cat(parts))
+    return gathered
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes, without gradients."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def end_process() -> NoReturn:
+    """End a finished process of a distributed job at once, with exit code 0.
+
+    FSDP's caches keep gloo's threads alive; a thread that frees a tensor while Python shuts down aborts the
+    process, and torchrun would report the job as failed.
+    """
+    gc.collect()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

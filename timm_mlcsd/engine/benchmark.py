@@ -1,0 +1,162 @@
+"""Speed and accuracy of an exit policy, measured beside the plain backbone."""
+
+import math
+import time
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+
+from ..adaptive import AdaptiveModel, ExitPolicy, PolicyResult, expected_calibration_error
+from ..cost import ExitCost
+from ..report import format_table
+from .evaluator import Evaluator, LabelledLogits
+from .policy import backbone_macs
+
+__all__ = ['PolicyBenchmark', 'benchmark_policy', 'tables']
+
+# images that run one at a time as well
+LATENCY_IMAGES = 200
+
+
+class PolicyBenchmark(NamedTuple):
+    """Measurements of a policy and of the plain backbone on the same images.
+
+    Attributes:
+        exit_index: Exit of each image, [N].
+        top1: Accuracy of the policy in %.
+        backbone_top1: Accuracy of the plain backbone in %.
+        images_per_second: Throughput of policy and backbone.
+        latencies: Milliseconds per image at batch 1 of policy and backbone: 50th, 90th and 99th percentile.
+    """
+
+    exit_index: torch.Tensor
+    top1: float
+    backbone_top1: float
+    images_per_second: Tuple[float, float]
+    latencies: List[Tuple[float, float]]
+
+
+@torch.inference_mode()
+def benchmark_policy(
+    evaluator: Evaluator,
+    policy: ExitPolicy,
+    loader: Iterable[Any],
+    num_images: int,
+    collect: Optional[Callable[[int, torch.Tensor], None]] = None,
+) -> PolicyBenchmark:
+    """Run the policy and the plain network alternately on each batch of a loader; only the networks are timed.
+
+    Args:
+        evaluator: Evaluator of the network.
+        policy: When images leave.
+        loader: Batches of (images, class indices).
+        num_images: Number of images.
+        collect: Function called with each batch: the number of images before it, and its images.
+    """
+    model, device = evaluator.model, evaluator.device
+    adaptive = AdaptiveModel(model, policy, range(model.num_exits))
+    # some at random: data sets are often sorted by class
+    alone = set(torch.randperm(num_images, generator=torch.Generator().manual_seed(0))[:LATENCY_IMAGES].tolist())
+
+    def timed(run: Callable[[torch.Tensor], Any], images: torch.Tensor) -> Tuple[Any, float]:
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        with evaluator.autocast:
+            result = run(images)
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        return result, time.perf_counter() - start
+
+    exits, right, plain_right, seconds, latencies, count = [], 0, 0, [], [], 0
+    for images, target in loader:
+        if collect is not None:
+            collect(count, images)
+        images, target = evaluator.prepared(images), target.to(device)
+        if not seconds:  # first calls include set-up, which is not timed
+            for some in (images, images[:1]):
+                timed(lambda x: list(adaptive.iter_exits(x)), some)
+                timed(model, some)
+        prediction, took = timed(adaptive.predict, images)
+        logits, plain_took = timed(model, images)
+        seconds.append((took, plain_took))
+        for image in (images[i : i + 1] for i in range(len(images)) if count + i in alone):
+            latencies.append((timed(adaptive.predict, image)[1], timed(model, image)[1]))
+        exits.append(prediction.exit_index.cpu())
+        right += (prediction.logits.argmax(-1) == target).sum().item()
+        plain_right += (logits.argmax(-1) == target).sum().item()
+        count += len(target)
+    total, plain_total = (sum(column) for column in zip(*seconds))
+    quantiles = 1000 * torch.tensor(latencies).quantile(torch.tensor([0.5, 0.9, 0.99]), dim=0)
+    return PolicyBenchmark(
+        torch.cat(exits),
+        100 * right / count,
+        100 * plain_right / count,
+        (count / total, count / plain_total),
+        [tuple(pair) for pair in quantiles.tolist()],
+    )
+
+
+def tables(
+    policy: ExitPolicy,
+    result: PolicyResult,
+    run: PolicyBenchmark,
+    test: LabelledLogits,
+    costs: Sequence[ExitCost],
+    batch_size: int,
+) -> Tuple[str, Dict[str, Any]]:
+    """The tables to print, and the same values for the results file."""
+    right = result.prediction == test.targets
+    before = expected_calibration_error(*test)
+    after = expected_calibration_error(test.answers(policy), test.targets)
+    exits = []
+    for k, share in enumerate(result.exit_fractions):
+        here = result.exit_index == k
+        top1 = 100 * right[here].double().mean().item() if here.any() else None
+        threshold = [*policy.thresholds, -math.inf][k]
+        exits.append(
+            dict(
+                threshold='off' if threshold == math.inf else threshold if threshold > -math.inf else 'rest',
+                share=100 * share,
+                top1=top1,
+                temperature=policy.temperatures[k] if policy.temperatures else 1.0,
+                ece=before[k],
+                ece_of_answers=after[k],
+            )
+        )
+    headers = ('Exit', 'Threshold', 'Leave here %', 'Top-1 of these %', 'Temperature', 'ECE %', 'ECE of the answers %')
+    rows = [
+        (f'Ex{k}', f'{t:.4f}' if isinstance(t, float) else t, *rest)
+        for k, (t, *rest) in enumerate(map(dict.values, exits), 1)
+    ]
+    plain_macs = backbone_macs(costs)
+    beside = [
+        ('Top-1 %', run.top1, run.backbone_top1, None),
+        ('MMACs', result.cost / 1e6, plain_macs / 1e6, result.cost / plain_macs),
+        (
+            f'Images/s, batch {min(batch_size, len(right))}',
+            *run.images_per_second,
+            run.images_per_second[0] / run.images_per_second[1],
+        ),
+        *(
+            (f'ms at batch 1, {name}', *pair, pair[0] / pair[1])
+            for name, pair in zip(('median', '90th percentile', '99th percentile'), run.latencies)
+        ),
+    ]
+    moved = int((run.exit_index != result.exit_index).sum())
+    text = '\n'.join(
+        [
+            format_table(headers, rows),
+            '',
+            format_table(('', 'Adaptive', 'Plain backbone', 'Ratio'), beside),
+            f'(the runtime took the exit that the logits call for on all but {moved} of {len(right)} images)',
+        ]
+    )
+    record = dict(
+        policy=policy.to_dict(),
+        exits=exits,
+        adaptive={name: mine for name, mine, _, _ in beside},
+        backbone={name: theirs for name, _, theirs, _ in beside},
+        other_exit_than_the_logits=moved,
+    )
+    return text, record

@@ -1,0 +1,149 @@
+"""The data of the HTML report: curves, exits, and example images."""
+
+import base64
+import io
+from dataclasses import fields
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from PIL import Image
+
+from ..adaptive import (
+    ExitPolicy,
+    PolicyResult,
+    budgeted_curve,
+    calibrate,
+    confidence_bins,
+    evaluate_policy,
+    expected_calibration_error,
+)
+from ..cost import ExitCost
+from ..data import class_label
+from .benchmark import PolicyBenchmark
+from .evaluator import LabelledLogits
+from .policy import backbone_macs
+
+__all__ = ['ExampleGallery', 'page_data']
+
+PICTURES = 12
+SIDE = 96
+BUDGETS = 16
+
+
+class ExampleGallery:
+    """Pictures of the images that leave first and of those that reach the last exit.
+
+    Args:
+        result: Exits of the images under the policy.
+        test: Logits of the images.
+        policy: The policy.
+        data_config: Preprocessing, which is undone for the pictures.
+    """
+
+    def __init__(self, result: PolicyResult, test: LabelledLogits, policy: ExitPolicy, data_config: Dict[str, Any]):
+        self.answers = test.answers(policy)
+        sure = torch.stack([z.softmax(-1).amax(-1) for z in self.answers]).gather(0, result.exit_index[None])[0]
+        last = len(self.answers) - 1
+        early = (result.exit_index + (1 - sure)).argsort()
+        late = ((last - result.exit_index) + sure).argsort()
+        self.groups = dict(
+            first=[i for i in early[:PICTURES].tolist() if result.exit_index[i] < last],
+            last=[i for i in late[:PICTURES].tolist() if result.exit_index[i] == last],
+        )
+        self.images: Dict[int, str] = {i: '' for group in self.groups.values() for i in group}
+        self.mean, self.std = (torch.tensor(data_config[key])[:, None, None] for key in ('mean', 'std'))
+
+    def collect(self, before: int, images: torch.Tensor) -> None:
+        """Keep the pictures of a batch that are shown.
+
+        Args:
+            before: Number of images before the batch.
+            images: Prepared images, [B, C, H, W].
+        """
+        for i in self.images:
+            if before <= i < before + len(images):
+                pixels = images[i - before].float().cpu() * self.std + self.mean
+                pixels = pixels[: 3 if len(pixels) >= 3 else 1].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0)
+                picture = Image.fromarray(pixels.squeeze(-1).numpy())
+                picture.thumbnail((SIDE, SIDE))
+                file = io.BytesIO()
+                picture.save(file, 'PNG')
+                self.images[i] = 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
+
+
+def _settings(policy: ExitPolicy) -> Dict[str, Any]:
+    """All fields of a policy except its thresholds."""
+    return {field.name: getattr(policy, field.name) for field in fields(policy) if field.name != 'thresholds'}
+
+
+def _policies(policy: ExitPolicy, val: LabelledLogits, costs: Sequence[ExitCost]) -> List[ExitPolicy]:
+    """The given policy, and those fitted to other budgets."""
+    low, high = costs[0].stage_macs + costs[0].head_macs, backbone_macs(costs)
+    budgets = [low + (high - low) * i / (BUDGETS - 1) for i in range(BUDGETS)] if len(costs) > 1 else []
+    return [policy, *(calibrate(*val, costs, budget=budget, **_settings(policy)) for budget in budgets)]
+
+
+def page_data(
+    title: str,
+    about: str,
+    policy: ExitPolicy,
+    val: LabelledLogits,
+    test: LabelledLogits,
+    costs: Sequence[ExitCost],
+    run: PolicyBenchmark,
+    gallery: ExampleGallery,
+    class_names: Optional[Sequence[Optional[str]]],
+) -> Dict[str, Any]:
+    """The data of `timm_mlcsd.report.write_page`.
+
+    Args:
+        title: Title of the page.
+        about: Origin of the policy.
+        policy: The policy.
+        val: Logits that policies for other budgets are fitted to.
+        test: Logits that are reported on.
+        costs: Costs of the exits.
+        run: Measurements of the policy.
+        gallery: Example images.
+        class_names: Class names by index, None for an index without a name.
+    """
+
+    results = [(p, evaluate_policy(*test, costs, p)) for p in _policies(policy, val, costs)]
+    results.sort(key=lambda pair: pair[1].cost)
+    exits = [f'Ex{k}' for k in range(1, len(costs) + 1)]
+    right = gallery.answers.argmax(-1) == test.targets
+    sweep = budgeted_curve(val, test, costs, **_settings(policy)) if len(costs) > 1 else []
+    before = expected_calibration_error(*test)
+    after = expected_calibration_error(gallery.answers, test.targets)
+    pictures = []
+    for group, members in gallery.groups.items():
+        for i in members:
+            best = gallery.answers[:, i].softmax(-1).max(-1)
+            says = zip(best.indices.tolist(), best.values.tolist())
+            pictures.append(
+                dict(
+                    group=group,
+                    src=gallery.images[i],
+                    truth=class_label(class_names, int(test.targets[i])),
+                    says=[[class_label(class_names, answer), p] for answer, p in says],
+                    leaves=[result.exit_index[i].item() for _, result in results],
+                )
+            )
+    names = ('images/s', 'ms at batch 1, median', 'ms at batch 1, 90th percentile', 'ms at batch 1, 99th percentile')
+    return dict(
+        title=title,
+        about=f'Policy {about}; score {policy.score}, aggregate {policy.aggregate}; {len(test.targets)} images.',
+        exits=exits,
+        backbone=dict(cost=backbone_macs(costs) / 1e6, top1=run.backbone_top1),
+        anytime=[[c.macs / 1e6, 100 * r.double().mean().item()] for c, r in zip(costs, right)],
+        sweep=[[point.test.cost / 1e6, point.test.accuracy] for point in sweep],
+        policies=[dict(cost=r.cost / 1e6, top1=r.accuracy, fractions=r.exit_fractions) for _, r in results],
+        chosen=next(i for i, (p, _) in enumerate(results) if p is policy),
+        speed=[['top-1 %', run.top1, run.backbone_top1]]
+        + [[name, *pair] for name, pair in zip(names, [run.images_per_second, *run.latencies])],
+        reliability=[
+            dict(before=b, ece=a, bins=bins)
+            for b, a, bins in zip(before, after, confidence_bins(gallery.answers, test.targets))
+        ],
+        pictures=pictures,
+    )

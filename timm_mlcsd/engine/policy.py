@@ -1,0 +1,232 @@
+"""The exit policy of a validation: read from a file, or fitted to calibration images."""
+
+import math
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+
+from ..adaptive import ExitPolicy, calibrate, fit_temperatures, fit_weights
+from ..cost import ExitCost, stage_times
+from ..data import is_divided
+from ..errors import UserError, as_user_error
+from ..models import MultiExitModel
+from ..network import Network, policy_path
+from .datasets import check_classes, class_names, load_dataset, same_split
+from .evaluator import Evaluator, LabelledLogits
+from .held_out import halves_of, held_out, is_data_of, is_same_data, is_trained_on
+from .validate_config import ValidateConfig
+
+__all__ = [
+    'backbone_macs',
+    'check_policy_flags',
+    'load_calibration',
+    'fit_or_load_policy',
+    'saved_policy_path',
+    'reports_on_half',
+]
+
+
+def check_policy_flags(config: ValidateConfig) -> None:
+    """Refuse policy flags that contradict each other."""
+    goals = [flag for flag in ('budget', 'latency_budget', 'max_drop') if getattr(config, flag) is not None]
+    others = [flag for flag in ('policy', 'save_policy', 'report', 'calibration_split') if getattr(config, flag)]
+    named = [f'--{flag.replace("_", "-")}' for flag in (*goals, *others)]
+    if named and not config.adaptive:
+        raise UserError(f'{", ".join(named)}: only with --adaptive.')
+    if len(goals) > 1:
+        raise UserError(f'{", ".join(named[: len(goals)])}: give one of them.')
+    if config.policy and goals:
+        raise UserError(f'{named[0]} fits a policy, --policy names one: give one of the two.')
+    if not goals and (config.score or config.aggregate or config.method):
+        raise UserError(
+            '--score, --aggregate and --method are of a policy to fit; give --budget, --latency-budget or --max-drop.'
+        )
+    if config.save_policy and not goals:
+        raise UserError('--save-policy: no policy is fitted; give --budget, --latency-budget or --max-drop.')
+    if config.latency_budget is not None and not 0 < config.latency_budget < math.inf:
+        raise UserError(f'--latency-budget {config.latency_budget} must be a positive number of milliseconds.')
+    if config.max_drop is not None and not math.isfinite(config.max_drop):
+        raise UserError(f'--max-drop {config.max_drop} must be a number of points.')
+    if config.budget is not None:
+        _budget(config.budget, 1.0)
+
+
+def _budget(text: str, backbone: float) -> float:
+    """The budget in MACs."""
+    try:
+        number = float(text.rstrip('%'))
+        if not 0 < number < math.inf:
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f'--budget {text!r} must be a positive number of MMACs, or a percentage of the plain backbone such as 60%.'
+        ) from None
+    return number / 100 * backbone if text.endswith('%') else number * 1e6
+
+
+def load_calibration(config: ValidateConfig, checkpoint: Dict[str, Any]) -> Tuple[Any, str]:
+    """Load the calibration images, and a name for them: never training images, never those reported on.
+
+    Raises:
+        UserError: There are none, or they are the wrong ones.
+    """
+    split = config.calibration_split
+    if split is None and 'val_indices' in checkpoint:
+        dataset, name = held_out(config.data, checkpoint)
+        if reports_on_half(config):
+            return halves_of(dataset)[0], f'one half of {name}'
+        if config.held_out or is_trained_on(config.data, checkpoint, config.split):
+            flag = '--held-out' if config.held_out else f'--split {config.split}'
+            raise UserError(f'{flag}: the policy is fitted to these images; report on others, {_others(config)}.')
+        return dataset, name
+    split = split or checkpoint.get('val_split')
+    if split is None:
+        raise UserError('the network does not tell which images chose it: name a --calibration-split.')
+    if is_trained_on(config.data, checkpoint, split):
+        instead = (
+            'leave --calibration-split out for the images that training held out'
+            if 'val_indices' in checkpoint
+            else 'name another split'
+        )
+        raise UserError(
+            f'the checkpoint was trained on split {split!r}: thresholds fitted there would promise too much; {instead}.'
+        )
+    if same_split(split, config.split) and not config.held_out:
+        raise UserError(f'the policy would be fitted to split {split!r} and reported on it; name another --split.')
+    dataset = load_dataset(config.data, split, needs_folder=True)
+    if is_data_of(dataset, checkpoint):
+        raise UserError(
+            f'--calibration-split {split}: these are the images that the checkpoint was trained on, in another place: '
+            f'thresholds fitted there would promise too much; name another split.'
+        )
+    return dataset, split
+
+
+def _fit(
+    config: ValidateConfig,
+    evaluator: Evaluator,
+    val: LabelledLogits,
+    costs: Sequence[ExitCost],
+    loader: Iterable[Any],
+) -> ExitPolicy:
+    """Fit the policy that the configuration asks for.
+
+    Args:
+        config: Goal and kind of the policy.
+        evaluator: Evaluator of the network.
+        val: Logits on the calibration images.
+        costs: Costs of the exits.
+        loader: Loader of the calibration images, the first of which the stages are timed with.
+    """
+    fitted: Dict[str, Any] = dict(score=config.score or 'confidence', aggregate=config.aggregate or 'last')
+    with as_user_error('the validation images do not fit the network'):
+        fitted['temperatures'] = fit_temperatures(*val)
+        if config.aggregate == 'fitted':
+            fitted['weights'] = fit_weights(*val, fitted['temperatures'])
+    fitted['exit_names'] = evaluator.model.exit_names
+    goal: Dict[str, float] = dict(max_drop=config.max_drop)
+    flag = '--max-drop'
+    if config.budget is not None:
+        flag, goal = '--budget', dict(budget=_budget(config.budget, backbone_macs(costs)))
+    elif config.latency_budget is not None:
+        flag, goal = '--latency-budget', dict(budget=config.latency_budget)
+        example = evaluator.prepared(next(iter(loader))[0][:1])
+        costs = stage_times(evaluator.model, example, repeats=20, autocast=evaluator.autocast)
+    with as_user_error(flag):
+        return calibrate(*val, costs, method=config.method or 'optimal', **goal, **fitted)
+
+
+def backbone_macs(costs: Sequence[ExitCost]) -> int:
+    """Multiply-adds of the plain backbone: all stages and its own end."""
+    return sum(cost.stage_macs for cost in costs) + costs[-1].head_macs
+
+
+def _load(path: Optional[Path], model: MultiExitModel) -> ExitPolicy:
+    """The policy in the file that the user, or the weights beside it, name."""
+    if path is None:
+        raise UserError(
+            '--adaptive: there is no policy beside the weights; give --budget B, --latency-budget MS or --max-drop P '
+            'to fit one, or --policy FILE.'
+        )
+    with as_user_error(f'--policy {str(path)!r}'):
+        return ExitPolicy.load_for(path, model)
+
+
+def saved_policy_path(config: ValidateConfig) -> Path:
+    """Path of the file that ``--save-policy`` names."""
+    if config.save_policy is not True:
+        return Path(config.save_policy)
+    path = policy_path(config.source)
+    if path is None:
+        raise UserError(f'--save-policy: {config.model!r} is no place to write to; name a FILE.')
+    return path
+
+
+def reports_on_half(config: ValidateConfig) -> bool:
+    """Whether one half of the held-out images is for calibration and one for the report, as there is no other split."""
+    alone = not config.data.dataset and not is_divided(config.data.data_dir)
+    return config.held_out and alone and _fits_a_policy(config) and not config.calibration_split
+
+
+def _others(config: ValidateConfig) -> str:
+    """Advice in errors: other images to report on."""
+    if config.data.dataset or is_divided(config.data.data_dir):
+        return '--split test say'
+    return '--held-out for the half of the held-out images that it is not fitted to'
+
+
+def _fits_a_policy(config: ValidateConfig) -> bool:
+    """Whether a policy is fitted: to a goal, or for the HTML report."""
+    goals = (config.budget, config.latency_budget, config.max_drop)
+    return config.adaptive and (any(goal is not None for goal in goals) or bool(config.report))
+
+
+def _check_not_fitted_to(policy: ExitPolicy, path: Path, config: ValidateConfig, checkpoint: Dict[str, Any]) -> None:
+    """Refuse to report on the images that a policy was fitted to."""
+    name = policy.calibration_data
+    if name is None or not is_same_data(config.data, checkpoint):
+        return
+    held = f'the held-out part of {checkpoint.get("train_split")}'
+    reported = name in (held, f'one half of {held}') if config.held_out else same_split(name, config.split)
+    if reported:
+        raise UserError(
+            f'{path} was fitted to {name}, so a report on these images would promise too much; report on others, or '
+            f'fit a policy with --budget, --latency-budget or --max-drop.'
+        )
+
+
+def fit_or_load_policy(
+    config: ValidateConfig,
+    network: Network,
+    evaluator: Evaluator,
+    names: Optional[List[str]],
+    costs: Sequence[ExitCost],
+) -> Tuple[ExitPolicy, Optional[LabelledLogits], str]:
+    """Fit the policy, or load it.
+
+    Args:
+        config: Goal, kind or file of the policy.
+        network: The network.
+        evaluator: Evaluator of the network.
+        names: Classes of the images to report on.
+        costs: Costs of the exits.
+
+    Returns:
+        The policy, the logits on the calibration images where they were needed, and where the policy comes from.
+    """
+    goals = {flag: getattr(config, flag) for flag in ('budget', 'latency_budget', 'max_drop')}
+    goal = ', '.join(f'{flag.replace("_", " ")} {value}' for flag, value in goals.items() if value is not None)
+    if not goal:
+        path = Path(config.policy) if config.policy else network.policy_file
+        policy = _load(path, network.model)
+        _check_not_fitted_to(policy, path, config, network.checkpoint)
+        if not config.report:
+            return policy, None, f'policy {path}'
+    dataset, split = load_calibration(config, network.checkpoint)
+    check_classes(class_names(dataset), network.class_names or names, split)
+    loader = evaluator.loader(dataset)
+    val = evaluator.logits(loader)
+    if not goal:
+        return policy, val, f'policy {path}'
+    policy = _fit(config, evaluator, val, costs, loader)
+    policy = policy.for_weights(network.model, data=split, images=len(val.targets))
+    return policy, val, f'fitted to {len(val.targets)} images of {split}, {goal}'

@@ -1,0 +1,79 @@
+"""The configuration of a validation: what validate.py's flags set."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Dict, Optional, Union
+
+from .data_config import DataConfig
+from .device import DeviceConfig
+
+__all__ = ['ValidateConfig']
+
+
+@dataclass
+class ValidateConfig:
+    """A validation; the names of all fields are those of validate.py's flags.
+
+    Attributes:
+        data: Data and preprocessing.
+        device: Device, precision and memory format.
+        checkpoint: Checkpoint of train.py or folder of a run, empty where `model` is given.
+        model: ``hf-hub:REPO`` or ``local-dir:PATH``.
+        use_ema: Whether the averaged weights of the checkpoint are used.
+        split: Split to evaluate on.
+        held_out: Whether to evaluate on the images that training held out instead.
+        adaptive: Whether images leave early.
+        budget: Mean cost per image, in MMACs or percent of the plain backbone.
+        latency_budget: Mean milliseconds per image.
+        max_drop: Loss of accuracy in points that is allowed.
+        score: Exit score of a fitted policy.
+        aggregate: Kind of answers of a fitted policy.
+        method: How thresholds are found.
+        calibration_split: Split that a policy is fitted to.
+        policy: File of the policy to use.
+        save_policy: File of the fitted policy, or True for the one beside the weights.
+        report: HTML page to write, empty for none.
+        results_file: Table to write as .csv or .json, empty for none.
+        plot: Figure to write as .png, empty for none.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    checkpoint: str = ''
+    model: str = ''
+    use_ema: bool = False
+    split: str = 'validation'
+    held_out: bool = False
+    adaptive: bool = False
+    budget: Optional[str] = None
+    latency_budget: Optional[float] = None
+    max_drop: Optional[float] = None
+    score: Optional[str] = None
+    aggregate: Optional[str] = None
+    method: Optional[str] = None
+    calibration_split: Optional[str] = None
+    policy: Optional[str] = None
+    save_policy: Union[str, bool, None] = None
+    report: str = ''
+    results_file: str = ''
+    plot: str = ''
+
+    @classmethod
+    def from_dict(cls, settings: Dict[str, Any]) -> 'ValidateConfig':
+        """Create a configuration from settings by the names of the flags; missing ones have their default.
+
+        Raises:
+            ValueError: A name is unknown.
+        """
+        left = dict(settings)
+        parts: Dict[str, Any] = {}
+        for name, kind in (('data', DataConfig), ('device', DeviceConfig)):
+            parts[name] = kind(**{f.name: left.pop(f.name) for f in fields(kind) if f.name in left})
+        parts.update({f.name: left.pop(f.name) for f in fields(cls) if f.name in left})
+        if left:
+            raise ValueError(f'unknown settings: {", ".join(sorted(left))}.')
+        return cls(**parts)
+
+    @property
+    def source(self) -> str:
+        """The network that is validated, as the user named it."""
+        return self.checkpoint or self.model

@@ -1,0 +1,257 @@
+"""Accuracy and cost of every exit of a trained network, and of a policy that lets images leave early."""
+
+import csv
+import importlib.util
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from torch.utils.data import Dataset
+
+from ..adaptive import ExitPolicy, evaluate_policy
+from ..cost import ExitCost, exit_costs
+from ..data import IMAGE_MODE, default_image_mode
+from ..errors import UserError, as_user_error, install_hint
+from ..hub import URI_SCHEMES
+from ..models import MultiExitModel
+from ..network import Network, load_network
+from ..report import format_table, plot_accuracy_against_cost, write_page
+from .benchmark import benchmark_policy, tables
+from .build import resolve_data_config
+from .combinations import check_input
+from .datasets import check_classes, class_names, load_dataset, same_split
+from .device import resolve_device
+from .evaluator import Evaluation, Evaluator
+from .gallery import ExampleGallery, page_data
+from .held_out import halves_of, held_out, is_data_of, is_same_data
+from .policy import check_policy_flags, fit_or_load_policy, reports_on_half, saved_policy_path
+from .validate_config import ValidateConfig
+
+__all__ = ['load_model', 'load_split', 'validate', 'with_trained_data']
+
+
+_logger = logging.getLogger('validate')
+
+
+def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
+    """Evaluate all exits; print the table, and write what the configuration asks for.
+
+    Returns:
+        One dict per exit, in the order of the table.
+
+    Raises:
+        UserError: Settings, data or checkpoint do not fit.
+    """
+    check_input(config.data)
+    check_policy_flags(config)
+    _check_outputs(config)
+    device = resolve_device(config.device)
+    network = load_model(config)
+    model = network.model
+    config, data_config = with_trained_data(config, network)
+    if (config.plot or config.adaptive) and not model.resumable:
+        flag = '--adaptive' if config.adaptive else '--plot'
+        raise UserError(f'{flag}: the exits have no cost of their own: {model.why_not_resumable}.')
+    costs = exit_costs(model, data_config['input_size']) if model.resumable else [None] * model.num_exits
+    dataset, split = load_split(config, network.checkpoint)
+    names = class_names(dataset)
+    check_classes(names, network.class_names, split)
+    if names and len(names) > model.num_classes:
+        raise UserError(f'the data has {len(names)} classes, the model {model.num_classes}: they do not fit.')
+    evaluator = Evaluator(model, data_config, config.data, config.device, device=device)
+    if config.adaptive:
+        result, record = _validate_adaptive(config, network, evaluator, dataset, split, costs)
+    else:
+        result, record = evaluator.evaluate(dataset), {}
+        _print_exits(config, evaluator, result, costs, split)
+    rows = _rows(model, result, costs)
+    if config.results_file:
+        _write_results(Path(config.results_file), rows, result, config.source, split, record)
+    if config.plot:
+        points = [(row['macs'] / 1e6, row['top1']) for row in rows]
+        plot_accuracy_against_cost(config.plot, {config.source: points}, title=f'{config.source} on {split}')
+    return rows
+
+
+def _validate_adaptive(
+    config: ValidateConfig,
+    network: Network,
+    evaluator: Evaluator,
+    dataset: Dataset,
+    split: str,
+    costs: Sequence[ExitCost],
+) -> Tuple[Evaluation, Dict[str, Any]]:
+    """Evaluate all exits, and a policy beside the plain backbone; returns the metrics and the record of the policy."""
+    names = class_names(dataset)
+    policy, val, origin = fit_or_load_policy(config, network, evaluator, names, costs)
+    loader = evaluator.loader(dataset)
+    test = evaluator.logits(loader)
+    result = test.evaluate()
+    _print_exits(config, evaluator, result, costs, split)
+    with as_user_error(f'the images of {split} do not fit the network'):
+        adaptive = evaluate_policy(*test, costs, policy)
+    gallery = ExampleGallery(adaptive, test, policy, evaluator.data_config) if config.report else None
+    benchmark = benchmark_policy(evaluator, policy, loader, len(test.targets), gallery and gallery.collect)
+    text, record = tables(policy, adaptive, benchmark, test, costs, config.data.batch_size)
+    print(f'\nAdaptive, {origin}: {policy.score}, aggregate {policy.aggregate}\n{text}')
+    record['fitted_to'] = origin
+    if config.save_policy:
+        policy.save(saved_policy_path(config))
+        print(f'policy: {saved_policy_path(config)}')
+    if config.report:
+        title = f'{config.source} on {split}'
+        names = names or network.class_names
+        write_page(config.report, page_data(title, origin, policy, val, test, costs, benchmark, gallery, names))
+        print(f'page: {config.report}')
+    return result, record
+
+
+def _print_exits(
+    config: ValidateConfig, evaluator: Evaluator, result: Evaluation, costs: Sequence[Optional[ExitCost]], split: str
+) -> None:
+    size = 'x'.join(map(str, evaluator.data_config['input_size']))
+    print(f'{config.source}: {result.num_samples} images of {split}, input {size}')
+    print(_table(_rows(evaluator.model, result, costs), result))
+
+
+def _check_outputs(config: ValidateConfig) -> None:
+    """Find out before the work whether its results can be written."""
+    if config.results_file and Path(config.results_file).suffix not in ('.csv', '.json'):
+        raise UserError(f'--results-file {config.results_file!r} must end in .csv or .json.')
+    if config.plot and Path(config.plot).suffix != '.png':
+        raise UserError(f'--plot {config.plot!r} must end in .png.')
+    if config.plot and importlib.util.find_spec('matplotlib') is None:
+        raise UserError(f'--plot needs matplotlib; {install_hint("plot")}.')
+    if config.report and Path(config.report).suffix not in ('.html', '.htm'):
+        raise UserError(f'--report {config.report!r} must end in .html.')
+    policy = str(saved_policy_path(config)) if config.save_policy else None
+    if policy and Path(policy).suffix != '.json':
+        raise UserError(f'--save-policy {policy!r} must end in .json.')
+    if policy and Path(policy).exists():
+        with as_user_error(f'--save-policy {policy!r} would replace a file that is not a policy; name another'):
+            ExitPolicy.load(policy)
+    for path in filter(None, (config.results_file, config.plot, config.report, policy)):
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            is_new = not Path(path).exists()
+            open(path, 'a').close()
+            if is_new:
+                Path(path).unlink()
+        except OSError as e:
+            raise UserError(f'{path!r} cannot be written: {e.strerror}.') from None
+
+
+def load_model(config: ValidateConfig) -> Network:
+    """Load the network that `checkpoint` or `model` names.
+
+    Raises:
+        UserError: There is none, or both are given.
+    """
+    if bool(config.checkpoint) == bool(config.model):
+        raise UserError('give either --checkpoint PATH (of train.py) or --model hf-hub:REPO|local-dir:PATH.')
+    if config.model and not config.model.startswith(URI_SCHEMES):
+        raise UserError(f'--model {config.model!r} must be hf-hub:REPO or local-dir:PATH.')
+    network = load_network(config.source, config.use_ema)
+    if 'state_dict_ema' in network.checkpoint and not config.use_ema:
+        _logger.warning('The checkpoint also has averaged weights, which chose its epoch: --use-ema evaluates them.')
+    return network
+
+
+def with_trained_data(config: ValidateConfig, network: Network) -> Tuple[ValidateConfig, Dict[str, Any]]:
+    """Complete a configuration with what a network was trained on.
+
+    Returns:
+        The configuration, whose data is named and read as in training where the user has not said otherwise; and the
+        preprocessing.
+
+    Raises:
+        UserError: The settings do not fit the network.
+    """
+    trained = network.checkpoint.get('args', {})
+    data = replace(config.data)
+    if not data.dataset and not data.data_dir:
+        data.dataset, data.data_dir = trained.get('dataset', ''), trained.get('data_dir')
+        data.class_map = data.class_map or trained.get('class_map', '')
+    for key in ('input_key', 'target_key', 'input_img_mode', 'in_chans'):
+        if getattr(data, key) is None:
+            setattr(data, key, trained.get(key))
+    data.in_chans = data.in_chans or network.model.in_chans
+    data_config = resolve_data_config(data, network.model, network.checkpoint.get('data_config') or network.data_config)
+    with as_user_error(f'--in-chans {data.in_chans}'):
+        data.input_img_mode = data_config.get(IMAGE_MODE) or default_image_mode(data.in_chans)
+    return replace(config, data=data), data_config
+
+
+def load_split(config: ValidateConfig, checkpoint: Dict[str, Any]) -> Tuple[Dataset, str]:
+    """The data to evaluate on, a split or the images that training held out, and its name.
+
+    Raises:
+        UserError: It cannot be read, or it is what the checkpoint was trained on under another name.
+    """
+    if not config.held_out:
+        # the folder that was trained on is no split of itself
+        of_it = is_same_data(config.data, checkpoint) and config.split != checkpoint.get('train_split')
+        dataset = load_dataset(config.data, config.split, needs_folder=of_it and 'val_indices' in checkpoint)
+        named = [checkpoint.get(name) for name in ('train_split', 'val_split')]
+        meant = any(name and same_split(config.split, name) for name in named)
+        if not meant and is_data_of(dataset, checkpoint):
+            raise UserError(
+                f'--split {config.split}: these are the images that the checkpoint was trained on; --split '
+                f'{checkpoint["train_split"]} evaluates on them on purpose, --held-out on those held out.'
+            )
+        return dataset, config.split
+    if 'val_indices' not in checkpoint:
+        raise UserError('--held-out needs a checkpoint whose training held images out of its train split.')
+    dataset, name = held_out(config.data, checkpoint)
+    if reports_on_half(config):
+        return halves_of(dataset)[1], f'the other half of {name}'
+    return dataset, name
+
+
+def _rows(model: MultiExitModel, result: Evaluation, costs: Sequence[Optional[ExitCost]]) -> List[Dict[str, Any]]:
+    return [
+        dict(
+            exit=f'Ex{k}',
+            tap=tap,
+            **metrics._asdict(),
+            **{name: getattr(cost, name, None) for name in ('macs', 'params', 'depth')},
+        )
+        for k, (tap, metrics, cost) in enumerate(zip(model.exit_names, result.exits, costs), 1)
+    ]
+
+
+def _table(rows: Sequence[Dict[str, Any]], result: Evaluation) -> str:
+    headers = ('Exit', 'Tap', 'Top-1 %', 'Top-5 %', 'Loss', 'MMACs', 'Params M', 'Overthinking %')
+    lines = [
+        (
+            *(r[key] for key in ('exit', 'tap', 'top1', 'top5', 'loss')),
+            *(r[key] and r[key] / 1e6 for key in ('macs', 'params')),
+            r['rescued'],
+        )
+        for r in rows
+    ]
+    return format_table(headers, [*lines, ('Mean', None, result.mean_top1, *[None] * 5)])
+
+
+def _write_results(
+    path: Path,
+    rows: Sequence[Dict[str, Any]],
+    result: Evaluation,
+    source: str,
+    split: str,
+    record: Dict[str, Any],
+) -> None:
+    about = dict(source=source, split=split, num_samples=result.num_samples, mean_top1=result.mean_top1)
+    if record:
+        about['adaptive'] = record
+        rows = [dict(row, **{k: v for k, v in here.items() if k != 'top1'}) for row, here in zip(rows, record['exits'])]
+    with open(path, 'w', newline='') as f:
+        if path.suffix == '.json':
+            json.dump(dict(about, exits=rows), f, indent=2)
+            f.write('\n')
+        else:
+            writer = csv.DictWriter(f, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
