@@ -1,0 +1,122 @@
+"""One page per command, written from its argument parser when the site is built."""
+
+import argparse
+import contextlib
+import html
+import re
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from unittest import mock
+
+from timm_mlcsd import cost
+from timm_mlcsd.adaptive.export import export_parser
+from timm_mlcsd.arguments import ScriptParser
+from timm_mlcsd.engine.flags import train_parser, validate_parser
+from timm_mlcsd.engine.predict import predict_parser
+from timm_mlcsd.engine.push import push_parser
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+
+# longer lists of choices would make a table's first column too wide
+MAX_CHOICES = 40
+
+
+def _parser_of(main: Callable[[Optional[Sequence[str]]], None]) -> argparse.ArgumentParser:
+    """The parser that an entry point makes itself."""
+    found: List[argparse.ArgumentParser] = []
+
+    def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
+        found.append(parser)
+        raise SystemExit
+
+    with mock.patch.object(ScriptParser, 'parse_args', stop), contextlib.suppress(SystemExit):
+        main([])
+    return found[0]
+
+
+# what a user types, and its parser
+COMMANDS: Dict[str, Callable[[], argparse.ArgumentParser]] = {
+    'mlcsd-train': train_parser,
+    'mlcsd-validate': validate_parser,
+    'mlcsd-predict': predict_parser,
+    'mlcsd-push': push_parser,
+    'python -m timm_mlcsd.cost': lambda: _parser_of(cost.main),
+    'python -m timm_mlcsd.adaptive.export': export_parser,
+}
+SCRIPTS = {'mlcsd-train': './train.py', 'mlcsd-validate': './validate.py'}
+
+
+def page_of(command: str, parser: argparse.ArgumentParser) -> str:
+    """The Markdown page of a command."""
+    positionals = [_values(action) for action in parser._actions if not action.option_strings]
+    usage = ' '.join([command, *positionals, '[FLAGS]'])
+    lines = [f'# {command.split()[-1]}', '', f'{parser.description}.', '', f'```\n{usage}\n```', '']
+    if command in SCRIPTS:
+        lines += [f'In a checkout, `{SCRIPTS[command]}` is the same command.', '']
+    for group in parser._action_groups:
+        actions = [
+            action for action in group._group_actions if action.dest != 'help' and action.help != argparse.SUPPRESS
+        ]
+        if actions:
+            lines += [f'## {(group.title or "Flags").capitalize()}', '', *_table(actions, parser), '']
+    return '\n'.join(lines)
+
+
+def _table(actions: Sequence[argparse.Action], parser: argparse.ArgumentParser) -> Iterator[str]:
+    yield '| flag | meaning | default |'
+    yield '|---|---|---|'
+    for action in actions:
+        yield '| ' + ' | '.join((_flags(action), *_meaning(action, parser))) + ' |'
+
+
+def _flags(action: argparse.Action) -> str:
+    values = _values(action)
+    if not action.option_strings:
+        return _code(values)
+    return '<br>'.join(_code(f'{flag} {values}'.rstrip()) for flag in action.option_strings)
+
+
+def _values(action: argparse.Action) -> str:
+    """The values of a flag or the name of a positional argument, as a usage line shows them."""
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        return ''
+    name = action.metavar or (action.dest.upper() if action.option_strings else action.dest)
+    if action.choices is not None and not action.metavar:
+        choices = ','.join(str(choice) for choice in action.choices)
+        name = f'{{{choices}}}' if len(choices) <= MAX_CHOICES else name
+    if isinstance(action.nargs, int):
+        return ' '.join([name] * action.nargs)
+    return {'?': f'[{name}]', '*': f'[{name} ...]', '+': f'{name} [{name} ...]'}.get(action.nargs or '', name)
+
+
+def _meaning(action: argparse.Action, parser: argparse.ArgumentParser) -> Tuple[str, str]:
+    """What a flag means, and its default: the help text's own words where it has some."""
+    text = (action.help or '') % {**vars(action), 'prog': parser.prog}
+    text, default = re.fullmatch(r'(.*?)\s*(?:\(default: (.*)\))?', text, re.DOTALL).groups()
+    choices = ', '.join(str(choice) for choice in action.choices or ())
+    if len(choices.replace(' ', '')) > MAX_CHOICES:
+        text = f'{text}; one of {choices}' if text else f'one of {choices}'
+    if default is None and not any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS)):
+        values = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+        default = '' if action.default in ('', {}) else ' '.join(str(value) for value in values)
+    return _text(text), _text(default or '')
+
+
+def _code(text: str) -> str:
+    return f'<code>{_text(text)}</code>' if text else ''
+
+
+def _text(text: str) -> str:
+    """Text of a table cell, with everything escaped that Markdown or HTML would read."""
+    return re.sub(r'([\\`*_\[\]|])', r'\\\1', html.escape(text, quote=False))
+
+
+def on_files(files: 'Files', config: 'MkDocsConfig') -> 'Files':
+    """Add the pages."""
+    from mkdocs.structure.files import File
+
+    for command, parser in COMMANDS.items():
+        place = f'commands/{command.split()[-1]}.md'
+        files.append(File.generated(config, place, content=page_of(command, parser())))
+    return files
