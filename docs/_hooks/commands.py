@@ -1,18 +1,15 @@
 """One page per command, written from its argument parser when the site is built."""
 
 import argparse
-import contextlib
 import html
 import re
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
-from unittest import mock
+from typing import TYPE_CHECKING, Callable, Dict, Iterator, Sequence, Tuple
 
-from timm_mlcsd import cost
-from timm_mlcsd.adaptive.export import export_parser
-from timm_mlcsd.arguments import ScriptParser
-from timm_mlcsd.engine.flags import train_parser, validate_parser
-from timm_mlcsd.engine.predict import predict_parser
-from timm_mlcsd.engine.push import push_parser
+from timm_mlcsd.cli.cost import cost_parser
+from timm_mlcsd.cli.export import export_parser
+from timm_mlcsd.cli.flags import train_parser, validate_parser
+from timm_mlcsd.cli.predict import predict_parser
+from timm_mlcsd.cli.push import push_parser
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -22,27 +19,14 @@ if TYPE_CHECKING:
 MAX_CHOICES = 40
 
 
-def _parser_of(main: Callable[[Optional[Sequence[str]]], None]) -> argparse.ArgumentParser:
-    """The parser that an entry point makes itself."""
-    found: List[argparse.ArgumentParser] = []
-
-    def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
-        found.append(parser)
-        raise SystemExit
-
-    with mock.patch.object(ScriptParser, 'parse_args', stop), contextlib.suppress(SystemExit):
-        main([])
-    return found[0]
-
-
 # what a user types, and its parser
 COMMANDS: Dict[str, Callable[[], argparse.ArgumentParser]] = {
     'mlcsd-train': train_parser,
     'mlcsd-validate': validate_parser,
     'mlcsd-predict': predict_parser,
     'mlcsd-push': push_parser,
-    'python -m timm_mlcsd.cost': lambda: _parser_of(cost.main),
-    'python -m timm_mlcsd.adaptive.export': export_parser,
+    'mlcsd-cost': cost_parser,
+    'mlcsd-export': export_parser,
 }
 SCRIPTS = {'mlcsd-train': './train.py', 'mlcsd-validate': './validate.py'}
 
