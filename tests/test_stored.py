@@ -135,7 +135,7 @@ def test_crop_is_bounded_together_with_the_size(folder):
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('{"num_classes": 3, "num_classes": 3}', 'is there twice'),
+        ('{"num_classes": 3, "num_classes": 3}', 'duplicate entry'),
         ('[' * 100_000, 'nested too deeply'),
         ('{"num_classes": ' + '9' * 5000 + '}', 'cannot be read as JSON'),
         ('null', 'not the config'),
