@@ -168,7 +168,7 @@ def test_what_cannot_be_calibrated(kwargs, message):
         (lambda z, y: (z[:, :0], y[:0]), 'expected .exits, samples, classes., none of them 0'),
         (lambda z, y: (z, y[1:]), 'expected 300 integers'),
         (lambda z, y: (z, y.float()), 'expected 300 integers'),
-        (lambda z, y: (z, y + 1), 'targets are in 1..10 for 10 classes'),
+        (lambda z, y: (z, y + 1), 'targets are in 1..10; expected 0..9 for 10 classes'),
         (lambda z, y: (z[:3], y), '3 exits'),
     ],
 )

@@ -105,7 +105,7 @@ def test_other_policies_on_the_same_export(small, format):
 def test_an_exit_without_head_cannot_be_turned_on(small, format):
     root, _, images, policy = small
     policy = policy.with_thresholds([math.inf, math.inf, 0.5])
-    with pytest.raises(ValueError, match='exit 2 was off in the policy that was exported'):
+    with pytest.raises(ValueError, match='exit 2 was off in the exported policy'):
         load(root / format, format, policy=policy if format == 'torch' else policy.to_dict())(images)
 
 

@@ -108,7 +108,7 @@ class AdaptiveModel:
         self.is_on = [t != math.inf for t in self.thresholds]
         for k, stage in enumerate(self.stages):
             if self.is_on[k] and not stage['answers']:
-                raise ValueError(f'exit {k} was off in the policy that was exported; export again with this one.')
+                raise ValueError(f'exit {k} was off in the exported policy; export the network again with this policy.')
         available = onnxruntime.get_available_providers()
         names = [p[0] if isinstance(p, tuple) and p else p for p in providers]
         if isinstance(providers, str) or not names or not all(name in available for name in names):
