@@ -146,7 +146,7 @@ ANSWERS = {
     403: '403, access is forbidden',
     404: '404, ',
     429: '429, too many requests',
-    500: '500, the Hub has an error of its own',
+    500: '500, the Hub has an internal error',
     'slow': 'did not answer in time',
 }
 
@@ -177,7 +177,7 @@ def test_nothing_is_made_on_the_hub_before_all_is_checked(tmp_path):
         'license=me/net': 'expected an identifier',
         'other=me/net': 'other weights',
         'exits=me/net': 'for 3 exits; the network has 2',
-        'push=a/b/c': 'not the name of a repository',
+        'push=a/b/c': 'expected the name of a repository',
     }
     with hub_server() as server:
         lines, _ = results(server.address, tmp_path, list(expected))
