@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 
 from .errors import UserError, one_line
 
-__all__ = ['explained', 'has_no_connection', 'is_not_there', 'reason_of']
+__all__ = ['explain_hub_errors', 'failure_reason', 'has_no_connection', 'is_missing_file']
 
 _STATUS = {
     401: 'the Hub does not accept the token; log in again with: hf auth login',
@@ -29,7 +29,7 @@ _STATUS = {
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
+def explain_hub_errors(what: str) -> Iterator[None]:
     """Convert any exception of a call to the Hub in the block to a `UserError` that says why it failed.
 
     Args:
@@ -43,10 +43,10 @@ def explained(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f'{what}: {reason_of(e)}.') from e
+        raise UserError(f'{what}: {failure_reason(e)}.') from e
 
 
-def reason_of(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """Reason why a call to the Hub failed, with advice where there is some."""
     for e in _chain(error):
         if isinstance(e, OfflineModeIsEnabled):
@@ -60,7 +60,7 @@ def reason_of(error: BaseException) -> str:
             )
         if isinstance(e, RevisionNotFoundError):
             return f'{_status(e)}, the repository has no such branch, tag or commit'
-        if is_not_there(e):
+        if is_missing_file(e):
             return f'{_status(e) or 404}, the repository has no such file'
         if isinstance(e, LocalTokenNotFoundError):
             return 'there is no token; log in with: hf auth login'
@@ -84,8 +84,8 @@ def has_no_connection(error: BaseException) -> bool:
     return not answered and any(_is_named(e, 'Offline', 'Connect', 'NetworkError') for e in chain)
 
 
-def is_not_there(error: BaseException) -> bool:
-    """Whether the Hub said that the repository has no such file."""
+def is_missing_file(error: BaseException) -> bool:
+    """Whether the Hub answered that the repository has no such file."""
     return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
 
 

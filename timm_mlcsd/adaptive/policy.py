@@ -181,8 +181,8 @@ class ExitPolicy:
         raise ValueError(
             f'the policy was fitted to other weights (digest {self.weights_digest[:15]}{fitted_on}) than the network '
             f'has ({actual}); fit a policy to these weights (validate.py --adaptive --max-drop P --save-policy), load '
-            f'the weights that it was fitted to (EMA weights with --use-ema), or use policy.without_digest() (in the '
-            f'file: remove "weights_digest") if you know that it fits.'
+            f'the weights that it was fitted to (averaged weights with --use-ema), or use policy.without_digest() (in '
+            f'the file: remove "weights_digest") if you know that it fits.'
         )
 
     def step(
