@@ -40,11 +40,20 @@ _FORMS = {int: r'[+-]?[0-9]+', float: r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that say something."""
+    """Shows defaults as they are written on a command line; of None and empty ones the help itself tells."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, '', {}) or '(default' in (action.help or ''):
-            return action.help
+        text = action.help or ''
+        if '(default' in text:
+            return text
+        if isinstance(action, argparse._StoreTrueAction):
+            return f'{text} (default: off)'
+        if isinstance(action.default, list):
+            shown = (f'{value:g}' if isinstance(value, float) else str(value) for value in action.default)
+            return f'{text} (default: {" ".join(shown)})'
+        # 0 is a default to show, though it equals False
+        if action.default is None or action.default is False or action.default in ('', {}):
+            return text
         return super()._get_help_string(action)
 
 
