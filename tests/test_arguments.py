@@ -1,11 +1,14 @@
-"""Numbers on the command lines: what every flag takes and refuses."""
+"""The command lines: what every flag says of itself, and what it takes and refuses."""
 
 import argparse
+import re
 
 import pytest
 
+from timm_mlcsd.adaptive import onnx_runner
 from timm_mlcsd.adaptive.export import export_parser
 from timm_mlcsd.arguments import Number, exits, integer, number
+from timm_mlcsd.cost import cost_parser
 from timm_mlcsd.engine.flags import train_parser, validate_parser
 from timm_mlcsd.engine.predict import predict_parser
 from timm_mlcsd.engine.push import push_parser
@@ -13,8 +16,44 @@ from timm_mlcsd.errors import UserError
 
 NOT_NUMBERS = ['nan', 'inf', '-inf', '1e308', '-1e308', '1e999', '1' * 400, '1' * 5000, '']
 NOT_NUMBERS += ['1_000', ' 5', '5 ', '\u0663', '\uff15', 'True', 'None', '0x10', '1,5', '--', '1e']
-PARSERS = [train_parser(), validate_parser(), predict_parser(), export_parser(), push_parser()]
+PARSERS = [train_parser(), validate_parser(), predict_parser(), export_parser(), push_parser(), cost_parser()]
 NUMBERS = [(parser, action) for parser in PARSERS for action in parser._actions if isinstance(action.type, Number)]
+ACTIONS = [(parser, action) for parser in [*PARSERS, onnx_runner._parser()] for action in parser._actions]
+ACTION_IDS = [f'{parser.prog}-{action.dest}' for parser, action in ACTIONS]
+
+
+def shown_help(parser, action):
+    """The sentence that --help shows of a flag, and the default behind it."""
+    text = parser._get_formatter()._expand_help(action) if action.help else ''
+    return re.fullmatch(r'(.*?)(?: \(default: (.+)\))?', text, re.DOTALL).groups()
+
+
+@pytest.mark.parametrize('parser, action', ACTIONS, ids=ACTION_IDS)
+def test_every_flag_says_what_it_does_in_one_sentence(parser, action):
+    sentence, _ = shown_help(parser, action)
+    assert len(sentence.split()) > 1
+    assert not re.search(r'[.!?](\s|$)', sentence) and '\n' not in sentence
+
+
+@pytest.mark.parametrize('parser', [*PARSERS, onnx_runner._parser()], ids=lambda parser: parser.prog)
+def test_no_two_flags_of_a_command_say_the_same(parser):
+    sentences = [shown_help(parser, action)[0] for action in parser._actions]
+    assert len(set(sentences)) == len(sentences)
+
+
+@pytest.mark.parametrize('parser, action', ACTIONS, ids=ACTION_IDS)
+def test_every_flag_shows_its_default(parser, action):
+    _, shown = shown_help(parser, action)
+    if action.required or action.default is argparse.SUPPRESS:
+        assert shown is None
+        return
+    assert shown
+    if isinstance(action, argparse._StoreTrueAction):
+        assert shown == 'off'
+    elif isinstance(action.default, list):
+        assert [float(value) for value in shown.split()] == pytest.approx(action.default, abs=1e-4)
+    elif action.default is not None and action.default is not False and action.default not in ('', {}):
+        assert re.split(', ', shown)[0] == str(action.default)
 
 
 def test_no_flag_reads_numbers_in_another_way():
@@ -27,7 +66,7 @@ def test_every_number_flag_refuses_what_is_not_a_number(parser, action):
     flag = action.option_strings[-1]
     count = action.nargs if isinstance(action.nargs, int) else 1
     # so that what is required is there
-    others = ['x', 'y'] if parser.prog != 'train.py' else []
+    others = {'train.py': [], 'timm_mlcsd.cost': ['x']}.get(parser.prog, ['x', 'y'])
     for text in NOT_NUMBERS:
         with pytest.raises(UserError) as raised:
             values = [f'{flag}={text}'] if count == 1 else [flag, *[text] * count]
