@@ -7,7 +7,7 @@ import pytest
 
 from timm_mlcsd.adaptive import onnx_runner
 from timm_mlcsd.adaptive.export import export_parser
-from timm_mlcsd.arguments import Number, exits, integer, number
+from timm_mlcsd.arguments import Number, ScriptParser, exits, integer, number
 from timm_mlcsd.cost import cost_parser
 from timm_mlcsd.engine.flags import train_parser, validate_parser
 from timm_mlcsd.engine.predict import predict_parser
@@ -54,6 +54,52 @@ def test_every_flag_shows_its_default(parser, action):
         assert [float(value) for value in shown.split()] == pytest.approx(action.default, abs=1e-4)
     elif action.default is not None and action.default is not False and action.default not in ('', {}):
         assert re.split(', ', shown)[0] == str(action.default)
+
+
+MISTYPED = [
+    ('train.py', '--weight-decy 1', '--weight-decy', '--weight-decay'),
+    ('train.py', 'DIR --weight-decy=1', '--weight-decy', '--weight-decay'),
+    ('train.py', '--weight_decay 1', '--weight_decay', '--weight-decay'),
+    ('train.py', '--mean 0.5 --sdt -1', '--sdt', '--std'),
+    ('train.py', '-epochs 3', '-epochs', '--epochs'),
+    ('train.py', '--no-pin-men', '--no-pin-men', '--no-pin-mem'),
+    ('train.py', '--nonsense', '--nonsense', None),
+    ('train.py', 'DIR --nonsense=weight-decay', '--nonsense', None),
+    ('validate.py', '--chekpoint PATH', '--chekpoint', '--checkpoint'),
+    ('mlcsd-predict', 'network --treshold 0.5 image', '--treshold', '--threshold'),
+    ('mlcsd-push', 'run target --privat', '--privat', '--private'),
+    ('timm_mlcsd.adaptive.export', 'network folder --polcy=x', '--polcy', '--policy'),
+    ('timm_mlcsd.cost', 'model --repeat 3', '--repeat', '--repeats'),
+]
+
+
+@pytest.mark.parametrize('prog, argv, flag, near', MISTYPED, ids=[f'{prog} {argv}' for prog, argv, *_ in MISTYPED])
+def test_a_mistyped_flag_names_the_near_one(prog, argv, flag, near):
+    parser = {parser.prog: parser for parser in PARSERS}[prog]
+    with pytest.raises(UserError) as raised:
+        parser.parse_args(argv.split())
+    hint = f': did you mean {near}?' if near else ''
+    assert str(raised.value) == f'unknown flag {flag}{hint} (--help lists the flags)'
+
+
+@pytest.mark.parametrize('argv', ['DIR -5', 'DIR -0.5', 'DIR OTHER', 'DIR -- --weight-decy', '-- DIR --epoch=3'])
+def test_what_is_no_flag_is_not_taken_for_one(argv):
+    with pytest.raises(UserError, match=f'^unrecognized arguments: (-- )?{argv.split()[-1]} '):
+        train_parser().parse_args(argv.split())
+
+
+def test_a_mistyped_flag_of_a_subcommand():
+    parser = ScriptParser()
+    commands = parser.add_subparsers(dest='command')
+    commands.add_parser('run').add_argument('--minutes')
+    commands.add_parser('list').add_argument('--scale')
+    with pytest.raises(UserError, match=r'unknown flag --minuts: did you mean --minutes\?'):
+        parser.parse_args(['run', '--minuts', '3'])
+    # which another subcommand has
+    with pytest.raises(UserError, match=r'unknown flag --minutes \('):
+        parser.parse_args(['list', '--minutes', '3'])
+    with pytest.raises(UserError, match=r'unknown flag --minuts \('):
+        parser.parse_args(['--minuts'])
 
 
 def test_no_flag_reads_numbers_in_another_way():
