@@ -675,6 +675,12 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog='runner.py', description='Label images with the multi-exit network in this folder.')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file to label')
+    return parser
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Classify image files from the command line.
 
@@ -687,9 +693,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
-    parser = _Parser(prog='runner.py', description='Label images with the multi-exit network in this folder.')
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
-    paths = parser.parse_args(argv).images
+    paths = _parser().parse_args(argv).images
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         return _label_all(paths)
