@@ -1,18 +1,15 @@
 """One page per command, written from its argument parser when the site is built."""
 
 import argparse
-import contextlib
 import html
 import re
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
-from unittest import mock
+from typing import TYPE_CHECKING, Callable, Dict, Iterator, Sequence, Tuple
 
-from timm_mlcsd import cost
-from timm_mlcsd.adaptive.export import export_parser
-from timm_mlcsd.arguments import ScriptParser
-from timm_mlcsd.engine.flags import train_parser, validate_parser
-from timm_mlcsd.engine.predict import predict_parser
-from timm_mlcsd.engine.push import push_parser
+from timm_mlcsd.cli.cost import cost_parser
+from timm_mlcsd.cli.export import export_parser
+from timm_mlcsd.cli.flags import train_parser, validate_parser
+from timm_mlcsd.cli.predict import predict_parser
+from timm_mlcsd.cli.push import push_parser
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -22,38 +19,32 @@ if TYPE_CHECKING:
 MAX_CHOICES = 40
 
 
-def _parser_of(main: Callable[[Optional[Sequence[str]]], None]) -> argparse.ArgumentParser:
-    """The parser that an entry point makes itself."""
-    found: List[argparse.ArgumentParser] = []
-
-    def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
-        found.append(parser)
-        raise SystemExit
-
-    with mock.patch.object(ScriptParser, 'parse_args', stop), contextlib.suppress(SystemExit):
-        main([])
-    return found[0]
-
-
 # what a user types, and its parser
 COMMANDS: Dict[str, Callable[[], argparse.ArgumentParser]] = {
     'mlcsd-train': train_parser,
     'mlcsd-validate': validate_parser,
     'mlcsd-predict': predict_parser,
     'mlcsd-push': push_parser,
-    'python -m timm_mlcsd.cost': lambda: _parser_of(cost.main),
-    'python -m timm_mlcsd.adaptive.export': export_parser,
+    'mlcsd-cost': cost_parser,
+    'mlcsd-export': export_parser,
 }
-SCRIPTS = {'mlcsd-train': './train.py', 'mlcsd-validate': './validate.py'}
+# other ways to start them
+ALIASES = {
+    'mlcsd-train': './train.py',
+    'mlcsd-validate': './validate.py',
+    'mlcsd-cost': 'python -m timm_mlcsd.cost',
+    'mlcsd-export': 'python -m timm_mlcsd.adaptive.export',
+}
 
 
 def page_of(command: str, parser: argparse.ArgumentParser) -> str:
     """The Markdown page of a command."""
     positionals = [_values(action) for action in parser._actions if not action.option_strings]
     usage = ' '.join([command, *positionals, '[FLAGS]'])
-    lines = [f'# {command.split()[-1]}', '', f'{parser.description}.', '', f'```\n{usage}\n```', '']
-    if command in SCRIPTS:
-        lines += [f'In a checkout, `{SCRIPTS[command]}` is the same command.', '']
+    lines = [f'# {command}', '', f'{parser.description}.', '', f'```\n{usage}\n```', '']
+    if command in ALIASES:
+        where = 'In a checkout, ' if ALIASES[command].startswith('./') else ''
+        lines += [f'{where}`{ALIASES[command]}` is the same command.', '']
     for group in parser._action_groups:
         actions = [
             action for action in group._group_actions if action.dest != 'help' and action.help != argparse.SUPPRESS
@@ -117,6 +108,6 @@ def on_files(files: 'Files', config: 'MkDocsConfig') -> 'Files':
     from mkdocs.structure.files import File
 
     for command, parser in COMMANDS.items():
-        place = f'commands/{command.split()[-1]}.md'
+        place = f'commands/{command}.md'
         files.append(File.generated(config, place, content=page_of(command, parser())))
     return files
