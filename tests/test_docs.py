@@ -29,7 +29,7 @@ def test_every_flag_is_on_the_page_of_its_command(command):
     listed = set(re.findall(r'<code>(-[\w-]*)', page))
     known = {flag for action in parser._actions for flag in action.option_strings if action.help != argparse.SUPPRESS}
     assert listed == known - {'-h', '--help'}
-    assert f'# {command.split()[-1]}\n' in page
+    assert f'# {command}\n' in page
 
 
 def test_every_console_script_has_a_page():
@@ -38,7 +38,7 @@ def test_every_console_script_has_a_page():
     scripts = setup['options.entry_points']['console_scripts'].split('\n')
     assert {script.partition(' =')[0] for script in scripts if script} <= set(commands.COMMANDS)
     nav = (ROOT / 'mkdocs.yml').read_text()
-    assert all(f'commands/{command.split()[-1]}.md' in nav for command in commands.COMMANDS)
+    assert all(f'commands/{command}.md' in nav for command in commands.COMMANDS)
 
 
 def test_cells_of_a_table():

@@ -28,16 +28,16 @@ COMMANDS: Dict[str, Callable[[], argparse.ArgumentParser]] = {
     'mlcsd-cost': cost_parser,
     'mlcsd-export': export_parser,
 }
-SCRIPTS = {'mlcsd-train': './train.py', 'mlcsd-validate': './validate.py'}
 
 
 def page_of(command: str, parser: argparse.ArgumentParser) -> str:
     """The Markdown page of a command."""
     positionals = [_values(action) for action in parser._actions if not action.option_strings]
     usage = ' '.join([command, *positionals, '[FLAGS]'])
-    lines = [f'# {command.split()[-1]}', '', f'{parser.description}.', '', f'```\n{usage}\n```', '']
-    if command in SCRIPTS:
-        lines += [f'In a checkout, `{SCRIPTS[command]}` is the same command.', '']
+    lines = [f'# {command}', '', f'{parser.description}.', '', f'```\n{usage}\n```', '']
+    if command in ALIASES:
+        where = 'In a checkout, ' if ALIASES[command].startswith('./') else ''
+        lines += [f'{where}`{ALIASES[command]}` is the same command.', '']
     for group in parser._action_groups:
         actions = [
             action for action in group._group_actions if action.dest != 'help' and action.help != argparse.SUPPRESS
@@ -101,6 +101,6 @@ def on_files(files: 'Files', config: 'MkDocsConfig') -> 'Files':
     from mkdocs.structure.files import File
 
     for command, parser in COMMANDS.items():
-        place = f'commands/{command.split()[-1]}.md'
+        place = f'commands/{command}.md'
         files.append(File.generated(config, place, content=page_of(command, parser())))
     return files
