@@ -28,6 +28,13 @@ COMMANDS: Dict[str, Callable[[], argparse.ArgumentParser]] = {
     'mlcsd-cost': cost_parser,
     'mlcsd-export': export_parser,
 }
+# other ways to run the same command
+ALIASES = {
+    'mlcsd-train': './train.py',
+    'mlcsd-validate': './validate.py',
+    'mlcsd-cost': 'python -m timm_mlcsd.cost',
+    'mlcsd-export': 'python -m timm_mlcsd.adaptive.export',
+}
 
 
 def page_of(command: str, parser: argparse.ArgumentParser) -> str:
