@@ -57,12 +57,13 @@ class DistillMethod(nn.Module):
         """The losses [K] of the exits, batch means."""
         raise NotImplementedError
 
-    def limited(self, batch: DistillBatch, strength: torch.Tensor) -> torch.Tensor:
+    def limited(self, batch: DistillBatch, strength: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
         """The losses with the gradient of every image limited, in methods that know its length; else as they are.
 
         Args:
             batch: What the exits show.
             strength: Weights that the losses will get, [K].
+            bounds: Largest lengths of the gradients, [B, K].
         """
         return self(batch)
 
@@ -86,11 +87,11 @@ class KD(DistillMethod):
         log_p, log_t = self._log_probs(batch)
         return self.temperature**2 * _divergence(log_p, log_t).mean(dim=0)
 
-    def limited(self, batch: DistillBatch, strength: torch.Tensor) -> torch.Tensor:
+    def limited(self, batch: DistillBatch, strength: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
         log_p, log_t = self._log_probs(batch)
         gap = log_p.detach().exp() - log_t.detach().exp()  # 1/T of the gradient on the logits
         loss = self.temperature**2 * _divergence(log_p, log_t)
-        return limit_gradient(loss, strength * self.temperature * gap.norm(dim=-1)).mean(dim=0)
+        return limit_gradient(loss, strength * self.temperature * gap.norm(dim=-1), bounds).mean(dim=0)
 
     def _log_probs(self, batch: DistillBatch) -> Tuple[torch.Tensor, torch.Tensor]:
         both = (batch.logits, batch.teacher_logits)

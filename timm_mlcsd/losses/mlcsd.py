@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timm.loss import JsdCrossEntropy
 
 from .distill import CC, CRD, DISTILL_METHODS, DistillBatch, DistillMethod
-from .ramp import DISTILL_RAMPS, AccuracyRamp, limit_gradient
+from .ramp import DISTILL_RAMPS, AccuracyRamp, label_pull, limit_gradient
 from .teachers import CWEM, TEACHERS, TeacherMixer
 
 __all__ = ['CWEM_SUPERVISIONS', 'DISTILL_MODES', 'MLCSDLoss']
@@ -61,10 +61,10 @@ class MLCSDLoss(nn.Module):
         distill: Who teaches: ``none`` or one of `TEACHERS`.
         cwem_supervision: What trains the CWEM.
         method: What L_KD is: one of `DISTILL_METHODS` with its authors' hyper-parameters, or a `DistillMethod`.
-        distill_ramp: ``accuracy`` scales what exit i adds to L_KD and L_HT by its running training accuracy
-            (`AccuracyRamp`), so that full-strength distillation waits for exits that know something, and limits the
-            gradient of each image to a label's (`limit_gradient`; of the methods, ``kd`` has it): the default of
-            train.py. ``none``, the default here, is the paper's loss.
+        distill_ramp: ``accuracy``, the default of train.py, scales L_KD and L_HT of each exit by its running training
+            accuracy (`AccuracyRamp`), and limits the gradient of each image, for L_KD and L_HT each, to half of its
+            label's (`limit_gradient`; of the methods, ``kd`` supports it). ``none``, the default here, is the loss of
+            the paper.
         num_samples: Number of images in the training set, which ``crd`` needs.
 
     Examples:
@@ -270,9 +270,11 @@ class MLCSDLoss(nn.Module):
         teacher = weights @ pool
         if isinstance(self.mixer, CWEM) and self.cwem_supervision == 'ce':
             parts['cwem'] = sum(self.cls_loss(t, target) for t in teacher.unbind(dim=1))
-        exit_weights = self.exit_weights.to(logits.dtype)
+        exit_weights, bounds = self.exit_weights.to(logits.dtype), None
         if self.ramp is not None:
             exit_weights = exit_weights * self.ramp(logits, target)
+            # L_KD and L_HT together pull no harder than the label
+            bounds = label_pull(logits, target) / 2
         if self.method is not None:
             through = weights if self.cwem_supervision == 'kd' else weights.detach()
             pooled = teacher_pooled = None
@@ -280,10 +282,10 @@ class MLCSDLoss(nn.Module):
                 pooled = torch.stack([f.mean(dim=(-2, -1)) for f in features], dim=1)
                 teacher_pooled = through @ pooled.detach()
             batch = DistillBatch(logits, through @ pool, pooled, teacher_pooled, target, indices)
-            if self.ramp is None:
+            if bounds is None:
                 losses = self.method(batch)
             else:
-                losses = self.method.limited(batch, self.alpha * self.distill_scale * exit_weights)
+                losses = self.method.limited(batch, self.alpha * self.distill_scale * exit_weights, bounds)
             parts['kd'] = exit_weights @ losses.to(logits.dtype)
         if self.beta:
             # the mean doesn't care for the order of the elements, so take them as they lie in memory
@@ -291,20 +293,24 @@ class MLCSDLoss(nn.Module):
                 features = [f.permute(0, 2, 3, 1) for f in features]
             features = [f.flatten(1) for f in features]
             teachers = weights.detach() @ torch.stack([f.detach() for f in features], dim=1)
-            parts['ht'] = self._feature_loss(features, teachers, exit_weights)
+            parts['ht'] = self._feature_loss(features, teachers, exit_weights, bounds)
         return parts
 
     def _feature_loss(
-        self, features: Sequence[torch.Tensor], teachers: torch.Tensor, exit_weights: torch.Tensor
+        self,
+        features: Sequence[torch.Tensor],
+        teachers: torch.Tensor,
+        exit_weights: torch.Tensor,
+        bounds: Optional[torch.Tensor],
     ) -> torch.Tensor:
         """L_HT from K features [B, N] and teachers [B, K, N]; the gradients are limited where there is a ramp."""
         pairs = zip(features, teachers.unbind(dim=1))
-        if self.ramp is None:
+        if bounds is None:
             return sum(w * F.mse_loss(f, g) for w, (f, g) in zip(exit_weights, pairs))
         losses = torch.stack([(f - g).square().mean(dim=1) for f, g in pairs], dim=1)
         # of the mean of N squares the gradient is 2/N times the difference
         lengths = 2 * (losses.detach() / features[0].shape[1]).sqrt()
-        losses = limit_gradient(losses, self.beta * self.distill_scale * exit_weights * lengths)
+        losses = limit_gradient(losses, self.beta * self.distill_scale * exit_weights * lengths, bounds)
         return exit_weights @ losses.mean(dim=0)
 
     def _check_batch(self, target: torch.Tensor, indices: Optional[torch.Tensor]) -> None:

@@ -1,12 +1,13 @@
-"""How strongly an exit is distilled: by what it has learned from the labels, and no more than labels teach it."""
+"""Strength of distillation: scaled by the accuracy of each exit, limited by the gradient of the labels."""
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 
 from ..distributed import all_reduce_mean
 
-__all__ = ['DISTILL_RAMPS', 'AccuracyRamp', 'limit_gradient']
+__all__ = ['DISTILL_RAMPS', 'AccuracyRamp', 'label_pull', 'limit_gradient']
 
 DISTILL_RAMPS = ('none', 'accuracy')
 
@@ -16,8 +17,8 @@ class AccuracyRamp(nn.Module):
 
     The gradient of L_KD on an exit's logits is up to alpha * T times as long as that of the cross-entropy, 20 times
     with the paper's settings. On an exit that has learned nothing yet it acts like a learning rate that is too high:
-    heads die, or follow teachers that know nothing either. Far into fitting the training set the scale is 1, and the
-    loss the paper's but for `limit_gradient`. Not in the paper; measured in docs/training.md.
+    heads stop training, or follow teachers that have learned nothing either. Not in the paper; measured in
+    docs/training.md.
 
     The scale of a batch follows from the batches before it: `step` takes these into account. A training loop that
     calls it after every update of the weights, and sets `auto` to False, gets the same scales whatever the number of
@@ -71,14 +72,27 @@ class AccuracyRamp(nn.Module):
         self.seen.zero_()
 
 
-def limit_gradient(losses: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Shrink losses of single samples so that none pulls harder than a label does.
-
-    The cross-entropy's gradient on a sample's logits is of length 1 to the square root of 2 where the answer is wrong
-    and sure. A distillation loss of which it is longer than 1 is divided by its length.
+def label_pull(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Length of the gradient of the cross-entropy on the logits of every sample and exit.
 
     Args:
-        losses: One per sample and exit, [B, K].
-        lengths: Lengths of their gradients with all weights, in the same shape; constants.
+        logits: Logits of all exits, [B, K, C].
+        target: Class indices [B], or soft targets [B, C].
+
+    Returns:
+        Lengths from 0 (the label is predicted with certainty) to the square root of 2, [B, K], without gradient.
     """
-    return losses / lengths.clamp_min(1)
+    logits = logits.detach()
+    labels = F.one_hot(target, logits.shape[-1]) if target.ndim == 1 else target
+    return (logits.softmax(dim=-1) - labels.to(logits.dtype).unsqueeze(1)).norm(dim=-1)
+
+
+def limit_gradient(losses: torch.Tensor, lengths: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Shrink the losses of single samples until their gradients are no longer than a bound.
+
+    Args:
+        losses: Loss per sample and exit, [B, K].
+        lengths: Lengths of the gradients of the weighted losses, [B, K]; constants.
+        bounds: Largest lengths, [B, K]; constants.
+    """
+    return losses * (bounds / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp_max(1)
