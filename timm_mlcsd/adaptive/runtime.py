@@ -204,11 +204,7 @@ class AdaptiveModel:
 
     def _run(self, x: torch.Tensor, deadline: Optional[float] = None) -> Prediction:
         self._check_mode()
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f'images are {kind}; expected a normalised floating point tensor [B, C, H, W].')
-        if x.ndim != 4 or not len(x):
-            raise ValueError(f'images have shape {tuple(x.shape)}; expected [B, C, H, W], B at least 1.')
+        _check_images(x)
         batch = _ActiveBatch(len(x))
         state, history, answered = x, None, None
         for k in range(self.policy.num_exits):
@@ -253,6 +249,15 @@ class AdaptiveModel:
         if needed > left > 0:
             self._seconds.update((key, [0.99 * s for s in self._seconds.get(key, [])]) for key in keys)
         return 0 < left >= needed
+
+
+def _check_images(x: torch.Tensor) -> None:
+    """Raise a ValueError for images that are not a floating point tensor [B, C, H, W] with B at least 1."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f'images are {kind}; expected a normalised floating point tensor [B, C, H, W].')
+    if x.ndim != 4 or not len(x):
+        raise ValueError(f'images have shape {tuple(x.shape)}; expected [B, C, H, W], B at least 1.')
 
 
 class _ActiveBatch:

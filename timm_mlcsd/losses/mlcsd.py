@@ -97,18 +97,11 @@ class MLCSDLoss(nn.Module):
         num_samples: Optional[int] = None,
     ):
         super().__init__()
-        if distill not in DISTILL_MODES:
-            raise ValueError(f'distill={distill!r} is unknown; choose one of {", ".join(DISTILL_MODES)}.')
-        if cwem_supervision not in CWEM_SUPERVISIONS:
-            raise ValueError(
-                f'cwem_supervision={cwem_supervision!r} is unknown; choose one of {", ".join(CWEM_SUPERVISIONS)}.'
-            )
+        _check_choices(distill=distill, cwem_supervision=cwem_supervision, distill_ramp=distill_ramp)
         if not isinstance(method, DistillMethod) and method not in DISTILL_METHODS:
             raise ValueError(
                 f'method={method!r} is unknown; choose one of {", ".join(DISTILL_METHODS)}, or pass a DistillMethod.'
             )
-        if distill_ramp not in DISTILL_RAMPS:
-            raise ValueError(f'distill_ramp={distill_ramp!r} is unknown; choose one of {", ".join(DISTILL_RAMPS)}.')
         if alpha is None:
             alpha = (DISTILL_METHODS[method] if isinstance(method, str) else method).weight
         for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
@@ -121,14 +114,8 @@ class MLCSDLoss(nn.Module):
                 'cls_loss=JsdCrossEntropy compares augmented copies of each image across the batch, while the '
                 'teachers and their targets are per image; use a loss without augmentation splits.'
             )
-        if exit_weights is None:
-            exit_weights = [1.0] * num_exits
-        if len(exit_weights) != num_exits:
-            raise ValueError(f'exit_weights has {len(exit_weights)} numbers for {num_exits} exits.')
-        if not all(0 <= w < math.inf for w in exit_weights):
-            raise ValueError(f'exit_weights={list(exit_weights)} must be finite and not negative.')
-        if not any(exit_weights):
-            raise ValueError(f'exit_weights={list(exit_weights)} leaves no exit to train: give one above 0.')
+        exit_weights = [1.0] * num_exits if exit_weights is None else list(exit_weights)
+        _check_exit_weights(exit_weights, num_exits)
         dims = [feature_dim] * num_exits if isinstance(feature_dim, int) else list(feature_dim)
         if len(dims) != num_exits:
             raise ValueError(f'feature_dim has {len(dims)} numbers for {num_exits} exits.')
@@ -322,6 +309,24 @@ class MLCSDLoss(nn.Module):
             )
         if self.needs_indices and indices is None:
             raise ValueError(f'{name} needs indices [B]: which images of the training set the batch holds.')
+
+
+def _check_choices(**given: str) -> None:
+    """Raise a ValueError for an argument that is none of its choices."""
+    choices = dict(distill=DISTILL_MODES, cwem_supervision=CWEM_SUPERVISIONS, distill_ramp=DISTILL_RAMPS)
+    for name, value in given.items():
+        if value not in choices[name]:
+            raise ValueError(f'{name}={value!r} is unknown; choose one of {", ".join(choices[name])}.')
+
+
+def _check_exit_weights(weights: Sequence[float], num_exits: int) -> None:
+    """Raise a ValueError for weights that are not K finite numbers of which one is above 0."""
+    if len(weights) != num_exits:
+        raise ValueError(f'exit_weights has {len(weights)} numbers for {num_exits} exits.')
+    if not all(0 <= w < math.inf for w in weights):
+        raise ValueError(f'exit_weights={weights} must be finite and not negative.')
+    if not any(weights):
+        raise ValueError(f'exit_weights={weights} leaves no exit to train: give one above 0.')
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
