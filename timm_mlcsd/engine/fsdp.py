@@ -31,7 +31,7 @@ def shard_task(task: MLCSDTask, model: MultiExitModel, dist_context: Distributed
         dist_context: The processes.
     """
     mesh = init_device_mesh(task.device.type, (dist_context.size,))
-    names = {place.name for place in model.plan.places} if hasattr(model, 'plan') else set()
+    names = {module.name for module in model.plan.modules} if hasattr(model, 'plan') else set()
     wrapped = getattr(model, 'backbone', model)
     blocks = [module for name, module in wrapped.named_modules() if name in names]
     for module in [*blocks, *model.heads, task.criterion]:
