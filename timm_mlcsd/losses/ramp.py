@@ -1,4 +1,4 @@
-"""Strength of distillation: scaled by the accuracy of each exit, limited by the gradient of the labels."""
+"""Strength of the distillation of each exit: scaled by its training accuracy, limited by the pull of the label."""
 
 import torch
 import torch.distributed as dist
@@ -13,23 +13,23 @@ DISTILL_RAMPS = ('none', 'accuracy')
 
 
 class AccuracyRamp(nn.Module):
-    """A scale per exit: its running accuracy on training batches, from chance (0) to all right (1).
+    """Scale per exit: its running accuracy on training batches, mapped from chance level (0) to 100% (1).
 
-    The gradient of L_KD on an exit's logits is up to alpha * T times as long as that of the cross-entropy, 20 times
-    with the paper's settings. On an exit that has learned nothing yet it acts like a learning rate that is too high:
-    heads stop training, or follow teachers that have learned nothing either. Not in the paper; measured in
-    docs/training.md.
+    The gradient of L_KD with respect to the logits of an exit can be alpha * T times as long as that of the
+    cross-entropy, which is 20 times with the paper's settings. Early in training this acts like a learning rate that is
+    too high: heads collapse, or imitate teachers that are not better than chance. As the training accuracy of an exit
+    approaches 100%, its scale approaches 1. The ramp is not part of the paper; docs/training.md has measurements.
 
-    The scale of a batch follows from the batches before it: `step` takes these into account. A training loop that
-    calls it after every update of the weights, and sets `auto` to False, gets the same scales whatever the number of
-    processes and of batches per update; by itself it steps with every batch.
+    The scale of a batch depends on earlier batches only, which `step` includes in the running accuracy. By default a
+    step is made with every batch. A training loop that sets `auto` to False and calls `step` after every update of the
+    weights gets the same scales for any number of processes and of batches per update.
 
     Args:
-        num_exits: K.
-        momentum: Share of the past in the running accuracy, per 64 images.
+        num_exits: Number of exits K.
+        momentum: Weight of the past in the running accuracy, per 64 images; default 0.9.
 
     Attributes:
-        auto: Whether to step with every batch.
+        auto: Whether to make a step with every batch; default True.
     """
 
     def __init__(self, num_exits: int, momentum: float = 0.9):
@@ -42,14 +42,14 @@ class AccuracyRamp(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Give the scales of a batch, and in training mode note what is right in it.
+        """Return the scales for a batch, and in training mode accumulate its accuracy.
 
         Args:
             logits: Logits of all exits, [B, K, C].
-            target: Class indices [B], or soft targets [B, C], of which the largest counts.
+            target: Class indices [B], or soft targets [B, C], whose largest entry is taken as the class.
 
         Returns:
-            Scales from 0 to 1, [K], in the type of the logits.
+            Scales from 0 to 1, [K], in the dtype of the logits.
         """
         if self.training:
             if self.auto:
@@ -63,7 +63,7 @@ class AccuracyRamp(nn.Module):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take into account what was noted since the last step, in all processes that train together."""
+        """Include the batches since the last step, of all processes, in the running accuracy."""
         right, seen = all_reduce_mean(torch.cat([self.right, self.seen[None]])).split([len(self.right), 1])
         images = seen * (dist.get_world_size() if dist.is_initialized() else 1)
         share = 1 - self.momentum ** (images / 64)
