@@ -75,7 +75,7 @@ class BrokenSampleTracker:
 class CheckedImages(BrokenSampleTracker, Dataset):
     """Images of a timm reader, with None instead of an image that cannot be read.
 
-    timm's ``ImageDataset`` instead takes the next image, logs a warning every time, and has no limit on the number.
+    timm's ``ImageDataset`` instead takes the next image and logs a warning every time, without counting broken images.
 
     Args:
         reader: timm reader of files, which returns (file, class index).
@@ -264,9 +264,9 @@ class CheckedLoader:
     def __iter__(self) -> Iterator[Any]:
         first, step = self.shard
         with closing(iter(self.loader)) as batches:
-            yield from self._checked(islice(batches, first, None, step))
+            yield from self._checked_batches(islice(batches, first, None, step))
 
-    def _checked(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _checked_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the batches that are not empty, and check for broken images after each."""
         is_first = True
         while True:
