@@ -21,9 +21,9 @@ from ..data import (
     DigitsDataset,
     TransformSubset,
     class_label,
+    exclude_hidden_folders,
     hold_out,
     image_endings,
-    leave_hidden_folders_out,
     names_by_index,
     probe_keys,
     read_image,
@@ -137,7 +137,7 @@ def _with_checked_images(
             f'stops at an image that cannot be read.'
         )
     if isinstance(dataset, ImageFolder):
-        leave_hidden_folders_out(dataset)
+        exclude_hidden_folders(dataset)
         dataset.loader = partial(read_image, mode=image_mode)  # torchvision's own clips 16 bits
     # timm leaves torchvision's images as they are
     return ConvertedImages(dataset, image_mode) if prefix == 'torch' else dataset

@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from ..adaptive import ExitPolicy, calibrate, fit_temperatures, fit_weights
 from ..cost import ExitCost, stage_times
-from ..data import is_divided
+from ..data import has_split_folders
 from ..errors import UserError, as_user_error
 from ..models import MultiExitModel
 from ..network import Network, policy_path
@@ -163,13 +163,13 @@ def saved_policy_path(config: ValidateConfig) -> Path:
 
 def reports_on_half(config: ValidateConfig) -> bool:
     """Whether one half of the held-out images is for calibration and one for the report, as there is no other split."""
-    alone = not config.data.dataset and not is_divided(config.data.data_dir)
+    alone = not config.data.dataset and not has_split_folders(config.data.data_dir)
     return config.held_out and alone and _fits_a_policy(config) and not config.calibration_split
 
 
 def _others(config: ValidateConfig) -> str:
     """Advice in errors: other images to report on."""
-    if config.data.dataset or is_divided(config.data.data_dir):
+    if config.data.dataset or has_split_folders(config.data.data_dir):
         return '--split test say'
     return '--held-out for the half of the held-out images that it is not fitted to'
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Optional
 
 from .._timm import names_of_reader
-from ..data import check_class_folders, check_folder_has_split, leave_out_what_is_no_data, load_class_map
+from ..data import check_class_folders, check_folder_has_split, exclude_non_images, load_class_map
 from ..errors import UserError, as_user_error, install_hint, printable
 from .data_config import DataConfig
 
@@ -90,7 +90,7 @@ def read_class_map(config: DataConfig, source: Source) -> Optional[Dict[Any, int
 
 def _check_folder(reader: Any, config: DataConfig, split: str, class_map: Optional[Dict[Any, int]]) -> None:
     with as_user_error(f'split {split!r} at {config.data_dir!r} cannot be read'):
-        leave_out_what_is_no_data(reader, class_map is not None)
+        exclude_non_images(reader, class_map is not None)
     check_class_folders(reader, config.class_map)
 
 
