@@ -80,9 +80,13 @@ def _made_for(model: nn.Module, source: nn.Module) -> Iterator[None]:
     """Let `model` say inside that its weights were made for the images of `source`."""
     own: Dict[str, Any] = {name: getattr(model, name, {}) for name in ('pretrained_cfg', 'pretrained_model_args')}
     try:
-        model.pretrained_model_args = getattr(source, 'pretrained_model_args', {})
         size = getattr(source, 'pretrained_cfg', {}).get('input_size')
-        model.pretrained_cfg = {**own['pretrained_cfg'], **(dict(input_size=size) if size else {})}
+        of_source: Dict[str, Any] = dict(
+            pretrained_model_args=getattr(source, 'pretrained_model_args', {}),
+            pretrained_cfg={**own['pretrained_cfg'], **(dict(input_size=size) if size else {})},
+        )
+        for name, value in of_source.items():
+            setattr(model, name, value)
         yield
     finally:
         for name, value in own.items():

@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 import sys
-from typing import Any, Dict, List, NoReturn, Optional, Union
+from typing import Any, Dict, Generic, List, NoReturn, Optional, Type, TypeVar, Union
 
 from timm.utils import ParseKwargs
 
@@ -101,7 +101,7 @@ class ScriptParser(argparse.ArgumentParser):
         flags = {_plain(s): s for s in self._option_string_actions if s.startswith('--')}
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                command = action.choices.get(getattr(namespace, action.dest, None))
+                command = action.choices.get(getattr(namespace, action.dest, ''))
                 flags.update(command._long_flags(namespace) if command else {})
         return flags
 
@@ -141,7 +141,10 @@ def _all_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-class Number:
+_Kind = TypeVar('_Kind', int, float)
+
+
+class Number(Generic[_Kind]):
     """A number between bounds, as the type of a flag: ASCII digits, without spaces or underscores.
 
     Args:
@@ -154,19 +157,19 @@ class Number:
 
     def __init__(
         self,
-        kind: type,
+        kind: Type[_Kind],
         at_least: Optional[float] = None,
         at_most: Optional[float] = None,
         above: Optional[float] = None,
         below: Optional[float] = None,
     ):
-        self.kind = kind
+        self.kind: Type[_Kind] = kind
         self.at_least = at_least
         self.at_most = at_most
         self.above = above
         self.below = below
 
-    def __call__(self, text: str) -> Union[int, float]:
+    def __call__(self, text: str) -> _Kind:
         """The number.
 
         Raises:
@@ -198,12 +201,12 @@ class Number:
         return f'{what} {" and ".join(bounds)}' if bounds else f'a finite {what[2:]}'
 
 
-def number(**bounds: float) -> Number:
+def number(**bounds: float) -> Number[float]:
     """The type of a flag that takes a finite number; see `Number` for the bounds."""
     return Number(float, **bounds)
 
 
-def integer(at_least: int, at_most: int = LARGEST_INT) -> Number:
+def integer(at_least: int, at_most: int = LARGEST_INT) -> Number[int]:
     """The type of a flag that takes an integer."""
     return Number(int, at_least=at_least, at_most=at_most)
 

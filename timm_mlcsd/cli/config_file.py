@@ -118,7 +118,7 @@ def _spell(flag: str, action: argparse.Action, value: Any, path: str) -> List[st
     if isinstance(action, (argparse._StoreTrueAction, argparse.BooleanOptionalAction)):
         if not isinstance(value, bool):
             raise UserError(f'--config {path!r}: {action.dest} is a switch; give true or false, not {value!r}.')
-        off = action.option_strings[-1:] if isinstance(action, argparse.BooleanOptionalAction) else []
+        off = list(action.option_strings[-1:]) if isinstance(action, argparse.BooleanOptionalAction) else []
         return [flag] if value else off
     if isinstance(value, bool) and action.nargs == '?':
         return [flag] if value else []
