@@ -60,7 +60,8 @@ def filter_checkpoint(
     if filter_fn is None:
         return state_dict
     with _made_for(model, source or model):
-        return filter_fn(dict(state_dict), model)
+        filtered: Dict[str, torch.Tensor] = filter_fn(dict(state_dict), model)
+        return filtered
 
 
 def _find_filter(model: nn.Module) -> Optional[Callable]:
@@ -70,8 +71,9 @@ def _find_filter(model: nn.Module) -> Optional[Callable]:
     for module in modules:
         if module.startswith('timm.models.'):
             for name in _FILTERS:
-                if hasattr(sys.modules[module], name):
-                    return getattr(sys.modules[module], name)
+                found: Optional[Callable] = getattr(sys.modules[module], name, None)
+                if found is not None:
+                    return found
     return None
 
 

@@ -171,7 +171,7 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
         if damaged:
             raise ValueError(f'it is damaged, the checksum of {damaged} is wrong')
         try:
-            state = torch.load(path, map_location='cpu', weights_only=True)
+            state: Dict[str, Any] = torch.load(path, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError:
             raise UserError(
                 f'{str(path)!r} cannot be read as a checkpoint, it holds more than tensors and plain values; {advice}.'

@@ -38,4 +38,4 @@ class RegisteredModel(Protocol):
 
 def registered(model: nn.Module) -> RegisteredModel:
     """The same network, with the type of its registered attributes."""
-    return model  # type: ignore[return-value]  # nn.Module declares that all its unknown attributes are tensors or modules
+    return model  # type: ignore[return-value]  # nn.Module declares all others as tensors or modules

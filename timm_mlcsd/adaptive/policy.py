@@ -311,7 +311,7 @@ def score_of(logits: torch.Tensor, score: str) -> torch.Tensor:
     """
     probs = logits.softmax(-1)
     if score == 'entropy':
-        entropy = -torch.special.xlogy(probs, probs).sum(-1)  # xlogy is 0 where p is 0
+        entropy: torch.Tensor = -torch.special.xlogy(probs, probs).sum(-1)  # xlogy is 0 where p is 0
         return (1 - entropy / math.log(max(logits.shape[-1], 2))).clamp_min(0)
     if score == 'confidence':
         return probs.amax(-1)

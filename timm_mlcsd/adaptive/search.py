@@ -44,7 +44,7 @@ class Goal:
         """Index of the highest key among the results that meet the goal."""
         lead, tie = self.key(accuracies, costs)
         lead = lead.masked_fill(~self.is_met(accuracies, costs), -math.inf)
-        return tie.masked_fill(lead < lead.max(), -math.inf).argmax().item()
+        return int(tie.masked_fill(lead < lead.max(), -math.inf).argmax().item())
 
 
 def best_thresholds(samples: CachedLogits, costs: Costs, goal: Goal, start: ExitPolicy) -> ExitPolicy:

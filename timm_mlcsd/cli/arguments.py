@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 import sys
-from typing import Any, Dict, Generic, List, NoReturn, Optional, Type, TypeVar, Union
+from typing import Any, Dict, Generic, List, NoReturn, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 from timm.utils import ParseKwargs
 
@@ -43,7 +43,7 @@ _FORMS = {int: r'[+-]?[0-9]+', float: r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults as they are written on a command line; of None and empty ones the help itself tells."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
         text = action.help or ''
         if '(default' in text:
             return text
@@ -61,10 +61,24 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 class ScriptParser(argparse.ArgumentParser):
     """An argument parser whose mistakes are one line."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(  # type: ignore[override]  # the stub has overloads for classes other than Namespace
+        self, args: Optional[Sequence[str]] = None, namespace: Optional[argparse.Namespace] = None
+    ) -> Tuple[argparse.Namespace, List[str]]:
+        """Parse the arguments that are known, as argparse does, and refuse ``--flag=--``.
+
+        Args:
+            args: Arguments; None for those of the process.
+            namespace: Object that receives the values; None for a new one.
+
+        Returns:
+            The values, and the arguments that are left.
+
+        Raises:
+            UserError: An argument is wrong.
+        """
         args = sys.argv[1:] if args is None else list(args)
         for arg in args:
             # argparse makes an empty list of it, whatever the type
@@ -72,7 +86,21 @@ class ScriptParser(argparse.ArgumentParser):
                 self.error(f"argument {arg[:-3]}: expected a value, got '--'")
         return super().parse_known_args(args, namespace)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(  # type: ignore[override]  # the stub has overloads for classes other than Namespace
+        self, args: Optional[Sequence[str]] = None, namespace: Optional[argparse.Namespace] = None
+    ) -> argparse.Namespace:
+        """Parse all arguments; an unknown flag is an error that names the nearest known one.
+
+        Args:
+            args: Arguments; None for those of the process.
+            namespace: Object that receives the values; None for a new one.
+
+        Returns:
+            The values.
+
+        Raises:
+            UserError: An argument is wrong or unknown.
+        """
         args = sys.argv[1:] if args is None else list(args)
         namespace, rest = self.parse_known_args(args, namespace)
         if rest:
@@ -106,13 +134,29 @@ class ScriptParser(argparse.ArgumentParser):
         return flags
 
     def error(self, message: str) -> NoReturn:
+        """Raise the message as a `UserError`, instead of printing it and exiting as argparse does."""
         raise UserError(f'{message} (--help lists the flags)')
 
 
 class KeyValues(ParseKwargs):
     """timm's ``KEY=VALUE ...``; anything else, a key twice and numbers that are not finite are errors."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Union[str, Sequence[Any], None],
+        option_string: Optional[str] = None,
+    ) -> None:
+        """Store the pairs of an argument as a dictionary.
+
+        Args:
+            parser: Parser that reports errors.
+            namespace: Object that receives the dictionary.
+            values: Texts of the form KEY=VALUE.
+            option_string: Flag as it was written.
+        """
+        assert isinstance(values, list)  # the flags have nargs='*'
         keys = [value.partition('=')[0] for value in values if value]
         for value in filter(None, values):
             if not value.partition('=')[1] or not value.partition('=')[0].isidentifier():

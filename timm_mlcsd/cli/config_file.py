@@ -59,7 +59,8 @@ class _FlagLoader(yaml.SafeLoader):
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f'it has {key!r} twice', node.start_mark)
-        return super().construct_mapping(node, deep)
+        mapping: Dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
     def construct_written(self, node: yaml.ScalarNode) -> _Written:
         return _Written(self.construct_scalar(node))

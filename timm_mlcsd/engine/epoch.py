@@ -251,7 +251,7 @@ class EpochLoop:
         # gradients are exchanged once per update
         with contextlib.nullcontext() if self._ends_update(i) else self.task.no_sync():
             with self.autocast:
-                result = self.task(images, target, indices)
+                result: Dict[str, Any] = self.task(images, target, indices)
             loss = result['loss'] / self._batches_of_update(i)
             self.monitor.update(i, result['loss'].detach())
             finite = not may_skip or not self.dist_context.any_rank(not loss.isfinite())

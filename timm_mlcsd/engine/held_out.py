@@ -132,9 +132,9 @@ def is_data_of(dataset: Dataset, checkpoint: Dict[str, Any]) -> bool:
     """Whether a data set is the training data of a checkpoint, in whatever place."""
     if 'train_probe' not in checkpoint or isinstance(dataset, IterableDataset):
         return False
-    return num_images(dataset) == checkpoint.get('train_size') and _equal(
-        probe_keys(dataset), checkpoint['train_probe']
-    )
+    if num_images(dataset) != checkpoint.get('train_size'):
+        return False
+    return _equal(probe_keys(dataset), checkpoint['train_probe'])
 
 
 def _equal(keys: torch.Tensor, recorded: Any) -> bool:

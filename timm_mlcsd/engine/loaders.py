@@ -282,9 +282,8 @@ def _remember(loader: DataLoader) -> Optional[Callable[[int], List[int]]]:
     if isinstance(loader.dataset, IterableDataset):
         return None
     batches = loader.batch_sampler
-    assert isinstance(batches, BatchSampler) and isinstance(
-        batches.sampler, Sampler
-    )  # timm sets a batch size, and no other sampler of batches
+    # timm gives a batch size, and no sampler of batches
+    assert isinstance(batches, BatchSampler) and isinstance(batches.sampler, Sampler)
     sampler = batches.sampler = RecordingSampler(batches.sampler)
     return lambda number: sampler.batch(number, batches.batch_size)
 

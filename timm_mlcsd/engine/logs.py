@@ -67,6 +67,7 @@ class MetricLoggers:
             log.add(epoch, values, picture)
 
     def close(self) -> None:
+        """Close all loggers."""
         for log in self.open:
             log.close()
 

@@ -162,8 +162,9 @@ def create_scheduler(
     if config.sched == 'plateau':
         raise UserError('--sched plateau: timm gives it up, because a resumed run would not go on as it had begun.')
     with as_user_error(f'--sched {config.sched} cannot be made'):
-        return create_scheduler_v2(
+        scheduler, num_epochs = create_scheduler_v2(
             optimizer,
             **{**scheduler_kwargs(config, decreasing_metric=False), 'noise_seed': seed},
             updates_per_epoch=updates_per_epoch,
         )
+    return scheduler, num_epochs
