@@ -60,7 +60,8 @@ def filter_checkpoint(
     if filter_fn is None:
         return state_dict
     with _made_for(model, source or model):
-        return filter_fn(dict(state_dict), model)
+        filtered: Dict[str, torch.Tensor] = filter_fn(dict(state_dict), model)
+        return filtered
 
 
 def _find_filter(model: nn.Module) -> Optional[Callable]:
@@ -70,8 +71,9 @@ def _find_filter(model: nn.Module) -> Optional[Callable]:
     for module in modules:
         if module.startswith('timm.models.'):
             for name in _FILTERS:
-                if hasattr(sys.modules[module], name):
-                    return getattr(sys.modules[module], name)
+                found: Optional[Callable] = getattr(sys.modules[module], name, None)
+                if found is not None:
+                    return found
     return None
 
 
@@ -80,9 +82,13 @@ def _made_for(model: nn.Module, source: nn.Module) -> Iterator[None]:
     """Replace the image size in the pretrained configuration of `model` by that of `source`, and restore it."""
     own: Dict[str, Any] = {name: getattr(model, name, {}) for name in ('pretrained_cfg', 'pretrained_model_args')}
     try:
-        model.pretrained_model_args = getattr(source, 'pretrained_model_args', {})
         size = getattr(source, 'pretrained_cfg', {}).get('input_size')
-        model.pretrained_cfg = {**own['pretrained_cfg'], **(dict(input_size=size) if size else {})}
+        of_source: Dict[str, Any] = dict(
+            pretrained_model_args=getattr(source, 'pretrained_model_args', {}),
+            pretrained_cfg={**own['pretrained_cfg'], **(dict(input_size=size) if size else {})},
+        )
+        for name, value in of_source.items():
+            setattr(model, name, value)
         yield
     finally:
         for name, value in own.items():
