@@ -226,7 +226,7 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
         folder = Path(place if scheme == 'local-dir' else name)
         if not (folder / CONFIG).is_file():
             raise UserError(
-                f'{name!r} cannot be made: expected a folder with a {CONFIG}; give one, or hf-hub:OWNER/NAME.'
+                f'{name!r} cannot be loaded: expected a folder with a {CONFIG}; give one, or hf-hub:OWNER/NAME.'
             )
         if not (folder / HF_SAFE_WEIGHTS_NAME).is_file():
             raise UserError(f'{name!r} has no {HF_SAFE_WEIGHTS_NAME}; weights in other formats are not read.')
