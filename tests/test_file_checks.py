@@ -84,7 +84,7 @@ FILES = [  # bytes, what the message says
     (b'', 'Expecting value'),
     (b'[1]', "expected an object of format 'timm_mlcsd exit policy', got [1]"),
     (b'7', 'expected an object'),
-    (b'{"format": "timm_mlcsd exit policy", "version": 1, "thresholds": [0.5], "thresholds": [0.9]}', 'is there twice'),
+    (b'{"format": "timm_mlcsd exit policy", "version": 1, "thresholds": [0.5], "thresholds": [0.9]}', 'duplicate'),
     (b'{"format": "timm_mlcsd exit policy", "version": 1, "thresholds": [NaN]}', 'NaN is not a number in JSON'),
     (b'{"format": "timm_mlcsd exit policy", "version": 1, "thresholds": [-Infinity]}', '-Infinity is not a number'),
     (b'{"format": "timm_mlcsd exit policy", "version": 1, "thresholds": [1e999]}', 'thresholds[0]'),

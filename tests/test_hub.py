@@ -90,7 +90,7 @@ def test_broken_folders(tmp_path):
 
 def test_nothing_is_written_for_wrong_results(tmp_path):
     model = timm.create_model('mlcsd_resnet18', exits=2, num_classes=3, **NARROW)
-    with pytest.raises(ValueError, match='results has 1 entries for 2 exits'):
+    with pytest.raises(ValueError, match='results: expected 2 entries, one per exit, got 1'):
         save_pretrained(model, tmp_path / 'new', results=[dict(top1=1.0)])
     assert not (tmp_path / 'new').exists()
 

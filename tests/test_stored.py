@@ -16,7 +16,8 @@ import timm_mlcsd.files
 from timm_mlcsd import create_multi_exit, from_pretrained, save_pretrained
 from timm_mlcsd.adaptive import ExitPolicy
 from timm_mlcsd.hub import label_names
-from timm_mlcsd.stored import check_model_source, class_list
+from timm_mlcsd.stored import check_model_source
+from timm_mlcsd.stored_entries import class_list
 
 ARGS = dict(num_classes=3, exits=2, channels=(8, 8, 8, 8), small_input=True)
 NAMES = ['ant', 'bee', 'cow']
@@ -55,10 +56,10 @@ def change(folder, where, value):
 @pytest.mark.parametrize(
     'where, value, message',
     [
-        ('num_classes', 5, 'numbers of classes must agree, got num_classes=5, model_args.num_classes=3'),
-        ('model_args.num_classes', 5, 'numbers of classes must agree'),
-        ('pretrained_cfg.num_classes', 5, 'numbers of classes must agree'),
-        ('num_classes', True, 'whole number'),
+        ('num_classes', 5, 'expected equal numbers of classes, got num_classes=5, model_args.num_classes=3'),
+        ('model_args.num_classes', 5, 'expected equal numbers of classes'),
+        ('pretrained_cfg.num_classes', 5, 'expected equal numbers of classes'),
+        ('num_classes', True, 'expected an integer'),
         ('model_args.pretrained_strict', False, 'cannot have this argument'),
         ('model_args.pretrained', True, 'cannot have this argument'),
         ('model_args.pretrained_backbone', True, 'expected false'),
@@ -99,8 +100,8 @@ def change(folder, where, value):
         ('pretrained_cfg.crop_pct', float('nan'), 'cannot be read as JSON'),
         ('pretrained_cfg.crop_pct', '1', 'from 0.1 to 2'),
         ('pretrained_cfg.test_crop_pct', 0, 'from 0.1 to 2'),
-        ('pretrained_cfg.input_size', [3, 10**5, 10**5], 'each side from 1 to 4096'),
-        ('pretrained_cfg.input_size', [3, 32.0, 32], 'each side from 1 to 4096'),
+        ('pretrained_cfg.input_size', [3, 10**5, 10**5], 'each from 1 to 4096'),
+        ('pretrained_cfg.input_size', [3, 32.0, 32], 'each from 1 to 4096'),
         ('pretrained_cfg.input_size', [3, 32], 'channels, height and width'),
         ('pretrained_cfg.std', [0.0, 1.0, 1.0], 'std'),
         ('pretrained_cfg.std', [1.0, 1.0], 'one per channel'),
@@ -128,14 +129,14 @@ def test_a_config_that_says_more_or_else_is_refused(folder, where, value, messag
 def test_crop_is_bounded_together_with_the_size(folder):
     change(folder, 'pretrained_cfg.input_size', [3, 2048, 2048])
     change(folder, 'pretrained_cfg.crop_pct', 0.25)
-    with pytest.raises(ValueError, match='8192 pixels a side; expected at most 4096'):
+    with pytest.raises(ValueError, match='at most 4096 pixels a side, got 8192'):
         from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('{"num_classes": 3, "num_classes": 3}', 'is there twice'),
+        ('{"num_classes": 3, "num_classes": 3}', 'duplicate entry'),
         ('[' * 100_000, 'nested too deeply'),
         ('{"num_classes": ' + '9' * 5000 + '}', 'cannot be read as JSON'),
         ('null', 'not the config'),
@@ -208,11 +209,11 @@ def test_a_network_that_would_not_load_again_is_not_saved(tmp_path):
     [
         ('hf-hub:someone/net', {}, {}, 'begins with mlcsd_'),
         ('mlcsd_resnet18', dict(checkpoint_path='/etc/passwd'), {}, 'cannot have this argument'),
-        ('mlcsd_resnet18', dict(norm_layer=torch.nn.Identity), {}, 'plain values'),
+        ('mlcsd_resnet18', dict(norm_layer=torch.nn.Identity), {}, 'plain JSON values'),
         ('mlcsd_resnet18', dict(channels=[10**400]), {}, 'expected numbers'),
         ('mlcsd_resnet18', {}, dict(crop_pct=0.001), 'from 0.1 to 2'),
         ('mlcsd_resnet18', {}, dict(transform='evil'), 'unknown entries'),
-        ('mlcsd_msdnet', dict(num_blocks=500_000, step=900_000), {}, 'layers|made|weights'),
+        ('mlcsd_msdnet', dict(num_blocks=500_000, step=900_000), {}, 'layers|created|weights'),
     ],
 )
 def test_what_a_checkpoint_may_say(arch, args, config, message):

@@ -1,4 +1,4 @@
-"""Several processes that train one network together: who takes part, and what they exchange."""
+"""Distributed training: initialisation of torch.distributed and collective operations."""
 
 import gc
 import logging
@@ -39,11 +39,15 @@ class DistributedContext(NamedTuple):
 
     @property
     def is_primary(self) -> bool:
-        """Whether this process writes files and prints."""
+        """Whether this process, of rank 0, writes files and prints."""
         return self.rank == 0
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+        """Whether a flag is set in any process.
+
+        Args:
+            flag: Flag of this process.
+        """
         if self.size == 1:
             return flag
         # a CPU tensor: the exchange does not synchronise with a GPU
@@ -52,14 +56,28 @@ class DistributedContext(NamedTuple):
         return bool(tensor)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the processes."""
+        """Sum a tensor over all processes.
+
+        Args:
+            tensor: Tensor of this process, which is not changed.
+
+        Returns:
+            The sum, of the same shape.
+        """
         if self.size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
         return tensor
 
     def all_gather(self, value: Any) -> List[Any]:
-        """The values of all processes, by rank."""
+        """Gather a value of each process.
+
+        Args:
+            value: Value of this process; it is pickled.
+
+        Returns:
+            The values of all processes, ordered by rank, [size].
+        """
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -75,7 +93,7 @@ SINGLE_PROCESS = DistributedContext()
 
 
 def init_distributed(device: torch.device) -> DistributedContext:
-    """Initialise torch.distributed where torchrun has started this process.
+    """Initialise torch.distributed if torchrun has started this process.
 
     Args:
         device: Device that this process trains on.
@@ -92,7 +110,7 @@ def init_distributed(device: torch.device) -> DistributedContext:
     try:
         store, rank, size = next(dist.rendezvous('env://'))
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
-            # torchrun's store outlives a restart, and would still tell where the killed processes could be reached
+            # torchrun's store keeps the addresses of the killed processes after a restart
             store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -106,9 +124,13 @@ def init_distributed(device: torch.device) -> DistributedContext:
 
 
 def all_gather_rows(*tensors: torch.Tensor) -> List[torch.Tensor]:
-    """Concatenate each tensor [B, ...] over all processes, [processes * B, ...], without gradients.
+    """Concatenate tensors over all processes, without gradients.
 
-    Every process has the same B.
+    Args:
+        *tensors: Tensors, [B, ...], with the same B in every process.
+
+    Returns:
+        The concatenated tensors, [processes * B, ...], in the order of the arguments.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return list(tensors)
@@ -121,7 +143,14 @@ def all_gather_rows(*tensors: torch.Tensor) -> List[torch.Tensor]:
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor over all processes, without gradients."""
+    """Average a tensor over all processes, without gradients.
+
+    Args:
+        tensor: Tensor of this process, which is not changed.
+
+    Returns:
+        The mean, of the same shape.
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
@@ -132,8 +161,8 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
 def end_process() -> NoReturn:
     """End a finished process of a distributed job at once, with exit code 0.
 
-    FSDP's caches keep gloo's threads alive; a thread that frees a tensor while Python shuts down aborts the
-    process, and torchrun would report the job as failed.
+    FSDP's caches keep threads of gloo alive. If such a thread frees a tensor while Python shuts down, it aborts the
+    process, and torchrun reports the job as failed.
     """
     gc.collect()
     logging.shutdown()

@@ -1,4 +1,4 @@
-"""Mistakes of a script's user: one line and exit code 2, no traceback."""
+"""Errors that the user can correct: reported as one line with exit code 2, without a traceback."""
 
 import contextlib
 import logging
@@ -11,29 +11,44 @@ __all__ = ['UserError', 'as_user_error', 'install_hint', 'printable', 'run_scrip
 
 
 class UserError(ValueError):
-    """What the user asked for cannot be done; the message says what was wrong and what would work."""
+    """Error that the user can correct; the message says what was wrong and what to do."""
 
 
 def one_line(error: Exception, length: int = 300) -> str:
-    """The message of an error as the start of one line."""
+    """Format the message of an error as one line.
+
+    Args:
+        error: Exception.
+        length: Largest number of characters.
+
+    Returns:
+        The message without line breaks, cut after `length` characters.
+    """
     text = ' '.join(str(error).split())
     text = f'{type(error).__name__} {text}' if isinstance(error, KeyError) or not text else text
     return text if len(text) <= length else f'{text[:length]} ...'
 
 
 def printable(text: str) -> str:
-    """Text from a file, with everything escaped that a terminal would obey instead of showing it."""
+    """Escape control characters, so that text from a file is safe to print to a terminal."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
 def install_hint(extra: str) -> str:
-    """How to install what an extra of this package needs."""
+    """Instruction to install an extra of this package."""
     return f'install it from a checkout of timm_mlcsd: pip install ".[{extra}]"'
 
 
 @contextlib.contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """Make whatever goes wrong inside, where only the user's `what` can be at fault, a `UserError`."""
+    """Convert any exception in the block to a `UserError`.
+
+    Args:
+        what: Start of the message, which names the input that caused the error.
+
+    Raises:
+        UserError: The block raised an exception.
+    """
     try:
         yield
     except UserError:
@@ -42,29 +57,37 @@ def as_user_error(what: str) -> Iterator[None]:
         raise UserError(f'{what}: {one_line(e, 600)}') from e
 
 
-class _Escape(logging.Filter):
-    """Makes messages printable: names of files and classes in them come from other people's data."""
+class _EscapeFilter(logging.Filter):
+    """Logging filter that escapes control characters, which names of files and classes can contain."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Escape the message of a record and keep the record."""
         lines = record.getMessage().split('\n')
         record.msg, record.args = '\n'.join(printable(line.replace('\t', ' ')) for line in lines), ()
         return True
 
 
 def _prepare_terminal() -> None:
-    """Log to the terminal, and show what it cannot show as escapes instead of failing there."""
+    """Set up logging to the terminal, and escape characters that its encoding does not have."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
     if not logging.getLogger().handlers:
         setup_default_logging()
     for handler in logging.getLogger().handlers:
-        if not any(isinstance(known, _Escape) for known in handler.filters):
-            handler.addFilter(_Escape())
+        if not any(isinstance(known, _EscapeFilter) for known in handler.filters):
+            handler.addFilter(_EscapeFilter())
 
 
 def run_script(prog: str, main: Callable[[], None]) -> None:
-    """Run `main` with logging to the terminal; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run a script with logging to the terminal.
+
+    A `UserError` is printed to stderr as one line, with exit code 2.
+
+    Args:
+        prog: Name of the script in error messages.
+        main: Function to run.
+    """
     _prepare_terminal()
     try:
         main()

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes: a file is complete or not there."""
 
 import contextlib
 import os
@@ -12,7 +12,14 @@ __all__ = ['atomic_write', 'atomic_write_all']
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary name; when all went well, its file takes the place of `path` in one step."""
+    """Write a file atomically.
+
+    Args:
+        path: Path of the file.
+
+    Yields:
+        Temporary path to write to; on success it replaces `path` in one step, otherwise it is removed.
+    """
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
         yield temporary
@@ -23,16 +30,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_write_all(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Give a temporary folder; when all went well, its files take the places of those in `folder`, all or none.
+    """Replace several files of a folder, all or none.
 
-    The first name leaves `folder` first and comes back last, so that a process that dies in between leaves a folder
-    without it, never one with files of two kinds.
+    The first name is removed first and written last. If the process is killed in between, this file is missing, so
+    that old and new files are never taken for one set.
 
     Args:
-        folder: Where the files go; made if it isn't there.
-        names: All files that are replaced; one that was not written is not in `folder` afterwards.
+        folder: Folder of the files; created if it does not exist.
+        names: Names of the files to replace; a file that is not written is removed from the folder.
+
+    Yields:
+        Temporary folder to write to; on success its files replace those in `folder`. It is removed afterwards.
     """
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    created = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.saving-', dir=folder, ignore_cleanup_errors=True) as temporary:
@@ -53,17 +63,17 @@ def atomic_write_all(folder: Path, names: Sequence[str]) -> Iterator[Path]:
                         os.replace(new / name, folder / name)
                         placed.append(name)
             except BaseException:
-                _put_back(folder, old, placed)
+                _restore(folder, old, placed)
                 raise
     except BaseException:
-        for path in made:
+        for path in created:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
 
 
-def _put_back(folder: Path, old: Path, placed: Sequence[str]) -> None:
-    """Make `folder` again what it was before its files went to `old` and the new ones were `placed`."""
+def _restore(folder: Path, old: Path, placed: Sequence[str]) -> None:
+    """Remove the new files in `placed` and move the old files back to `folder`."""
     try:
         for name in placed:
             (folder / name).unlink()
@@ -73,10 +83,10 @@ def _put_back(folder: Path, old: Path, placed: Sequence[str]) -> None:
         kept = tempfile.mkdtemp(prefix='saved-before-', dir=folder)
         for path in old.iterdir():
             shutil.move(path, kept)
-        raise OSError(f'{e}; the files that were there before are in {kept}') from e
+        raise OSError(f'{e}; the previous files are in {kept}') from e
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file is on the disk."""
+    """Wait until a file is written to the disk."""
     with open(path, 'rb+') as f:
         os.fsync(f.fileno())

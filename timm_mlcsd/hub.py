@@ -1,6 +1,5 @@
-"""Networks in a folder and on the Hugging Face Hub, as timm reads them: safetensors and one ``config.json``."""
+"""Save and load networks in folders and on the Hugging Face Hub, in timm's format: safetensors and ``config.json``."""
 
-import json
 import logging
 import math
 import tempfile
@@ -13,29 +12,18 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 
-from ._timm import (
-    HF_SAFE_WEIGHTS_NAME,
-    get_global_pool,
-    hf_split,
-    resolve_input_data_config,
-    save_config_for_hf,
-)
+from ._timm import HF_SAFE_WEIGHTS_NAME, hf_split, resolve_input_data_config
 from .cost import exit_costs
 from .data import IMAGE_MODE
 from .errors import UserError, as_user_error, one_line
 from .file_checks import read_json
 from .files import atomic_write_all
-from .hub_errors import explained, has_no_connection, is_not_there, reason_of
-from .models import MultiExitModel, create_named, is_tap
+from .hub_config import write_config
+from .hub_errors import explain_hub_errors, failure_reason, has_no_connection, is_missing_file
+from .models import MultiExitModel, create_named
 from .report import is_own_card, model_card
-from .stored import (
-    check_config,
-    check_data_config,
-    check_values,
-    class_list,
-    is_network_argument,
-    missing_weights,
-)
+from .stored import check_config, check_values, missing_weights
+from .stored_entries import check_data_config, class_list
 from .version import __version__
 
 __all__ = ['find_policy', 'from_pretrained', 'label_names', 'push_to_hub', 'save_pretrained']
@@ -45,23 +33,27 @@ _logger = logging.getLogger(__name__)
 CONFIG = 'config.json'
 CARD = 'README.md'
 POLICY = 'exit_policy.json'
-HUB = ('hf-hub', 'hf_hub')
-# what a name starts with that is not a path
+HUB_SCHEMES = ('hf-hub', 'hf_hub')
+# prefixes of names that are not plain paths
 URI_SCHEMES = ('hf-hub:', 'hf_hub:', 'local-dir:')
 
 
 class SavablePolicy(Protocol):
-    """What is needed of an exit policy to save it with its network: see `timm_mlcsd.adaptive.ExitPolicy`."""
+    """Interface of an exit policy that is saved with its network; see `timm_mlcsd.adaptive.ExitPolicy`."""
 
     weights_digest: Optional[str]
 
-    def check(self, num_exits: int, exit_names: Optional[Sequence[str]] = None) -> None: ...
+    def check(self, num_exits: int, exit_names: Optional[Sequence[str]] = None) -> None:
+        """Check that the policy fits a network."""
 
-    def check_weights(self, model: torch.nn.Module) -> None: ...
+    def check_weights(self, model: torch.nn.Module) -> None:
+        """Check that the policy was fitted to the weights of a network."""
 
-    def for_weights(self, model: torch.nn.Module) -> 'SavablePolicy': ...
+    def for_weights(self, model: torch.nn.Module) -> 'SavablePolicy':
+        """Copy of the policy that is bound to a network's weights."""
 
-    def save(self, path: Union[str, Path]) -> None: ...
+    def save(self, path: Union[str, Path]) -> None:
+        """Write the policy as JSON."""
 
 
 def save_pretrained(
@@ -74,34 +66,34 @@ def save_pretrained(
     policy: Optional[SavablePolicy] = None,
     **card: Any,
 ) -> None:
-    """Write a network so that ``timm.create_model('local-dir:DIRECTORY', pretrained=True)`` makes it again.
+    """Save a network for ``timm.create_model('local-dir:DIRECTORY', pretrained=True)``.
 
     The folder holds the weights (safetensors only), ``config.json`` with the architecture, its arguments, the class
-    names and the preprocessing, a model card, and the exit policy if there is one. Files of a network that was there
-    before are replaced, all or none: its policy goes, too. A card that is not as this function wrote it stays.
+    names and the preprocessing, a model card, and the exit policy if there is one. The files of an earlier network
+    are replaced, all or none; its policy is removed. A model card that differs from what this function wrote is kept.
 
     Args:
-        model: A registered multi-exit network.
-        directory: Where to write; made if it isn't there.
-        data_config: Preprocessing: ``input_size``, ``mean``, ``std``, ``crop_pct``, ... as timm's
-            ``resolve_data_config`` gives it; default: the model's own.
-        class_names: One per class, None for a class without a name; or names by index. Default: those that the
+        model: Registered multi-exit network.
+        directory: Folder to write; created if it does not exist.
+        data_config: Preprocessing by name (``input_size``, ``mean``, ``std``, ``crop_pct``, ...), as returned by
+            timm's ``resolve_data_config``; default: the preprocessing of the model.
+        class_names: Class names, [C], None for a class without a name; or names by index. Default: the names that the
             network was loaded with.
-        source: What the card tells people to load; default ``local-dir:DIRECTORY``.
-        policy: When images leave early; written beside the weights as ``exit_policy.json``, bound to them.
-        **card: More for `timm_mlcsd.report.model_card`: ``results`` (one dict per exit with ``top1``),
+        source: Name of the network in the example of the model card; default: ``local-dir:DIRECTORY``.
+        policy: Exit policy, saved as ``exit_policy.json`` and bound to the weights; default: none.
+        **card: Arguments of `timm_mlcsd.report.model_card`: ``results`` (one dict per exit with ``top1`` in percent),
             ``measured_on``, ``training``, ``license``.
 
     Raises:
-        ValueError: Class names, results or license don't fit; the policy is another network's or of other weights;
-            the network is not one that its name and arguments make again; or the folder cannot be written. It is as
-            it was before then.
+        ValueError: Class names, results or license are invalid; the policy belongs to another network or was fitted
+            to other weights; name and arguments of the network would create a different one; or the folder cannot be
+            written. The folder is unchanged then.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
-        raise UserError(f'{str(directory)!r} is not a folder; name another place.')
+        raise UserError(f'{str(directory)!r} is not a folder; choose a folder, or a path that does not exist.')
     if any(directory.glob('*.pth.tar')):
-        raise UserError(f'{str(directory)!r} holds checkpoints of train.py; name another folder for the network.')
+        raise UserError(f'{str(directory)!r} holds checkpoints of train.py; choose another folder.')
     if policy is not None:
         policy.check(model.num_exits, model.exit_names)
         policy.check_weights(model)
@@ -120,17 +112,19 @@ def save_pretrained(
         adaptive=policy is not None,
         **card,
     )
-    # a module that sits in two places would be refused: each name gets a tensor of its own
+    # safetensors rejects shared tensors, so each name gets its own copy
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
     replaced = [CONFIG, HF_SAFE_WEIGHTS_NAME, POLICY, CARD]
-    if (directory / CARD).exists() and not _is_own(directory / CARD):
-        _logger.warning(f'{directory / CARD} is kept: it is not as save_pretrained wrote it. Does it fit the network?')
+    if (directory / CARD).exists() and not _is_generated(directory / CARD):
+        _logger.warning(
+            f'{directory / CARD} is kept, because save_pretrained did not write it; check that it fits the network.'
+        )
         replaced.remove(CARD)
     if policy is None and (directory / POLICY).exists():
-        _logger.warning(f'{directory / POLICY} is removed: it belonged to the weights that were here before.')
+        _logger.warning(f'{directory / POLICY} is removed: it belonged to the previous weights.')
     try:
         with atomic_write_all(directory, replaced) as new:
-            _write_config(model, new / CONFIG, names, data_config, tensors)
+            write_config(model, new / CONFIG, names, data_config, tensors)
             safetensors.torch.save_file(tensors, new / HF_SAFE_WEIGHTS_NAME, metadata={'format': 'pt'})
             (new / CARD).write_text(card, encoding='utf-8')
             if policy is not None:
@@ -149,49 +143,55 @@ def push_to_hub(
     commit_message: str = 'Add a multi-exit network',
     **kwargs: Any,
 ) -> str:
-    """Upload a network so that ``timm.create_model('hf-hub:REPO_ID', pretrained=True)`` makes it again.
+    """Upload a network for ``timm.create_model('hf-hub:REPO_ID', pretrained=True)``.
 
-    All files are written to a temporary folder first; only then is a repository made.
+    All files are written to a temporary folder before the repository is created.
 
     Args:
-        model: A registered multi-exit network.
-        repo_id: ``owner/name``, or a name in your own namespace; made if it isn't there.
-        private: Make a new repository private; one that is there and public is refused.
-        token: Access token; default: the one that you logged in with.
-        revision: Branch.
-        commit_message: Of the commit.
-        **kwargs: As for `save_pretrained`. A model card that others wrote or changed is kept.
+        model: Registered multi-exit network.
+        repo_id: ``OWNER/NAME``, or a name in the user's namespace; created if it does not exist.
+        private: Whether the repository must be private, default False; an existing public one is an error.
+        token: Access token; default: the token of the login.
+        revision: Branch, created if it does not exist; default: the main branch.
+        commit_message: Message of the commit.
+        **kwargs: Arguments of `save_pretrained`. A model card that differs from a generated one is kept.
 
     Returns:
-        The address of the commit.
+        URL of the commit.
 
     Raises:
-        ValueError: As for `save_pretrained`, or the Hub cannot be reached or refuses.
+        ValueError: `save_pretrained` would fail, or the Hub cannot be reached or rejects the request.
     """
     what = f'hf-hub:{repo_id} cannot be pushed to'
     api = HfApi(token=token, library_name='timm_mlcsd', library_version=__version__)
-    with explained(what):
+    with explain_hub_errors(what):
         validate_repo_id(repo_id)
         if '/' not in repo_id:
             repo_id = f'{api.whoami()["name"]}/{repo_id}'
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / repo_id.rpartition('/')[2]
         save_pretrained(model, directory, source=f'hf-hub:{repo_id}', **kwargs)
-        with explained(what):
+        with explain_hub_errors(what):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if private and not api.model_info(repo_id).private:
-                raise UserError(f'{what}: private was asked for, and the repository is there already and is public.')
+                raise UserError(
+                    f'{what}: expected a private repository, got an existing public one; make it private first.'
+                )
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            if _has_foreign_card(api, repo_id, revision):
-                _logger.warning(f'The model card of {repo_id} is kept: others wrote it. Does it fit the network?')
+            if _has_edited_card(api, repo_id, revision):
+                _logger.warning(
+                    f'The model card of {repo_id} is kept, because push_to_hub did not write it; check that it fits '
+                    f'the network.'
+                )
                 (directory / CARD).unlink()
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=directory,
                 revision=revision,
                 commit_message=commit_message,
-                delete_patterns=None if (directory / POLICY).exists() else POLICY,  # of the weights there before
+                # an existing policy belongs to the previous weights
+                delete_patterns=None if (directory / POLICY).exists() else POLICY,
             )
     return str(commit)
 
@@ -199,33 +199,33 @@ def push_to_hub(
 def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
     """Load a network with its weights, in evaluation mode.
 
-    What the files say is checked first, `timm_mlcsd.stored.check_config` has the list: no code runs, and nothing but
-    the files of that network is opened.
+    The files are checked before the network is created (see `timm_mlcsd.stored.check_config`): no code from them runs,
+    and only the files of that network are opened.
 
     Args:
-        source: A folder that `save_pretrained` wrote, ``hf-hub:REPO`` or ``local-dir:FOLDER``.
-        **kwargs: What ``timm.create_model`` takes: ``num_classes`` for new classifiers, say, which are untrained.
+        source: Folder that `save_pretrained` wrote, ``hf-hub:REPO`` or ``local-dir:FOLDER``.
+        **kwargs: Arguments of ``timm.create_model``, for example ``num_classes`` for new, untrained classifiers.
+
+    Returns:
+        The network.
 
     Raises:
-        ValueError: There is no such network, what is there is not a multi-exit network that can be trusted, or its
-            files contradict each other.
+        ValueError: The network does not exist, its files fail a check, or `kwargs` name other weights.
     """
     name = str(source)
     scheme, _, place = name.partition(':')
-    on_hub = scheme in HUB
-    refused = {'pretrained', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay'} & set(kwargs)
-    if refused:
-        raise ValueError(
-            f'{", ".join(sorted(refused))}: the weights and their config are those of {name!r}; leave it out.'
-        )
+    on_hub = scheme in HUB_SCHEMES
+    forbidden = {'pretrained', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay'} & set(kwargs)
+    if forbidden:
+        raise ValueError(f'{", ".join(sorted(forbidden))}: weights and config come from {name!r}; remove the argument.')
     if on_hub:
-        with explained(f'{name!r} cannot be loaded'):
+        with explain_hub_errors(f'{name!r} cannot be loaded'):
             folder = _download(place, kwargs.get('cache_dir'))
     else:
         folder = Path(place if scheme == 'local-dir' else name)
         if not (folder / CONFIG).is_file():
             raise UserError(
-                f'{name!r} cannot be made: it is not a folder with a {CONFIG}; give one, or hf-hub:OWNER/NAME.'
+                f'{name!r} cannot be made: expected a folder with a {CONFIG}; give one, or hf-hub:OWNER/NAME.'
             )
         if not (folder / HF_SAFE_WEIGHTS_NAME).is_file():
             raise UserError(f'{name!r} has no {HF_SAFE_WEIGHTS_NAME}; weights in other formats are not read.')
@@ -234,7 +234,7 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
         shapes = _stored_shapes(folder / HF_SAFE_WEIGHTS_NAME)
         check_config(config, shapes)
         model = create_named(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
-    except Exception as e:  # files that others made are broken in as many ways as there are files
+    except Exception as e:  # broken files can cause any error
         raise UserError(f'{name!r} cannot be loaded: {one_line(e)}') from e
     with as_user_error(f'{name!r} cannot be loaded'):
         check_values(safetensors.torch.load_file(folder / HF_SAFE_WEIGHTS_NAME), model)
@@ -253,14 +253,17 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
 
 
 def label_names(model: torch.nn.Module) -> Optional[List[Optional[str]]]:
-    """The class names that a network was loaded with.
+    """Class names that a network was loaded with.
+
+    Args:
+        model: Network.
 
     Returns:
-        One per class, None for a class without a name; None where none is known, or the classifiers are new ones for
-        another number of classes.
+        Class names, [C], None for a class without a name; None if no name is known, or the number of classes was
+        changed.
 
     Raises:
-        ValueError: They are not names of its classes.
+        ValueError: The names do not fit the classes of the network.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     if cfg.get('num_classes') != model.num_classes:
@@ -269,42 +272,45 @@ def label_names(model: torch.nn.Module) -> Optional[List[Optional[str]]]:
 
 
 def find_policy(source: Union[str, Path]) -> Optional[Path]:
-    """The exit policy beside a network's weights; None where there is none.
+    """Find the exit policy that is stored with a network.
 
-    Without a connection, where it is not known whether there is one, a warning says that none is used.
+    If the Hub cannot be reached, a warning is logged and no policy is used.
 
     Args:
-        source: As for `from_pretrained`.
+        source: Folder that `save_pretrained` wrote, ``hf-hub:REPO`` or ``local-dir:FOLDER``.
+
+    Returns:
+        Path of the policy file; None if there is no policy.
 
     Raises:
-        ValueError: The Hub was reached and did not tell.
+        ValueError: The Hub was reached and reported an error.
     """
     name = str(source)
     scheme, _, place = name.partition(':')
-    if scheme not in HUB:
+    if scheme not in HUB_SCHEMES:
         path = Path(place if scheme == 'local-dir' else name) / POLICY
         return path if path.is_file() else None
-    with explained(f'whether {name} has an exit policy is not known'):
+    with explain_hub_errors(f'the exit policy of {name} cannot be loaded'):
         repo_id, revision = hf_split(place)
         try:
             return Path(hf_hub_download(repo_id, POLICY, revision=revision))
         except Exception as e:
-            if is_not_there(e):
+            if is_missing_file(e):
                 return None
             if not has_no_connection(e):
                 raise
-            _logger.warning(f'Whether {name} has an exit policy is not known, none is used: {reason_of(e)}.')
+            _logger.warning(f'The exit policy of {name} cannot be loaded; none is used: {failure_reason(e)}.')
             return None
 
 
 def _download(place: str, cache_dir: Union[str, Path, None]) -> Path:
-    """The folder in the local cache with config and weights of one commit."""
+    """Download config and weights of one commit, and return their folder in the local cache."""
     repo_id, revision = hf_split(place)
     folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision, cache_dir=cache_dir)).parent
     try:
         hf_hub_download(repo_id, HF_SAFE_WEIGHTS_NAME, revision=folder.name, cache_dir=cache_dir)
     except Exception as e:
-        if is_not_there(e):
+        if is_missing_file(e):
             raise UserError(
                 f"'hf-hub:{place}' has no {HF_SAFE_WEIGHTS_NAME}; weights in other formats are not read."
             ) from None
@@ -313,76 +319,25 @@ def _download(place: str, cache_dir: Union[str, Path, None]) -> Path:
 
 
 def _stored_shapes(path: Path) -> Dict[str, Sequence[int]]:
-    """Shapes by name, from the head of a safetensors file."""
+    """Shapes of the tensors in a safetensors file by name, read from its header."""
     with safetensors.safe_open(path, framework='pt') as f:
         return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
 
 
-def _write_config(
-    model: MultiExitModel,
-    path: Path,
-    names: Optional[Sequence[Optional[str]]],
-    data_config: Dict[str, Any],
-    tensors: Dict[str, torch.Tensor],
-) -> None:
-    """Write ``config.json``; raise a ValueError where it would not make the network again."""
-    # a backbone that was made first keeps its own arguments; the stored weights hold timm's already
-    backbone = getattr(model, 'backbone', model)
-    model_args = {**_own_args(backbone), **_own_args(model), **model.exit_args, 'pretrained_backbone': False}
-    pool = get_global_pool(backbone)
-    if isinstance(pool, str):
-        model_args['global_pool'] = pool  # as it is now
-    save_config_for_hf(model, str(path), model_args=model_args, data_config=data_config)
-    config = read_json(path)
-    # timm adds all that its factory was called with
-    config['model_args'] = {key: value for key, value in config['model_args'].items() if is_network_argument(key)}
-    for key in ('label_names', 'label_descriptions', IMAGE_MODE):
-        config['pretrained_cfg'].pop(key, None)
-    if data_config.get(IMAGE_MODE):
-        config[IMAGE_MODE] = data_config[IMAGE_MODE]
-    if names is not None:
-        with_gaps = {str(index): name for index, name in enumerate(names) if name is not None}
-        config['label_names'] = with_gaps if None in names else list(names)
-    try:
-        made = check_config(config, {name: tuple(t.shape) for name, t in tensors.items()})
-        _check_same_modules(model, made)
-    except ValueError as e:
-        raise ValueError(f'the network cannot be saved so that it loads again: {one_line(e)}') from e
-    path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-
-
-def _check_same_modules(model: MultiExitModel, made: MultiExitModel) -> None:
-    """Refuse a network with other modules than its arguments make, or with hooks: these cannot be stored."""
-    theirs = {name: type(module).__name__ for name, module in made.named_modules()}
-    for name, module in model.named_modules():
-        kind, expected = type(module).__name__, theirs.get(name)
-        if kind != expected and not ('BatchNorm' in kind and 'BatchNorm' in str(expected)):
-            raise ValueError(f'its module {name!r} is a {kind}, and would be loaded as {expected}')
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if not all(is_tap(hook) for hook in hooks):
-            raise ValueError(f'its module {name!r} has forward hooks, which would not be loaded')
-
-
-def _is_own(card: Path) -> bool:
+def _is_generated(card: Path) -> bool:
     try:
         return is_own_card(card.read_text(encoding='utf-8'))
     except (OSError, UnicodeDecodeError):
         return False
 
 
-def _has_foreign_card(api: HfApi, repo_id: str, revision: Optional[str]) -> bool:
+def _has_edited_card(api: HfApi, repo_id: str, revision: Optional[str]) -> bool:
     try:
-        return not _is_own(Path(api.hf_hub_download(repo_id, CARD, revision=revision)))
+        return not _is_generated(Path(api.hf_hub_download(repo_id, CARD, revision=revision)))
     except Exception as e:
-        if is_not_there(e):
+        if is_missing_file(e):
             return False
         raise
-
-
-def _own_args(model: torch.nn.Module) -> Dict[str, Any]:
-    """The arguments that timm's factory noted when it made `model`; the number of classes may have changed since."""
-    args = getattr(model, '_model_args', {}).items()
-    return {key: value for key, value in args if key != 'num_classes' and is_network_argument(key)}
 
 
 def _card(
@@ -400,7 +355,7 @@ def _card(
     ]
     if results is not None:
         if len(results) != len(rows):
-            raise ValueError(f'results has {len(results)} entries for {len(rows)} exits.')
+            raise ValueError(f'results: expected {len(rows)} entries, one per exit, got {len(results)}.')
         accuracies = [result.get('top1') if isinstance(result, dict) else None for result in results]
         if not all(isinstance(top1, (int, float)) and math.isfinite(top1) for top1 in accuracies):
             raise ValueError(f'results: expected a dict with a number top1 for each of {len(rows)} exits.')

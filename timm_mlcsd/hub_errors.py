@@ -1,4 +1,4 @@
-"""What went wrong on the way to the Hugging Face Hub, in one line."""
+"""Errors of the Hugging Face Hub as messages of one line."""
 
 import contextlib
 from typing import Iterator, Optional
@@ -16,31 +16,38 @@ from huggingface_hub.errors import (
 
 from .errors import UserError, one_line
 
-__all__ = ['explained', 'has_no_connection', 'is_not_there', 'reason_of']
+__all__ = ['explain_hub_errors', 'failure_reason', 'has_no_connection', 'is_missing_file']
 
 _STATUS = {
     401: 'the Hub does not accept the token; log in again with: hf auth login',
     403: 'access is forbidden; the token needs permission for this repository, and to write where you push',
-    404: 'the Hub has no such place; check the name',
-    409: 'it is in conflict with what is there; try again, or use another name',
+    404: 'the Hub has no such repository or file; check the name',
+    409: 'it conflicts with the current content; try again, or use another name',
     413: 'the files are too large',
     429: 'too many requests; wait some minutes and try again',
 }
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Make whatever goes wrong in a call to the Hub inside a `UserError` that says what happened."""
+def explain_hub_errors(what: str) -> Iterator[None]:
+    """Convert any exception of a call to the Hub in the block to a `UserError` that says why it failed.
+
+    Args:
+        what: Start of the message, which names the failed action.
+
+    Raises:
+        UserError: The block raised an exception.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f'{what}: {reason_of(e)}.') from e
+        raise UserError(f'{what}: {failure_reason(e)}.') from e
 
 
-def reason_of(error: BaseException) -> str:
-    """Why a call to the Hub failed, and what to do about it."""
+def failure_reason(error: BaseException) -> str:
+    """Reason why a call to the Hub failed, with advice where there is some."""
     for e in _chain(error):
         if isinstance(e, OfflineModeIsEnabled):
             return 'HF_HUB_OFFLINE is set and the file is not in the local cache; unset it, or load once while online'
@@ -53,15 +60,15 @@ def reason_of(error: BaseException) -> str:
             )
         if isinstance(e, RevisionNotFoundError):
             return f'{_status(e)}, the repository has no such branch, tag or commit'
-        if is_not_there(e):
+        if is_missing_file(e):
             return f'{_status(e) or 404}, the repository has no such file'
         if isinstance(e, LocalTokenNotFoundError):
             return 'there is no token; log in with: hf auth login'
         if isinstance(e, HFValidationError):
-            return f'it is not the name of a repository, OWNER/NAME ({one_line(e, 150)})'
+            return f'expected the name of a repository, OWNER/NAME ({one_line(e, 150)})'
         status = _status(e)
         if status is not None:
-            known = 'the Hub has an error of its own; try again later' if status >= 500 else one_line(e, 150)
+            known = 'the Hub has an internal error; try again later' if status >= 500 else one_line(e, 150)
             return f'{status}, {_STATUS.get(status, known)}'
         if _is_named(e, 'Timeout'):
             return 'the Hub did not answer in time; try again later'
@@ -71,14 +78,14 @@ def reason_of(error: BaseException) -> str:
 
 
 def has_no_connection(error: BaseException) -> bool:
-    """Whether the Hub was not reached at all: offline by choice, or no network."""
+    """Whether the Hub was not reached at all, because of offline mode or the network."""
     chain = list(_chain(error))
     answered = any(_status(e) is not None or _is_named(e, 'Timeout') for e in chain)
     return not answered and any(_is_named(e, 'Offline', 'Connect', 'NetworkError') for e in chain)
 
 
-def is_not_there(error: BaseException) -> bool:
-    """Whether the Hub said that the repository has no such file."""
+def is_missing_file(error: BaseException) -> bool:
+    """Whether the Hub answered that the repository has no such file."""
     return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
 
 
@@ -93,5 +100,5 @@ def _status(error: BaseException) -> Optional[int]:
 
 
 def _is_named(error: BaseException, *parts: str) -> bool:
-    """By name, because each release of the Hub's client has another HTTP library."""
+    """Whether a class name of the error contains one of `parts`; the HTTP library differs between releases."""
     return any(part in kind.__name__ for kind in type(error).__mro__ for part in parts)

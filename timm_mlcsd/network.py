@@ -1,4 +1,4 @@
-"""A trained network from wherever it lies: a checkpoint of train.py, a folder, the Hub."""
+"""Load trained networks from a checkpoint of train.py, a folder or the Hugging Face Hub."""
 
 import pickle
 import zipfile
@@ -10,9 +10,10 @@ from timm.data import resolve_data_config
 
 from .data import IMAGE_MODE, pad_names
 from .errors import UserError, as_user_error
-from .hub import CONFIG, POLICY, URI_SCHEMES, find_policy, from_pretrained, label_names
+from .hub import CONFIG, HUB_SCHEMES, POLICY, URI_SCHEMES, find_policy, from_pretrained, label_names
 from .models import MultiExitModel, create_named
-from .stored import check_model_source, check_values, class_list
+from .stored import check_model_source, check_values
+from .stored_entries import class_list
 
 __all__ = ['BEST', 'LAST', 'Network', 'load_checkpoint', 'load_network', 'policy_path', 'stored_names']
 
@@ -21,14 +22,14 @@ LAST = 'last.pth.tar'
 
 
 class Network(NamedTuple):
-    """A network with what is known of it.
+    """A loaded network with its metadata.
 
     Attributes:
-        model: It, in evaluation mode.
-        data_config: Preprocessing.
-        class_names: One per class index, None for an index without a name; None where they aren't known.
-        checkpoint: The checkpoint that it comes from, empty for a folder or the Hub.
-        policy_file: The exit policy that lies beside the weights, None where there is none.
+        model: Network in evaluation mode.
+        data_config: Preprocessing by name, as returned by timm's ``resolve_data_config``.
+        class_names: Class names, [C], None for a class without a name; None if no names are known.
+        checkpoint: Content of the checkpoint; empty for a folder of `save_pretrained` or the Hub.
+        policy_file: Path of the exit policy that is stored with the weights; None if there is none.
     """
 
     model: MultiExitModel
@@ -39,20 +40,25 @@ class Network(NamedTuple):
 
 
 def load_network(source: Union[str, Path], use_ema: bool = False) -> Network:
-    """Load what a user names.
+    """Load a trained network.
 
     Args:
-        source: A checkpoint of train.py, the folder of a run, which stands for its best epoch, a folder of
-            `save_pretrained`, or ``hf-hub:REPO``.
-        use_ema: Take the averaged weights of a checkpoint.
+        source: Checkpoint of train.py, folder of a run (loads its best epoch), folder of `save_pretrained`, or
+            ``hf-hub:REPO``.
+        use_ema: Whether to load the averaged weights (EMA) of a checkpoint; default: False.
+
+    Returns:
+        The network with its metadata.
 
     Raises:
-        UserError: There is no such network.
+        UserError: The network does not exist or cannot be loaded.
     """
     source = str(source)
     if source.startswith(URI_SCHEMES) or (Path(source) / CONFIG).is_file():
         if use_ema:
-            raise UserError(f'--use-ema: {source!r} has one set of weights.')
+            raise UserError(
+                f'--use-ema: {source!r} has no averaged weights; only checkpoints of train.py --model-ema have them.'
+            )
         with as_user_error(f'{source!r} cannot be loaded'):
             model = from_pretrained(source)
             policy_file = find_policy(source)
@@ -71,43 +77,58 @@ def load_network(source: Union[str, Path], use_ema: bool = False) -> Network:
 
 
 def stored_names(checkpoint: Dict[str, Any]) -> Optional[List[Optional[str]]]:
-    """The class names in a checkpoint of train.py, one per class, None for a class without a name.
+    """Class names in a checkpoint of train.py.
+
+    Args:
+        checkpoint: Content of the checkpoint.
+
+    Returns:
+        Class names, [C], None for a class without a name; None if there are no names.
 
     Raises:
-        ValueError: They are not names of its classes.
+        ValueError: The names do not fit the classes of the network.
     """
     names = checkpoint.get('class_names')
     num_classes = checkpoint['model_args'].get('num_classes', len(names) if isinstance(names, list) else 0)
-    # checkpoints did not always name all classes
+    # older checkpoints do not have names for all classes
     return class_list(pad_names(names, num_classes) if isinstance(names, list) else names, num_classes)
 
 
 def _best_of_run(source: str) -> Path:
-    """The file with the weights that a user means by a run folder: those of its best epoch."""
+    """Path of the checkpoint that `source` stands for: the best epoch for the folder of a run."""
     path = Path(source)
     if not path.is_dir() or (path / BEST).is_file():
         return path / BEST if path.is_dir() else path
     if (path / LAST).is_file():
         raise UserError(
-            f'{source!r} has no {BEST}, because no epoch is finished; name {path / LAST} for its last state.'
+            f'{source!r} has no {BEST}, because no epoch is finished; give {path / LAST} for its last state.'
         )
     return path / BEST
 
 
 def policy_path(source: str) -> Optional[Path]:
-    """Where the exit policy of a network lies, or would lie; None on the Hub."""
+    """Path of the exit policy of a network, whether the file exists or not.
+
+    Args:
+        source: Source of the network, as for `load_network`.
+
+    Returns:
+        Path of the policy file; None for a network on the Hub.
+    """
     scheme, _, place = source.partition(':')
-    if scheme in ('hf-hub', 'hf_hub'):
+    if scheme in HUB_SCHEMES:
         return None
     path = Path(place if scheme == 'local-dir' else source)
     return (path if path.is_dir() else path.parent) / POLICY
 
 
 def _model_of(checkpoint: Dict[str, Any], source: str, use_ema: bool = False) -> MultiExitModel:
-    """The network in a checkpoint of train.py."""
+    """Create the network of a checkpoint of train.py and load its weights."""
     key = 'state_dict_ema' if use_ema else 'state_dict'
     if key not in checkpoint:
-        raise UserError(f'--use-ema: {source!r} was trained without --model-ema and has no averaged weights.')
+        raise UserError(
+            f'--use-ema: {source!r} was trained without --model-ema and has no averaged weights; remove --use-ema.'
+        )
     with as_user_error(f'{source!r} cannot be made again'):
         shapes = {name: tuple(t.shape) for name, t in checkpoint[key].items()}
         check_model_source(checkpoint['arch'], checkpoint['model_args'], checkpoint['data_config'], shapes)
@@ -119,36 +140,41 @@ def _model_of(checkpoint: Dict[str, Any], source: str, use_ema: bool = False) ->
 
 
 def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
-    """Load a checkpoint of ours on the CPU, without running any code that it might hold.
+    """Load a checkpoint of train.py on the CPU, without running code from the file.
 
     Args:
-        path: A file, or the folder of a run, which stands for the state that it has reached, its last checkpoint.
+        path: Path of the checkpoint, or folder of a run, whose last checkpoint is loaded.
+
+    Returns:
+        Content of the checkpoint.
 
     Raises:
-        UserError: There is no such file, or it is no checkpoint of a multi-exit network.
+        UserError: The file does not exist, is damaged, or is not a checkpoint of train.py.
     """
     path = Path(path)
     if path.is_dir():
         path = path / LAST
     if not path.is_file():
         raise UserError(f'no checkpoint at {str(path)!r}; give a .pth.tar file, or the folder of a run that saved one.')
-    plain = 'the weights of a plain network get exits with train.py --heads-only --initial-checkpoint FILE'
+    advice = 'the weights of a plain network get exits with train.py --heads-only --initial-checkpoint FILE'
     if path.stat().st_size and not zipfile.is_zipfile(path):
-        raise UserError(f'{str(path)!r} cannot be read as a checkpoint, it is damaged or something else; {plain}.')
+        raise UserError(
+            f'{str(path)!r} cannot be read as a checkpoint, it is damaged or another kind of file; {advice}.'
+        )
     with as_user_error(f'{str(path)!r} cannot be read as a checkpoint'):
         # torch.load does not look at the checksums
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
-            raise ValueError(f'it is damaged, {damaged} has not the checksum it was written with')
+            raise ValueError(f'it is damaged, the checksum of {damaged} is wrong')
         try:
             state = torch.load(path, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError:
             raise UserError(
-                f'{str(path)!r} cannot be read as a checkpoint, it holds more than tensors and plain values; {plain}.'
+                f'{str(path)!r} cannot be read as a checkpoint, it holds more than tensors and plain values; {advice}.'
             ) from None
     kinds = dict(arch=str, model_args=dict, state_dict=dict, data_config=dict, args=dict, epoch=int)
     wrong = [key for key, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
     if wrong:
-        raise UserError(f'{str(path)!r} is no checkpoint that train.py wrote: it has no {", ".join(wrong)}; {plain}.')
+        raise UserError(f'{str(path)!r} is not a checkpoint of train.py: it has no {", ".join(wrong)}; {advice}.')
     return state

@@ -28,7 +28,7 @@ COMMANDS: Dict[str, Callable[[], argparse.ArgumentParser]] = {
     'mlcsd-cost': cost_parser,
     'mlcsd-export': export_parser,
 }
-# other ways to start them
+# other ways to run the same command
 ALIASES = {
     'mlcsd-train': './train.py',
     'mlcsd-validate': './validate.py',

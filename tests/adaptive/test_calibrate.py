@@ -65,7 +65,7 @@ def test_exits_without_a_share_or_without_samples_stay_off():
     'rates', [[0.5, 0.5], [0.5, 0.2, 0.2], [1.5, -0.5, 0], [float('nan')] * 3, '100', [True, False, False]]
 )
 def test_rates_that_are_none(rates):
-    with pytest.raises(ValueError, match='must be 3 shares, one per exit, that sum to 1'):
+    with pytest.raises(ValueError, match='expected 3 shares, one per exit, that sum to 1'):
         thresholds_for_exit_rates(torch.zeros(3, 2, 2), rates)
 
 
@@ -140,10 +140,10 @@ def test_the_search_gains_much_over_the_sweep():
 @pytest.mark.parametrize(
     'kwargs, message',
     [
-        (dict(budget=0.5), r'budget=0.5 is out of reach: the mean cost can be 1 to 4'),
-        (dict(max_drop=-50), r'max_drop=-50 is out of reach: choose at least'),
-        (dict(), 'give one of the two'),
-        (dict(budget=1, max_drop=1), 'give one of the two'),
+        (dict(budget=0.5), r'budget=0.5 is out of reach: expected a mean cost from 1 to 4'),
+        (dict(max_drop=-50), r'max_drop=-50 is out of reach: expected at least'),
+        (dict(), 'expected exactly one of the two'),
+        (dict(budget=1, max_drop=1), 'expected exactly one of the two'),
         (dict(budget=2, method='magic'), "method='magic' is unknown; choose one of optimal"),
         (dict(budget=2, score='luck'), "score: expected one of confidence, .*got 'luck'"),
         (dict(budget=math.nan), 'budget=nan: expected a number'),
@@ -168,7 +168,7 @@ def test_what_cannot_be_calibrated(kwargs, message):
         (lambda z, y: (z[:, :0], y[:0]), 'expected .exits, samples, classes., none of them 0'),
         (lambda z, y: (z, y[1:]), 'expected 300 integers'),
         (lambda z, y: (z, y.float()), 'expected 300 integers'),
-        (lambda z, y: (z, y + 1), 'targets are in 1..10 for 10 classes'),
+        (lambda z, y: (z, y + 1), 'targets are in 1..10; expected 0..9 for 10 classes'),
         (lambda z, y: (z[:3], y), '3 exits'),
     ],
 )

@@ -105,7 +105,7 @@ def test_other_policies_on_the_same_export(small, format):
 def test_an_exit_without_head_cannot_be_turned_on(small, format):
     root, _, images, policy = small
     policy = policy.with_thresholds([math.inf, math.inf, 0.5])
-    with pytest.raises(ValueError, match='exit 2 was off in the policy that was exported'):
+    with pytest.raises(ValueError, match='exit 2 was off in the exported policy'):
         load(root / format, format, policy=policy if format == 'torch' else policy.to_dict())(images)
 
 
@@ -268,7 +268,7 @@ def link(folder):
         (named_by_the_manifest('thesis.tex'), 'something else than an earlier export'),
         (named_by_the_manifest('runner.py'), 'something else than an earlier export'),
         (link, 'stage_9.onnx'),
-        (add('runner.py', 'print("mine")'), 'is not as it was exported'),
+        (add('runner.py', 'print("mine")'), 'was changed after the export'),
     ],
 )
 def test_what_an_export_did_not_write_stays(small, earlier, change, culprit):

@@ -99,7 +99,7 @@ def test_missing_file(tmp_path):
         (dict(temperatures=[1]), 'temperatures: expected a list of 2 positive numbers'),
         (dict(temperatures=[1, 0]), 'temperatures: expected a number from 0.0001 to 10000, got 0'),
         (dict(temperatures=[1, True]), 'temperatures: expected a number .*, got True'),
-        (dict(aggregate='fitted'), 'weights: expected those that fit_weights gives'),
+        (dict(aggregate='fitted'), 'weights: expected the result of fit_weights'),
         (dict(weights=[[1], [1, 1]]), "weights: expected none with aggregate='last'"),
         (dict(aggregate='fitted', weights=[[1], [1]]), r'weights\[1\]: expected a list of 2 positive numbers'),
         (dict(aggregate='fitted', weights=[[1], [1, 1e308]]), r'weights\[1\]: expected a number'),

@@ -75,7 +75,7 @@ def test_a_bad_file_is_one_line_and_the_others_are_answered(exported, files):
     assert code == 2
     assert [line.split(':')[0] for line in out] == ['good.png', 'also good.jpg']
     assert [line.split(': ')[:3] for line in err] == [['runner.py', 'error', name] for name in bad]
-    assert 'it is a folder; name the image files in it' in err[0] and 'No such file' in err[1]
+    assert 'it is a folder; give the image files in it' in err[0] and 'No such file' in err[1]
     assert '65000x1; expected sides that differ by a factor of at most 256' in err[5]
     assert run(exported, 'good.png', cwd=files)[0] == 0
 

@@ -165,7 +165,7 @@ def test_mistakes(flags, mine, tmp_path, capsys):
     assert '--budget: only with --adaptive' in failure([*plain, '--budget', '97%'], capsys)
     assert '--budget, --max-drop: give one' in failure([*flags, '--budget', '97%', '--max-drop', 0], capsys)
     assert 'argument --budget: expected a positive number of MMACs' in failure([*flags, '--budget', 'half'], capsys)
-    assert re.search('budget=.* is out of reach: the mean cost can be', failure([*flags, '--budget', '0.1%'], capsys))
+    assert re.search('budget=.* is out of reach: expected a mean', failure([*flags, '--budget', '0.1%'], capsys))
     assert 'max_drop=-90.0 is out of reach' in failure([*flags, '--max-drop', -90], capsys)
     assert '--score, --aggregate and --method are of a policy to fit' in failure([*flags, '--score', 'margin'], capsys)
     assert '--save-policy: no policy is fitted' in failure([*flags, '--save-policy'], capsys)

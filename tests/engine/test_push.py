@@ -146,7 +146,7 @@ ANSWERS = {
     403: '403, access is forbidden',
     404: '404, ',
     429: '429, too many requests',
-    500: '500, the Hub has an error of its own',
+    500: '500, the Hub has an internal error',
     'slow': 'did not answer in time',
 }
 
@@ -177,7 +177,7 @@ def test_nothing_is_made_on_the_hub_before_all_is_checked(tmp_path):
         'license=me/net': 'expected an identifier',
         'other=me/net': 'other weights',
         'exits=me/net': 'for 3 exits; the network has 2',
-        'push=a/b/c': 'not the name of a repository',
+        'push=a/b/c': 'expected the name of a repository',
     }
     with hub_server() as server:
         lines, _ = results(server.address, tmp_path, list(expected))
@@ -187,13 +187,13 @@ def test_nothing_is_made_on_the_hub_before_all_is_checked(tmp_path):
         assert set(server.repos) == {'me/net', 'me/public'} and not server.repos['me/public']['files']
     for case, message in expected.items():
         assert message in lines[case]
-    assert '/me/net/commit/' in more['push=net'] and 'is there already and is public' in more['private=me/public']
+    assert '/me/net/commit/' in more['push=net'] and 'got an existing public one' in more['private=me/public']
 
 
 def test_without_a_connection(tmp_path):
     lines, log = results('http://127.0.0.1:9', tmp_path, ['load=me/net', 'policy=me/net'])
     assert 'there is no connection to the Hub' in lines['load=me/net']
-    assert lines['policy=me/net'] == 'None' and 'is not known, none is used: there is no connection' in log
+    assert lines['policy=me/net'] == 'None' and 'cannot be loaded; none is used: there is no connection' in log
     cases = ['load=me/net', 'policy=me/net', 'push=me/net']
     lines, log = results('http://127.0.0.1:9', tmp_path, cases, HF_HUB_OFFLINE='1')
     assert all('HF_HUB_OFFLINE is set' in lines[case] for case in ('load=me/net', 'push=me/net'))

@@ -35,7 +35,7 @@ def test_a_backbone_in_evaluation_mode_stays_in_it():
 def test_what_would_load_as_another_network_is_not_saved(tmp_path):
     model = make()
     model.backbone.act1 = torch.nn.GELU()
-    with pytest.raises(ValueError, match=r"'backbone.act1' is a GELU, and would be loaded as ReLU"):
+    with pytest.raises(ValueError, match=r"'backbone.act1' is a GELU, but would be loaded as ReLU"):
         timm_mlcsd.save_pretrained(model, tmp_path / 'net')
     model = make()
     model.backbone.layer1.register_forward_hook(lambda module, args, output: output * 2)

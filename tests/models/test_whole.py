@@ -119,7 +119,7 @@ def check_runs_as_whole(model, reason):
     assert not model.resumable and reason in model.why_not_resumable
     with pytest.raises(ValueError, match='stages cannot run one by one'):
         next(model.iter_exits(images))
-    with pytest.raises(ValueError, match='cannot stop on the way'):
+    with pytest.raises(ValueError, match='cannot stop at an exit'):
         AdaptiveModel(model, ExitPolicy([0.5] * (model.num_exits - 1)))
     model.train()
     for m in model.modules():

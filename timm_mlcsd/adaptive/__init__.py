@@ -1,4 +1,4 @@
-"""Early exit at run time: policies, their calibration, and the runtime."""
+"""Early-exit inference: exit policies, their calibration, and the runtime."""
 
 from .calibrate import THRESHOLD_METHODS, CurvePoint, budgeted_curve, calibrate, thresholds_for_exit_rates
 from .confidence import confidence_bins, expected_calibration_error, fit_temperatures, fit_weights

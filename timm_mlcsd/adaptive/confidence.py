@@ -1,4 +1,4 @@
-"""Fitted on validation logits: temperatures, and the weights of aggregated answers."""
+"""Confidence calibration: temperatures, weights of averaged exits, and the calibration error."""
 
 import math
 from typing import Callable, List, Optional, Sequence, Tuple
@@ -9,24 +9,27 @@ import torch.nn.functional as F
 from ..file_checks import check_scales
 from .evaluate import ExitLogits, as_logits, as_targets, check_finite
 
-# far below every logit, and finite, so that gradients are 0 and not NaN
-IMPOSSIBLE = -1e200
+# replaces logits of -inf: below every real logit, and finite, so that gradients are 0 and not NaN
+MIN_LOGIT = -1e200
 
 __all__ = ['confidence_bins', 'expected_calibration_error', 'fit_temperatures', 'fit_weights']
 
 
 @torch.inference_mode(False)
 def fit_temperatures(logits: ExitLogits, targets: torch.Tensor) -> Tuple[float, ...]:
-    """One temperature per exit that minimises the negative log-likelihood (Guo et al. 2017, section 4.2).
+    """Fit one temperature per exit by minimising the negative log-likelihood (Guo et al. 2017, section 4.2).
 
     Args:
-        logits: Of K exits on N validation samples, [K, N, C].
-        targets: Labels [N].
+        logits: Logits of K exits on N validation samples, [K, N, C].
+        targets: Labels, [N].
 
     Returns:
-        K positive numbers; logits are divided by them.
+        Temperatures, [K], positive; the logits are divided by them.
+
+    Raises:
+        ValueError: Logits and targets do not fit each other, or the logit of a label is -inf.
     """
-    logits, targets = _own_copies(logits, targets)
+    logits, targets = _float64_copies(logits, targets)
     log_t = [_minimise(lambda p, z=z: F.cross_entropy(z / p.exp(), targets), 1, z.device) for z in logits]
     return tuple(t.exp().item() for t in log_t)
 
@@ -35,48 +38,52 @@ def fit_temperatures(logits: ExitLogits, targets: torch.Tensor) -> Tuple[float, 
 def fit_weights(
     logits: ExitLogits, targets: torch.Tensor, temperatures: Optional[Sequence[float]] = None
 ) -> Tuple[Tuple[float, ...], ...]:
-    """Weights of the exits so far in each exit's answer, a geometric mean, that minimise the negative log-likelihood.
+    """Fit the weights of each exit's geometric mean over exits 0..k by minimising the negative log-likelihood.
 
     Args:
-        logits: Of K exits on N validation samples, [K, N, C].
-        targets: Labels [N].
-        temperatures: What the policy divides the logits by.
+        logits: Logits of K exits on N validation samples, [K, N, C].
+        targets: Labels, [N].
+        temperatures: Temperatures of the policy, [K]; None for 1.
 
     Returns:
-        K rows, row k with k+1 positive numbers: what `ExitPolicy` takes as ``weights``.
+        The argument ``weights`` of `ExitPolicy`: K rows, row k with k+1 positive numbers.
+
+    Raises:
+        ValueError: Logits and targets do not fit each other, the logit of a label is -inf, or the temperatures are not
+            K positive numbers.
     """
-    logits, targets = _own_copies(logits, targets)
+    logits, targets = _float64_copies(logits, targets)
     if temperatures is not None:
-        logits = logits / logits.new_tensor(_checked(temperatures, logits))[:, None, None]
+        logits = logits / logits.new_tensor(_check_temperatures(temperatures, logits))[:, None, None]
     log_probs = logits.log_softmax(-1)
 
     def loss(log_weights: torch.Tensor) -> torch.Tensor:
-        passed = log_probs[: len(log_weights)]
-        return F.cross_entropy(torch.einsum('k,knc->nc', log_weights.exp(), passed), targets)
+        first_exits = log_probs[: len(log_weights)]
+        return F.cross_entropy(torch.einsum('k,knc->nc', log_weights.exp(), first_exits), targets)
 
     sizes = range(1, len(logits) + 1)
     return tuple(tuple(_minimise(loss, size, logits.device, -math.log(size)).exp().tolist()) for size in sizes)
 
 
-def _own_copies(logits: ExitLogits, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """In float64, and for autograd to keep, also where the originals come from inference mode.
+def _float64_copies(logits: ExitLogits, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Copies of logits (float64) and targets that autograd can use, even if they come from inference mode.
 
     Raises:
-        ValueError: They don't fit each other, or a label is a class that an exit's logits say cannot be.
+        ValueError: Logits and targets do not fit each other, or the logit of a label is -inf.
     """
     logits = as_logits(logits)
     targets = as_targets(targets, logits)
-    of_labels = logits.gather(-1, targets.expand(len(logits), -1)[..., None])[..., 0]
-    if of_labels.isinf().any():
-        exit_, sample = (int(i) for i in of_labels.isinf().nonzero()[0])
+    label_logits = logits.gather(-1, targets.expand(len(logits), -1)[..., None])[..., 0]
+    if label_logits.isinf().any():
+        exit_, sample = (int(i) for i in label_logits.isinf().nonzero()[0])
         raise ValueError(
-            f'the logit of the label is -inf, first at exit {exit_}, sample {sample}: no temperature or weight makes '
-            f'it likely; leave the sample out.'
+            f'the logit of the label is -inf, first at exit {exit_}, sample {sample}: no temperature or weight can '
+            f'raise its probability; remove the sample.'
         )
-    return logits.to(torch.float64, copy=True).clamp_min(IMPOSSIBLE), targets.clone()
+    return logits.to(torch.float64, copy=True).clamp_min(MIN_LOGIT), targets.clone()
 
 
-def _checked(temperatures: Sequence[float], logits: torch.Tensor) -> List[float]:
+def _check_temperatures(temperatures: Sequence[float], logits: torch.Tensor) -> List[float]:
     temperatures = temperatures.tolist() if isinstance(temperatures, torch.Tensor) else temperatures
     return check_scales('temperatures', temperatures, len(logits))
 
@@ -84,14 +91,14 @@ def _checked(temperatures: Sequence[float], logits: torch.Tensor) -> List[float]
 def _minimise(
     loss: Callable[[torch.Tensor], torch.Tensor], size: int, device: torch.device, start: float = 0.0
 ) -> torch.Tensor:
-    """Parameters, logarithms within e^-9 to e^9, at a minimum of a smooth loss."""
+    """Minimise a smooth loss of `size` log-parameters, clamped to -9..9, with L-BFGS."""
     parameters = torch.full((size,), start, dtype=torch.float64, device=device, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn='strong_wolfe')
 
     @torch.enable_grad()
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        # a set that is all right or all wrong has its minimum at infinity
+        # regularised: if all samples are correct, or all wrong, the minimum is at infinity
         value = loss(parameters.clamp(-9, 9)) + 1e-6 * parameters.square().sum()
         value.backward()
         return value
@@ -104,49 +111,62 @@ def _minimise(
 def confidence_bins(
     logits: ExitLogits, targets: torch.Tensor, temperatures: Optional[Sequence[float]] = None, bins: int = 15
 ) -> List[List[Tuple[float, float, float, float, float]]]:
-    """How right the samples of each confidence are, per exit: a reliability diagram.
+    """Compute a reliability diagram per exit: accuracy in bins of confidence.
 
     Args:
-        logits: Of K exits on N samples, [K, N, C].
-        targets: Labels [N].
-        temperatures: What to divide the logits by.
-        bins: Number of bins, of equal width.
+        logits: Logits of K exits on N samples, [K, N, C].
+        targets: Labels, [N].
+        temperatures: Temperatures, [K]; None for 1.
+        bins: Number of bins of equal width.
 
     Returns:
-        Per exit, for each bin that isn't empty: where it begins and ends, accuracy, share of the samples, mean
-        confidence.
+        Per exit, one tuple per non-empty bin: lower bound, upper bound, accuracy, share of the samples, mean
+        confidence, all from 0 to 1.
+
+    Raises:
+        ValueError: Logits and targets do not fit each other, or `bins` or the temperatures are invalid.
     """
     logits = as_logits(logits)
     targets = as_targets(targets, logits)
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
         raise ValueError(f'bins={bins!r}: expected an integer of at least 1.')
-    found = []
-    for z, t in zip(logits, [1.0] * len(logits) if temperatures is None else _checked(temperatures, logits)):
+    diagrams = []
+    temperatures = [1.0] * len(logits) if temperatures is None else _check_temperatures(temperatures, logits)
+    for z, t in zip(logits, temperatures):
         check_finite((z / t)[None])
         confidence, prediction = (z / t).softmax(-1).max(-1)
         index = (confidence * bins).ceil().long().clamp(1, bins) - 1
         columns = torch.stack([torch.ones_like(confidence), prediction == targets, confidence]).double()
         sums = columns.new_zeros(3, bins).index_add_(1, index, columns)
-        found.append(
+        diagrams.append(
             [
-                (i / bins, (i + 1) / bins, right / count, count / len(targets), total / count)
-                for i, (count, right, total) in enumerate(sums.T.tolist())
+                (i / bins, (i + 1) / bins, correct / count, count / len(targets), total / count)
+                for i, (count, correct, total) in enumerate(sums.T.tolist())
                 if count
             ]
         )
-    return found
+    return diagrams
 
 
 def expected_calibration_error(
     logits: ExitLogits, targets: torch.Tensor, temperatures: Optional[Sequence[float]] = None, bins: int = 15
 ) -> List[float]:
-    """How far confidence is from accuracy, per exit, in percent (ECE, Guo et al. 2017, equation 3).
+    """Expected calibration error (ECE) per exit, in percent (Guo et al. 2017, equation 3).
 
     Args:
-        logits: Of K exits on N samples, [K, N, C].
-        targets: Labels [N].
-        temperatures: What to divide the logits by.
-        bins: Number of bins, of equal width.
+        logits: Logits of K exits on N samples, [K, N, C].
+        targets: Labels, [N].
+        temperatures: Temperatures, [K]; None for 1.
+        bins: Number of bins of equal width.
+
+    Returns:
+        ECE per exit, [K], from 0 to 100.
+
+    Raises:
+        ValueError: Logits and targets do not fit each other, or `bins` or the temperatures are invalid.
     """
-    found = confidence_bins(logits, targets, temperatures, bins)
-    return [100 * sum(share * abs(right - sure) for _, _, right, share, sure in exit_) for exit_ in found]
+    diagrams = confidence_bins(logits, targets, temperatures, bins)
+    return [
+        100 * sum(share * abs(accuracy - confidence) for _, _, accuracy, share, confidence in diagram)
+        for diagram in diagrams
+    ]

@@ -1,4 +1,4 @@
-"""What a policy does to a set of samples whose logits at all exits are known."""
+"""Evaluation of exit policies on samples whose logits at all exits are cached."""
 
 import math
 import numbers
@@ -26,14 +26,14 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class PolicyResult(NamedTuple):
-    """How a policy does.
+    """Result of a policy on a set of samples.
 
     Attributes:
-        accuracy: Top-1 in percent.
-        cost: Mean cost of a sample, in the unit of the costs.
+        accuracy: Top-1 accuracy in percent.
+        cost: Mean cost per sample, in the unit of the costs.
         exit_fractions: Share of the samples that leave at each exit, [K].
-        exit_index: Where each sample leaves, [N].
-        prediction: What it is taken for, [N].
+        exit_index: Exit at which each sample leaves, [N].
+        prediction: Predicted class of each sample, [N].
     """
 
     accuracy: float
@@ -44,18 +44,25 @@ class PolicyResult(NamedTuple):
 
 
 def as_logits(logits: ExitLogits) -> torch.Tensor:
-    """Logits of K exits on N samples as one tensor [K, N, C], float32 at least.
+    """Convert logits of K exits on N samples to one tensor, [K, N, C].
 
-    A class that cannot be may have -inf; the largest logit of every sample must be a finite number.
+    Args:
+        logits: One tensor [K, N, C], or K tensors [N, C]. Excluded classes may have -inf; the largest logit of every
+            sample must be finite.
+
+    Returns:
+        The logits in float32, or in float64 if they were.
 
     Raises:
-        ValueError: There are none, or they are not numbers.
+        ValueError: The logits are empty, not real numbers, of different shapes, or not finite.
     """
     if not isinstance(logits, torch.Tensor):
         try:
             logits = torch.stack([torch.as_tensor(z) for z in logits])
         except (TypeError, ValueError, RuntimeError) as e:
-            raise ValueError(f'logits: expected one tensor [samples, classes] per exit, all alike: {e}') from None
+            raise ValueError(
+                f'logits: expected one tensor [samples, classes] per exit, all of one shape: {e}'
+            ) from None
     if logits.is_complex() or logits.dtype == torch.bool:
         raise ValueError(f'logits have type {logits.dtype}; expected real numbers.')
     if logits.ndim != 3 or 0 in logits.shape:
@@ -67,24 +74,37 @@ def as_logits(logits: ExitLogits) -> torch.Tensor:
 
 
 def check_finite(logits: torch.Tensor) -> None:
-    """Raise a ValueError where the largest logit of a sample, in [K, N, C], is not a finite number.
+    """Check that the largest logit of every sample is finite.
 
-    At run time such a sample doesn't leave (`ExitPolicy.answer`); what is fitted or counted would be wrong.
+    At run time a sample without finite logits does not leave (`ExitPolicy.step`); fits and results would be wrong.
+
+    Args:
+        logits: Logits of K exits on N samples, [K, N, C].
+
+    Raises:
+        ValueError: The largest logit of a sample is not a finite number.
     """
     largest = logits.amax(-1)
     if not largest.isfinite().all():
         exit_, sample = (int(i) for i in (~largest.isfinite()).nonzero()[0])
         raise ValueError(
             f'logits are not finite, first at exit {exit_}, sample {sample}, where the largest is '
-            f'{largest[exit_, sample].item()}; expected numbers, and -inf only for a class that cannot be.'
+            f'{largest[exit_, sample].item()}; expected finite numbers, and -inf only for excluded classes.'
         )
 
 
 def as_targets(targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Labels [N] that fit logits [K, N, C].
+    """Check labels against logits.
+
+    Args:
+        targets: Labels, [N].
+        logits: Logits of K exits on N samples, [K, N, C].
+
+    Returns:
+        The labels in int64 on the device of the logits, [N].
 
     Raises:
-        ValueError: Another number of them, or labels of other classes.
+        ValueError: The number of labels differs from N, or a label is not a class index below C.
     """
     targets = torch.as_tensor(targets, device=logits.device)
     if targets.shape != logits.shape[1:2] or targets.dtype not in INTEGERS:
@@ -92,24 +112,30 @@ def as_targets(targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
             f'targets have shape {tuple(targets.shape)} and type {targets.dtype}; expected {logits.shape[1]} integers.'
         )
     if targets.min() < 0 or targets.max() >= logits.shape[2]:
-        raise ValueError(f'targets are in {int(targets.min())}..{int(targets.max())} for {logits.shape[2]} classes.')
+        raise ValueError(
+            f'targets are in {int(targets.min())}..{int(targets.max())}; expected 0..{logits.shape[2] - 1} for '
+            f'{logits.shape[2]} classes.'
+        )
     return targets.long()
 
 
 def cumulative_costs(costs: Costs, policy: ExitPolicy) -> torch.Tensor:
-    """What it costs to leave at each exit under a policy, [K] in float64.
+    """Compute the cumulative cost of answering at each exit under a policy.
 
     Args:
-        costs: K cumulative numbers, taken as they are; or `ExitCost` or `ExitTime`, of which exits that are off need
-            no head.
-        policy: The policy.
+        costs: Cumulative costs, [K], used unchanged; or `ExitCost` or `ExitTime` per exit, in which case the heads of
+            exits that are off are not counted.
+        policy: Exit policy with K exits.
+
+    Returns:
+        Cumulative cost per exit in float64, [K], in the unit of `costs`.
 
     Raises:
-        ValueError: There are not K of them, or they are not finite numbers that don't decrease.
+        ValueError: The number of costs differs from K, or they are not finite, non-decreasing numbers of at least 0.
     """
     costs = costs.tolist() if isinstance(costs, torch.Tensor) else list(costs)
     if len(costs) != policy.num_exits:
-        raise ValueError(f'{len(costs)} costs for {policy.num_exits} exits.')
+        raise ValueError(f'costs: expected {policy.num_exits} entries, one per exit, got {len(costs)}.')
     parts = None
     if all(isinstance(c, ExitCost) for c in costs):
         parts = [(c.stage_macs, c.head_macs) for c in costs]
@@ -121,44 +147,52 @@ def cumulative_costs(costs: Costs, policy: ExitPolicy) -> torch.Tensor:
     if parts is None:
         total = torch.tensor([float(c) for c in costs], dtype=torch.float64)
         if not (total.diff() >= 0).all():
-            raise ValueError(f'costs={costs} must be cumulative: numbers that do not decrease.')
+            raise ValueError(f'costs={costs}: expected cumulative costs, which do not decrease.')
         return total
-    own = [stage + (head if policy.is_on(k) else 0) for k, (stage, head) in enumerate(parts)]
-    return torch.tensor(own, dtype=torch.float64).cumsum(0)
+    steps = [stage + (head if policy.is_on(k) else 0) for k, (stage, head) in enumerate(parts)]
+    return torch.tensor(steps, dtype=torch.float64).cumsum(0)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a real number, and not a truth value."""
+    """Whether a value is a real number and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 class CachedLogits:
-    """Samples whose logits at all exits are known; what a policy's exits say of them is computed once.
+    """Samples with cached logits at all exits; scores and predictions of a policy are computed once and kept.
 
     Args:
-        logits: Of K exits on N samples, [K, N, C].
-        targets: Labels [N].
+        logits: Logits of K exits on N samples, [K, N, C].
+        targets: Labels, [N].
 
     Raises:
-        ValueError: Logits that are not finite, empty, or sizes that don't fit each other.
+        ValueError: Logits are empty or not finite, or logits and targets do not fit each other.
     """
 
     def __init__(self, logits: ExitLogits, targets: torch.Tensor):
         self.logits = as_logits(logits)
         self.targets = as_targets(targets, self.logits)
-        self._known: Dict[Tuple, Tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cache: Dict[Tuple, Tuple[torch.Tensor, torch.Tensor]] = {}
 
     def answers(self, policy: ExitPolicy) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Scores and predictions of all exits as if no sample left, [K, N] each; -inf where an exit is off."""
-        policy.check(len(self.logits))
-        alone = policy.aggregate == 'last' and policy.score != 'patience'  # what an exit says is its own affair
-        on = [alone or policy.is_on(k) for k in range(policy.num_exits)]
-        key = (policy.score, policy.aggregate, policy.temperatures, policy.weights, *on)
-        if key not in self._known:
-            self._known[key] = self._ask(policy, on)
-        return self._known[key]
+        """Scores and predictions of all exits if no sample leaves.
 
-    def _ask(self, policy: ExitPolicy, on: Sequence[bool]) -> Tuple[torch.Tensor, torch.Tensor]:
+        Args:
+            policy: Exit policy with K exits; its thresholds only matter for which exits are on.
+
+        Returns:
+            Scores, [K, N], and predicted classes, [K, N]. Exits that are off may have the score -inf.
+        """
+        policy.check(len(self.logits))
+        # without averaging and patience, an exit's answer does not depend on the other exits
+        independent = policy.aggregate == 'last' and policy.score != 'patience'
+        on = [independent or policy.is_on(k) for k in range(policy.num_exits)]
+        key = (policy.score, policy.aggregate, policy.temperatures, policy.weights, *on)
+        if key not in self._cache:
+            self._cache[key] = self._compute_answers(policy, on)
+        return self._cache[key]
+
+    def _compute_answers(self, policy: ExitPolicy, on: Sequence[bool]) -> Tuple[torch.Tensor, torch.Tensor]:
         shape, device = self.logits.shape[:2], self.logits.device
         scores = torch.full(shape, -torch.inf, dtype=self.logits.dtype, device=device)
         predictions = torch.zeros(shape, dtype=torch.long, device=device)
@@ -167,16 +201,25 @@ class CachedLogits:
             if on[k]:
                 answer, scores[k], history = policy.step(k, self.logits[k], history)
                 predictions[k] = answer.argmax(-1)
-                if (scores[k] == -torch.inf).any():  # after temperatures and weights; at run time nobody would leave
+                # temperatures and weights can overflow finite logits
+                if (scores[k] == -torch.inf).any():
                     check_finite(answer[None])
         return scores, predictions
 
     def evaluate(self, policy: ExitPolicy, costs: Costs) -> PolicyResult:
-        """What `evaluate_policy` gives."""
+        """Evaluate a policy, as `evaluate_policy` does.
+
+        Args:
+            policy: Exit policy with K exits.
+            costs: Cumulative cost of answering at each exit, [K]; or `ExitCost` or `ExitTime` per exit.
+
+        Returns:
+            Accuracy, mean cost and exits of the samples.
+        """
         total = cumulative_costs(costs, policy)
         scores, predictions = self.answers(policy)
         leaves = torch.stack([score >= t for score, t in zip(scores, [*policy.thresholds, -torch.inf])])
-        exit_index = leaves.int().argmax(0)  # the first; the last exit lets everybody leave
+        exit_index = leaves.int().argmax(0)  # argmax returns the first; all samples leave at the last exit
         prediction = predictions.gather(0, exit_index[None])[0]
         counts = exit_index.bincount(minlength=policy.num_exits).double().cpu()
         return PolicyResult(
@@ -190,16 +233,19 @@ class CachedLogits:
 
 @torch.no_grad()
 def evaluate_policy(logits: ExitLogits, targets: torch.Tensor, costs: Costs, policy: ExitPolicy) -> PolicyResult:
-    """Count what a policy gets right and what it spends.
+    """Compute accuracy and mean cost of a policy.
 
     Args:
-        logits: Of K exits on N samples, [K, N, C].
-        targets: Labels [N].
-        costs: K cumulative costs, or `ExitCost`.
-        policy: The policy.
+        logits: Logits of K exits on N samples, [K, N, C].
+        targets: Labels, [N].
+        costs: Cumulative cost of answering at each exit, [K]; or `ExitCost` or `ExitTime` per exit.
+        policy: Exit policy with K exits.
+
+    Returns:
+        Accuracy, mean cost and exits of the samples.
 
     Raises:
-        ValueError: Logits that are not finite, empty, or sizes that don't fit each other.
+        ValueError: Logits are empty or not finite, or the arguments do not fit each other.
 
     Examples:
         ```python

@@ -1,4 +1,4 @@
-"""Exported stages: what lies in the folder that `export_stages` writes, and how PyTorch runs it."""
+"""Stages exported by `export_stages`: their manifest, and a model that runs them in PyTorch."""
 
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
@@ -17,16 +17,22 @@ MANIFEST = 'manifest.json'
 
 
 def read_manifest(directory: Union[str, Path]) -> Dict[str, Any]:
-    """What a folder of exported stages says of itself.
+    """Read and check the manifest of a folder of exported stages.
+
+    Args:
+        directory: Folder that `export_stages` wrote.
+
+    Returns:
+        Content of ``manifest.json``.
 
     Raises:
-        ValueError: It is no such folder, or its manifest isn't one that an export writes.
+        ValueError: The folder has no manifest, or the manifest is invalid.
     """
     path = Path(directory) / MANIFEST
     if not path.is_file():
         raise ValueError(
-            f'{str(directory)!r} holds no exported stages ({MANIFEST}); python -m timm_mlcsd.adaptive.export makes '
-            f'them.'
+            f'{str(directory)!r} holds no exported stages ({MANIFEST}); create them with python -m '
+            f'timm_mlcsd.adaptive.export.'
         )
     manifest = read_json(path)
     check_manifest(manifest, repr(str(path)))
@@ -37,12 +43,13 @@ class ExportedModel:
     """Stages that ``export_stages(..., format='torch')`` wrote, for `AdaptiveModel`.
 
     Args:
-        directory: The folder.
-        device: Where the stages shall run.
-        trusted: That whoever wrote the folder may run code here: PyTorch's exported programs are pickles inside.
+        directory: Folder of exported stages.
+        device: Device that runs the stages; default: the CPU.
+        trusted: Whether the author of the folder is trusted: loading PyTorch's exported programs can run code that they
+            contain. Loading needs True.
 
     Raises:
-        ValueError: It is no such folder, or not trusted.
+        ValueError: The folder holds no stages for PyTorch, or `trusted` is False.
 
     Examples:
         ```python
@@ -59,8 +66,8 @@ class ExportedModel:
             )
         if not trusted:
             raise ValueError(
-                f'{str(directory)!r}: exported programs can run code when they are loaded. Where you trust who wrote '
-                f'them, pass trusted=True.'
+                f'{str(directory)!r}: exported programs can run code when they are loaded; pass trusted=True if you '
+                f'trust the author.'
             )
         stages = manifest['stages']
         self.num_exits: int = len(stages)
@@ -72,44 +79,44 @@ class ExportedModel:
         self.costs = [ExitCost(**{name: stage[name] for name in ExitCost._fields}) for stage in stages]
         self.policy = ExitPolicy.from_dict(manifest['policy'], MANIFEST)
         self._answers = [stage['answers'] for stage in stages]
-        self._with_logits, self._without = [], []
+        self._with_head, self._without_head = [], []
         for stage in stages:
             program = torch.export.load(Path(directory) / stage['file'])
             program = move_to_device_pass(program, device)
-            self._with_logits.append(program.module())
-            self._without.append(_without_logits(program.module()) if stage['answers'] else self._with_logits[-1])
+            self._with_head.append(program.module())
+            self._without_head.append(_remove_head(program.module()) if stage['answers'] else self._with_head[-1])
 
     def run_exit(self, k: int, state: Any, answers: bool = True) -> Tuple[Any, Optional[torch.Tensor]]:
-        """Stage k and, where the exit `answers`, its head.
+        """Run stage k and, with `answers`, its head.
 
         Args:
-            k: Stage, from 0.
-            state: What stage k-1 left; the images [B, C, H, W] for stage 0.
-            answers: Whether logits are wanted.
+            k: Index of the stage, from 0.
+            state: State after stage k-1; the images [B, C, H, W] for stage 0.
+            answers: Whether to run the head; default: True.
 
         Returns:
-            The state that the stage leaves, and logits [B, C] or None.
+            The state after stage k, and logits [B, C] or None.
 
         Raises:
-            ValueError: The exit was off when the network was exported, so it has no head here.
+            ValueError: The exit was off when the network was exported, so its head was not exported.
         """
         state = (state,) if k == 0 else state
         if not answers:
-            return self._without[k](*state), None
+            return self._without_head[k](*state), None
         if not self._answers[k]:
-            raise ValueError(f'exit {k} was off in the policy that was exported; export again with this one.')
-        *state, logits = self._with_logits[k](*state)
+            raise ValueError(f'exit {k} was off in the exported policy; export the network again with this policy.')
+        *state, logits = self._with_head[k](*state)
         return tuple(state), logits
 
 
-def _without_logits(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The same stage without its head."""
+def _remove_head(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Remove the head of a stage, in place, and return the stage."""
     output = next(node for node in module.graph.nodes if node.op == 'output')
     output.args = (output.args[0][:-1],)
     for node in module.graph.nodes:
-        if node.target == '_guards_fn':  # newer releases of PyTorch check the inputs' shapes in it
+        if node.target == '_guards_fn':  # newer releases of PyTorch check the input shapes in this node
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
-    module.graph.set_codegen(CodeGen())  # the program's own knows how many outputs there were
+    module.graph.set_codegen(CodeGen())  # the code generator of the program expects the original number of outputs
     module.recompile()
     return module

@@ -30,11 +30,11 @@ POLICY_FORMAT = 'timm_mlcsd exit policy'
 MANIFEST_FORMAT = 'timm_mlcsd exported stages'
 VERSION = 1
 MAX_BYTES = 2**24
-# temperatures and weights: what is fitted lies within e^-9 and e^9; beyond, float32 logits overflow
+# range of temperatures and weights: fits are limited to e^-9..e^9; outside this range float32 logits overflow
 SCALE = (1e-4, 1e4)
-# scores are at most 1 or a number of exits; what is smaller than the second rounds to 0 in float32
+# scores are at most 1 or a number of exits; numbers below MIN_THRESHOLD round to 0 in float32
 MAX_THRESHOLD, MIN_THRESHOLD = 1e9, 1e-30
-# pixels on a side of an image before it is cropped
+# largest side of a resized image before the crop, in pixels
 MAX_SIDE = 8192
 POLICY = dict(
     thresholds=None,
@@ -48,25 +48,25 @@ POLICY = dict(
     calibration_images=None,
 )
 SUFFIXES = {'onnx': 'onnx', 'torch': 'pt2'}
-# channels of the modes that an image can be converted to; the first of each number is the default
+# Pillow modes and their channels; the first mode with a given number of channels is the default
 IMAGE_MODES = {'L': 1, 'LA': 2, 'RGB': 3, 'RGBA': 4, 'CMYK': 4, 'YCbCr': 3, 'HSV': 3}
 INTERPOLATIONS = {'nearest': 0, 'lanczos': 1, 'bilinear': 2, 'bicubic': 3, 'box': 4, 'hamming': 5}
 CROP_MODES = ('center', 'squash', 'border')
-# a longer image would be resized to gigabytes before it is cropped
+# limits memory: a longer image would be resized to gigabytes before the crop
 MAX_ASPECT_RATIO = 256
-# what timm takes where a folder doesn't say
+# timm's defaults for entries that the manifest does not have
 DATA_CONFIG = dict(
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875, crop_mode='center', interpolation='bicubic'
 )
 
 
 class Prediction(NamedTuple):
-    """What a batch of B images is taken for, in the order in which they came.
+    """Answers for a batch of B images, in the order of the batch.
 
     Attributes:
-        logits: The answers [B, C]; their softmax is what the policy believes.
-        exit_index: The exit that answered each, from 0, [B].
-        cost: Multiply-adds spent on each, [B].
+        logits: Logits, [B, C]; their softmax gives the class probabilities.
+        exit_index: Index of the exit that answered each image, from 0, [B].
+        cost: Multiply-adds spent on each image, [B].
     """
 
     logits: np.ndarray
@@ -75,17 +75,17 @@ class Prediction(NamedTuple):
 
 
 class AdaptiveModel:
-    """A multi-exit network in which each sample of a batch leaves when it is sure.
+    """A multi-exit network in which each sample of a batch leaves at the first exit that is sure of it.
 
     Args:
-        folder: Where manifest.json and the graphs are.
-        policy: When samples leave, as the manifest has it under ``policy``; default: that one.
+        folder: Folder with manifest.json and the graphs; default: the folder of this file.
+        policy: Exit policy, in the form of the manifest's entry ``policy``; default: the policy of the manifest.
         providers: Execution providers of ONNX Runtime.
         threads: Threads per graph; 0 lets ONNX Runtime choose.
 
     Raises:
-        ValueError: The folder holds no such network, the policy is another's or none at all, or this ONNX Runtime has
-            no such provider.
+        ValueError: The folder holds no exported network, the policy is invalid or belongs to another network, or this
+            ONNX Runtime does not have one of the providers.
     """
 
     def __init__(
@@ -108,19 +108,19 @@ class AdaptiveModel:
         self.is_on = [t != math.inf for t in self.thresholds]
         for k, stage in enumerate(self.stages):
             if self.is_on[k] and not stage['answers']:
-                raise ValueError(f'exit {k} was off in the policy that was exported; export again with this one.')
+                raise ValueError(f'exit {k} was off in the exported policy; export the network again with this policy.')
         available = onnxruntime.get_available_providers()
         names = [p[0] if isinstance(p, tuple) and p else p for p in providers]
         if isinstance(providers, str) or not names or not all(name in available for name in names):
-            raise ValueError(f'providers: expected a list out of {", ".join(available)}, got {_shown(providers)}.')
-        _integer('threads', threads, 0, 1024)
-        own = [s['stage_macs'] + (s['head_macs'] if on else 0) for s, on in zip(self.stages, self.is_on)]
-        self.costs = np.cumsum(np.array(own, dtype=np.float64))
+            raise ValueError(f'providers: expected a list out of {", ".join(available)}, got {_short_repr(providers)}.')
+        _check_integer('threads', threads, 0, 1024)
+        macs = [s['stage_macs'] + (s['head_macs'] if on else 0) for s, on in zip(self.stages, self.is_on)]
+        self.costs = np.cumsum(np.array(macs, dtype=np.float64))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # the threads of a stage that has run must not spin while the next one works
+        # threads of a finished stage would otherwise spin and slow down the next one
         options.add_session_config_entry('session.force_spinning_stop', '1')
-        # the stages take turns, so they share what each would keep for itself
+        # stages run one after another, so they can share one pool of memory
         _register_shared_memory()
         options.add_session_config_entry('session.use_env_allocators', '1')
         self.sessions = [
@@ -133,11 +133,12 @@ class AdaptiveModel:
                 raise ValueError(
                     f'{stage["file"]}: expected logits of {self.manifest["num_classes"]} classes at exit {k}.'
                 )
-        self._only_needed = onnxruntime.RunOptions()
-        self._only_needed.only_execute_path_to_fetches = True  # a head that was exported and is off
+        # skips an exported head whose exit is off
+        self._skip_head = onnxruntime.RunOptions()
+        self._skip_head.only_execute_path_to_fetches = True
 
     def _check_fit(self) -> None:
-        """Raise a ValueError where the policy is another network's."""
+        """Raise a ValueError if the policy belongs to another network."""
         policy, names = self.policy, [stage['exit'] for stage in self.stages]
         if len(policy['thresholds']) != len(names) - 1:
             raise ValueError(f'the policy has {len(policy["thresholds"])} thresholds for {len(names)} exits.')
@@ -148,44 +149,47 @@ class AdaptiveModel:
             )
         if policy['weights_digest'] not in (None, self.manifest.get('weights_digest')):
             raise ValueError(
-                'the policy was fitted to other weights than those in this folder: fit one to these, or remove its '
-                '"weights_digest" if you know that it fits.'
+                'the policy was fitted to other weights than those in this folder; fit a policy to these weights, or '
+                'remove its "weights_digest" if you know that it fits.'
             )
 
     def warm_up(self) -> None:
-        """Run all stages once on an empty image, so that setting up takes no time of the first prediction."""
+        """Run all stages once on an image of zeros, so that the first prediction does not include set-up time."""
         state = [np.zeros((1, *self.manifest['data_config']['input_size']), dtype=np.float32)]
         for k in range(len(self.stages)):
             state, _ = self._run(k, state)
 
     def predict(self, x: np.ndarray) -> Prediction:
-        """Answer for every image at the first exit that is sure of it.
+        """Classify each image at the first exit whose score reaches its threshold.
 
-        An image whose answer isn't a finite number at an exit doesn't leave there.
+        An image does not leave at an exit where its largest logit is not a finite number.
 
         Args:
-            x: Images [B, C, H, W] in float32, prepared as the manifest says under ``data_config``.
+            x: Images in float32, preprocessed according to the manifest's ``data_config``, [B, C, H, W].
+
+        Returns:
+            Logits, exit indices and costs of the batch.
 
         Raises:
-            ValueError: The images have another size, or there are none.
+            ValueError: The images have another size, or the batch is empty.
         """
         x = np.ascontiguousarray(x, dtype=np.float32)
         size = tuple(self.manifest['data_config']['input_size'])
         if x.ndim != 4 or not len(x) or x.shape[1:] != size:
             raise ValueError(f'images have shape {x.shape}; expected [B, {str(size)[1:-1]}], B at least 1.')
-        with np.errstate(over='ignore', invalid='ignore'):  # what isn't finite goes on to the last exit
+        with np.errstate(over='ignore', invalid='ignore'):  # images without finite logits go to the last exit
             return self._predict(x)
 
     def _predict(self, x: np.ndarray) -> Prediction:
         rows = np.arange(len(x))
         logits = np.empty((len(x), self.manifest['num_classes']), dtype=np.float32)
         exit_index = np.zeros(len(x), dtype=np.int64)
-        state, memory = [x], ((), None, None)
+        state, history = [x], ((), None, None)
         for k, threshold in enumerate(self.thresholds):
             state, z = self._run(k, state)
             if z is None:
                 continue
-            answer, score, memory = self._answer(k, z, memory)
+            answer, score, history = self._step(k, z, history)
             leaves = score >= threshold if k < len(self.stages) - 1 else np.ones(len(score), dtype=bool)
             if not leaves.any():
                 continue
@@ -193,12 +197,12 @@ class AdaptiveModel:
             exit_index[rows[leaves]] = k
             if leaves.all():
                 break
-            # the last rows that stay fill the gaps of those that leave
+            # move the last remaining rows to the positions of the rows that left
             count = len(rows) - int(leaves.sum())
             moves = list(zip(count + np.flatnonzero(~leaves[count:]), np.flatnonzero(leaves)))
             rows, *state = (_compact(a, count, moves) for a in (rows, *state))
-            log_probs, prediction, streak = memory
-            memory = (
+            log_probs, prediction, streak = history
+            history = (
                 tuple(_compact(p, count, moves) for p in log_probs),
                 None if prediction is None else _compact(prediction, count, moves),
                 None if streak is None else _compact(streak, count, moves),
@@ -209,13 +213,13 @@ class AdaptiveModel:
         stage, inputs = self.stages[k], dict(zip(self.stages[k]['inputs'], state))
         if not self.is_on[k]:
             wanted = [name for name in stage['outputs'] if name != 'logits']
-            return self.sessions[k].run(wanted, inputs, self._only_needed), None
+            return self.sessions[k].run(wanted, inputs, self._skip_head), None
         *state, logits = self.sessions[k].run(stage['outputs'], inputs)
         return state, logits
 
-    def _answer(self, k: int, logits: np.ndarray, memory: Tuple) -> Tuple[np.ndarray, np.ndarray, Tuple]:
-        """What exit k says (logits), how sure it is, and what later exits need of it."""
-        policy, (log_probs, last, streak) = self.policy, memory
+    def _step(self, k: int, logits: np.ndarray, history: Tuple) -> Tuple[np.ndarray, np.ndarray, Tuple]:
+        """Apply the policy at exit k: the answer as logits [B, C], the score [B] and the history for later exits."""
+        policy, (log_probs, last, streak) = self.policy, history
         if policy['temperatures'] is not None:
             logits = logits / np.float32(policy['temperatures'][k])
         if policy['aggregate'] != 'last':
@@ -231,19 +235,25 @@ class AdaptiveModel:
         if policy['score'] != 'patience':
             return logits, np.where(is_number, _score(logits, policy['score']), -np.inf), (log_probs, None, None)
         prediction = logits.argmax(-1)
-        run = np.ones(len(prediction), dtype=np.int64)
+        new_streak = np.ones(len(prediction), dtype=np.int64)
         if last is not None:
-            run += np.where(prediction == last, streak, 0)
-        run *= is_number
-        return logits, np.where(is_number, run, -np.inf), (log_probs, prediction, run)
+            new_streak += np.where(prediction == last, streak, 0)
+        new_streak *= is_number
+        return logits, np.where(is_number, new_streak, -np.inf), (log_probs, prediction, new_streak)
 
     def prepare(self, image: Any) -> np.ndarray:
-        """One image file, or Pillow image, as the network wants it: [1, C, H, W].
+        """Preprocess one image for `predict`.
+
+        Args:
+            image: Path of an image file, or Pillow image.
+
+        Returns:
+            The image in float32, [1, C, H, W].
 
         Raises:
-            ValueError: The image has pixels of no known range, or is too long, or the network is not for images of
-                files.
-            OSError: It cannot be decoded; other errors of Pillow's decoders are possible.
+            ValueError: The range of the pixel values is unknown, the aspect ratio is too large, or the network takes a
+                number of channels that image files do not have.
+            OSError: The image cannot be decoded; Pillow's decoders may raise other errors too.
         """
         from PIL import Image
 
@@ -254,19 +264,19 @@ class AdaptiveModel:
             raise ValueError(f'the network takes {channels} channels, which image files do not have; use predict.')
         mode = config.get('input_img_mode', modes[0])
         if isinstance(image, Image.Image):
-            image = _upright(image, mode)
+            image = _oriented(image, mode)
         else:
             with Image.open(image) as file:
-                image = _upright(file, mode)
+                image = _oriented(file, mode)
         mean, std = (_per_channel(config[name], channels) for name in ('mean', 'std'))
         image = _resized(image, wanted, config)
-        # a border has the mean's colour; what a crop lacks is black
+        # padding: the mean colour with crop_mode 'border', otherwise black
         fill = tuple(round(255 * m) for m in mean) if config['crop_mode'] == 'border' else (0,) * channels
         top, left = (round((s - n) / 2) if s > n else -((n - s) // 2) for s, n in zip(image.size[::-1], wanted))
         canvas = Image.new(image.mode, wanted[::-1], fill if channels > 1 else fill[0])
         canvas.paste(image, (-left, -top))
         pixels = np.asarray(canvas).astype(np.float32).reshape(*wanted, channels).transpose(2, 0, 1)
-        # the order in which timm's loader does it, to the last bit
+        # same order of operations as timm's loader, so that results are equal bit for bit
         mean, std = (np.array([255 * v for v in values], np.float32)[:, None, None] for values in (mean, std))
         pixels = (pixels - mean) / std
         return np.ascontiguousarray(pixels[None])
@@ -274,20 +284,20 @@ class AdaptiveModel:
 
 @functools.cache
 def _register_shared_memory() -> None:
-    """Make one pool of CPU memory for all graphs of this process that ask for it, once."""
+    """Register one pool of CPU memory that all graphs of this process share."""
     cpu = onnxruntime.OrtMemoryInfo(
         'Cpu', onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
     try:
-        # without a limit, the rest as usual
+        # no limit, defaults for the rest
         onnxruntime.create_and_register_allocator(cpu, onnxruntime.OrtArenaCfg(0, -1, -1, -1))
-    except Exception as e:  # another folder's runner was first
+    except Exception as e:  # the runner of another folder may have registered it already
         if 'already' not in str(e):
             raise
 
 
 def _compact(a: np.ndarray, count: int, moves: Sequence[Tuple[int, int]]) -> np.ndarray:
-    """The first `count` rows after `moves` (from, to), within the array."""
+    """Apply `moves` (from, to) to the rows of an array in place, and return its first `count` rows."""
     for source, gap in moves:
         a[gap] = a[source]
     return a[:count]
@@ -299,8 +309,8 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _score(logits: np.ndarray, score: str) -> np.ndarray:
-    """How sure logits are, between 0 and 1."""
-    if score == 'confidence':  # the largest of the exponentials is 1
+    """Score of logits [B, C] between 0 and 1, [B]: ``confidence``, ``entropy`` or ``margin``."""
+    if score == 'confidence':  # the largest exponential is 1
         return 1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
     probs = np.exp(_log_softmax(logits))
     if score == 'entropy':
@@ -312,8 +322,8 @@ def _score(logits: np.ndarray, score: str) -> np.ndarray:
     return best[:, -1] - best[:, -2]
 
 
-def _upright(image: Any, mode: str) -> Any:
-    """A Pillow image in another mode, turned as its EXIF orientation says, 16 bits scaled to 8."""
+def _oriented(image: Any, mode: str) -> Any:
+    """Convert a Pillow image to another mode, with its EXIF orientation applied and 16 bits scaled to 8."""
     from PIL import Image, ImageOps
 
     width, height = image.size
@@ -322,7 +332,7 @@ def _upright(image: Any, mode: str) -> Any:
             f'its size is {width}x{height}; expected sides that differ by a factor of at most {MAX_ASPECT_RATIO}; '
             f'crop or split it'
         )
-    # releases of Pillow before 11 open a 16-bit PNG as 32-bit integers
+    # Pillow before 11 opens a 16-bit PNG as 32-bit integers
     is_16_bit = image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG')
     if image.mode in ('I', 'F') and not is_16_bit:
         kind = 'integers' if image.mode == 'I' else 'floating point numbers'
@@ -334,10 +344,10 @@ def _upright(image: Any, mode: str) -> Any:
 
 
 def _resized(image: Any, wanted: Sequence[int], config: Dict[str, Any]) -> Any:
-    """A Pillow image in the size (height, width) from which the wanted one is cut, rounded as timm does."""
+    """Resize a Pillow image before the crop to `wanted` (height, width), with timm's rounding."""
     height, width = (math.floor(n / config['crop_pct']) for n in wanted)
     w, h = image.size
-    if config['crop_mode'] != 'squash':  # the sides keep their ratio; with 'border' all of the image is inside
+    if config['crop_mode'] != 'squash':  # keeps the aspect ratio; with 'border' the whole image stays visible
         if config['crop_mode'] == 'center' and height == width:
             width, height = (width, int(height * h / w)) if w <= h else (int(width * w / h), height)
         else:
@@ -353,17 +363,27 @@ def _per_channel(values: Sequence[float], channels: int) -> Sequence[float]:
 
 
 def read_json(path: Any) -> Any:
-    """What a JSON file holds; a ValueError names the file and what is wrong with it."""
+    """Read a JSON file.
 
-    def unique(pairs: List) -> Dict[str, Any]:
+    Args:
+        path: Path of the file.
+
+    Returns:
+        Content of the file.
+
+    Raises:
+        ValueError: The file cannot be read, is too large, is not valid JSON, or repeats an entry of an object.
+    """
+
+    def reject_duplicates(pairs: List) -> Dict[str, Any]:
         content = {}
         for name, value in pairs:
             if name in content:
-                raise ValueError(f'the entry {_shown(name)} is there twice')
+                raise ValueError(f'duplicate entry {_short_repr(name)}')
             content[name] = value
         return content
 
-    def refuse(name: str) -> NoReturn:
+    def reject_constant(name: str) -> NoReturn:
         raise ValueError(f'{name} is not a number in JSON')
 
     try:
@@ -371,7 +391,8 @@ def read_json(path: Any) -> Any:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise ValueError(f'it has more than {MAX_BYTES} bytes')
-        return json.loads(data.decode('utf-8-sig'), object_pairs_hook=unique, parse_constant=refuse)
+        text = data.decode('utf-8-sig')
+        return json.loads(text, object_pairs_hook=reject_duplicates, parse_constant=reject_constant)
     except RecursionError:
         raise ValueError(f'{str(path)!r} cannot be read as JSON: it is nested too deeply.') from None
     except (OSError, ValueError) as e:
@@ -379,9 +400,20 @@ def read_json(path: Any) -> Any:
 
 
 def check_policy(content: Any, source: str) -> Dict[str, Any]:
-    """The fields of a policy with defaults for those left out, ``off`` as inf; a ValueError names source and field."""
+    """Check the content of a policy file.
+
+    Args:
+        content: Content of the file.
+        source: Name of the file in error messages.
+
+    Returns:
+        All fields of the policy, with defaults for missing ones and inf for the threshold ``off``.
+
+    Raises:
+        ValueError: A field is unknown or invalid; the message names source and field.
+    """
     _check_format(content, source, POLICY_FORMAT)
-    unknown = [_shown(name) for name in content if name not in POLICY and name not in ('format', 'version')]
+    unknown = [_short_repr(name) for name in content if name not in POLICY and name not in ('format', 'version')]
     if unknown:
         raise ValueError(f'{source}: unknown entries: {", ".join(unknown)[:300]}.')
     policy = {name: content.get(name, default) for name, default in POLICY.items()}
@@ -389,43 +421,51 @@ def check_policy(content: Any, source: str) -> Dict[str, Any]:
     def where(field: str) -> str:
         return f'{source}: {field}'
 
-    thresholds = _list(where('thresholds'), policy['thresholds'], 0, 999, 'numbers')
-    policy['thresholds'] = [_threshold(where(f'thresholds[{k}]'), t) for k, t in enumerate(thresholds)]
+    thresholds = _check_list(where('thresholds'), policy['thresholds'], 0, 999, 'numbers')
+    policy['thresholds'] = [_check_threshold(where(f'thresholds[{k}]'), t) for k, t in enumerate(thresholds)]
     num_exits = len(thresholds) + 1
-    _one_of(where('score'), policy['score'], SCORES)
-    _one_of(where('aggregate'), policy['aggregate'], AGGREGATES)
+    _check_choice(where('score'), policy['score'], SCORES)
+    _check_choice(where('aggregate'), policy['aggregate'], AGGREGATES)
     if policy['temperatures'] is not None:
         policy['temperatures'] = check_scales(where('temperatures'), policy['temperatures'], num_exits)
     if (policy['aggregate'] == 'fitted') != (policy['weights'] is not None):
-        expected = 'those that fit_weights gives' if policy['weights'] is None else 'none'
+        expected = 'the result of fit_weights' if policy['weights'] is None else 'none'
         raise ValueError(f'{source}: weights: expected {expected} with aggregate={policy["aggregate"]!r}.')
     if policy['weights'] is not None:
-        rows = _list(where('weights'), policy['weights'], num_exits, num_exits)
+        rows = _check_list(where('weights'), policy['weights'], num_exits, num_exits)
         policy['weights'] = [check_scales(where(f'weights[{k}]'), row, k + 1) for k, row in enumerate(rows)]
     if policy['exit_names'] is not None:
-        names = _list(where('exit_names'), policy['exit_names'], num_exits, num_exits)
-        policy['exit_names'] = [_text(where(f'exit_names[{k}]'), name) for k, name in enumerate(names)]
+        names = _check_list(where('exit_names'), policy['exit_names'], num_exits, num_exits)
+        policy['exit_names'] = [_check_text(where(f'exit_names[{k}]'), name) for k, name in enumerate(names)]
     _check_digest(where('weights_digest'), policy['weights_digest'])
     if policy['calibration_data'] is not None:
-        _text(where('calibration_data'), policy['calibration_data'])
+        _check_text(where('calibration_data'), policy['calibration_data'])
     if policy['calibration_images'] is not None:
-        _integer(where('calibration_images'), policy['calibration_images'], 1, 10**12)
+        _check_integer(where('calibration_images'), policy['calibration_images'], 1, 10**12)
     return policy
 
 
 def check_manifest(manifest: Any, source: str) -> None:
-    """Raise a ValueError that names source and field where a folder's manifest isn't one that an export writes."""
+    """Check the manifest of an exported folder.
+
+    Args:
+        manifest: Content of manifest.json.
+        source: Name of the file in error messages.
+
+    Raises:
+        ValueError: An entry is missing or invalid; the message names source and field.
+    """
     _check_format(manifest, source, MANIFEST_FORMAT)
     missing = [name for name in ('kind', 'num_classes', 'data_config', 'policy', 'stages') if name not in manifest]
     if missing:
         raise ValueError(f'{source} is broken: it has no {", ".join(missing)}.')
-    kind = _one_of(f'{source}: kind', manifest['kind'], tuple(SUFFIXES))
-    num_classes = _integer(f'{source}: num_classes', manifest['num_classes'], 1, 10**7)
+    kind = _check_choice(f'{source}: kind', manifest['kind'], tuple(SUFFIXES))
+    num_classes = _check_integer(f'{source}: num_classes', manifest['num_classes'], 1, 10**7)
     check_class_names(manifest.get('class_names'), num_classes, f'{source}: class_names')
     _check_digest(f'{source}: weights_digest', manifest.get('weights_digest'))
     _check_digest(f'{source}: runner_digest', manifest.get('runner_digest'))
     check_data_config(manifest['data_config'], f'{source}: data_config')
-    stages = _list(f'{source}: stages', manifest['stages'], 1, 1000)
+    stages = _check_list(f'{source}: stages', manifest['stages'], 1, 1000)
     policy = check_policy(manifest['policy'], f'{source}: policy')
     if len(policy['thresholds']) != len(stages) - 1:
         raise ValueError(f'{source}: policy: {len(policy["thresholds"])} thresholds for {len(stages)} exits.')
@@ -434,139 +474,172 @@ def check_manifest(manifest: Any, source: str) -> None:
         tensors = _check_stage(stage, f'{source}: stages[{k}]', f'stage_{k}.{SUFFIXES[kind]}', tensors)
         is_on = k == len(stages) - 1 or policy['thresholds'][k] != math.inf
         if stage['answers'] != is_on:
-            _refuse(f'{source}: stages[{k}].answers', f'{is_on}, as the policy has it', stage['answers'])
+            _raise_invalid(f'{source}: stages[{k}].answers', f'{is_on}, as in the policy', stage['answers'])
     if policy['weights_digest'] not in (None, manifest.get('weights_digest')):
         raise ValueError(f'{source}: policy: weights_digest: it was fitted to other weights than those in the folder.')
 
 
 def _check_stage(stage: Any, source: str, file: str, inputs: List[str]) -> List[str]:
-    """The names of the tensors that a stage leaves."""
+    """Check one stage of a manifest and return the names of its state outputs."""
     needed = ('file', 'exit', 'answers', 'inputs', 'outputs', 'macs', 'params', 'stage_macs', 'head_macs', 'depth')
     missing = [name for name in needed if not isinstance(stage, dict) or name not in stage]
     if missing:
         raise ValueError(f'{source} is broken: it has no {", ".join(missing)}.')
-    _one_of(f'{source}.file', stage['file'], (file,))
-    _text(f'{source}.exit', stage['exit'])
+    _check_choice(f'{source}.file', stage['file'], (file,))
+    _check_text(f'{source}.exit', stage['exit'])
     for name in needed[5:]:
-        _integer(f'{source}.{name}', stage[name], 0, 10**18)
+        _check_integer(f'{source}.{name}', stage[name], 0, 10**18)
     if not isinstance(stage['answers'], bool):
-        _refuse(f'{source}.answers', 'true or false', stage['answers'])
+        _raise_invalid(f'{source}.answers', 'true or false', stage['answers'])
     for name in ('inputs', 'outputs'):
-        for tensor in _list(f'{source}.{name}', stage[name], 1, 1000):
-            _text(f'{source}.{name}', tensor)
+        for tensor in _check_list(f'{source}.{name}', stage[name], 1, 1000):
+            _check_text(f'{source}.{name}', tensor)
     if list(stage['inputs']) != inputs:
-        _refuse(f'{source}.inputs', f'what the stage before leaves, {_shown(inputs)}', stage['inputs'])
-    left = [name for name in stage['outputs'] if name != 'logits']
-    if list(stage['outputs']) != left + ['logits'] * stage['answers']:
-        _refuse(f'{source}.outputs', 'logits at the end where the exit answers, else none', stage['outputs'])
-    return left
+        _raise_invalid(
+            f'{source}.inputs', f'the state outputs of the previous stage, {_short_repr(inputs)}', stage['inputs']
+        )
+    state = [name for name in stage['outputs'] if name != 'logits']
+    if list(stage['outputs']) != state + ['logits'] * stage['answers']:
+        _raise_invalid(
+            f'{source}.outputs', 'logits as the last output if the exit answers, otherwise no logits', stage['outputs']
+        )
+    return state
 
 
 def check_class_names(names: Any, num_classes: int, where: str) -> None:
-    """Raise a ValueError where class names aren't one per class, None for those without."""
+    """Check a list of class names.
+
+    Args:
+        names: One name per class, None for a class without a name; or None for no names at all.
+        num_classes: Number of classes.
+        where: Name of the field in error messages.
+
+    Raises:
+        ValueError: The number of names is wrong, or a name is empty or not text.
+    """
     if names is None:
         return
-    for k, name in enumerate(_list(where, names, num_classes, num_classes)):
+    for k, name in enumerate(_check_list(where, names, num_classes, num_classes)):
         if name is not None and not (isinstance(name, str) and name):
-            _refuse(f'{where}[{k}]', 'a name, or null where the class has none', name)
+            _raise_invalid(f'{where}[{k}]', 'a name, or null for a class without a name', name)
 
 
 def check_data_config(config: Any, source: str) -> None:
-    """Raise a ValueError where the preprocessing of images has an entry that is out of its range."""
+    """Check the preprocessing of images.
+
+    Args:
+        config: Preprocessing by name, as returned by timm's ``resolve_data_config``.
+        source: Name of the field in error messages.
+
+    Raises:
+        ValueError: An entry is out of its range.
+    """
     if not isinstance(config, dict):
-        _refuse(source, 'an object', config)
-    channels, *sides = _list(f'{source}.input_size', config.get('input_size'), 3, 3)
-    _integer(f'{source}.input_size[0]', channels, 1, 1024)
+        _raise_invalid(source, 'an object', config)
+    channels, *sides = _check_list(f'{source}.input_size', config.get('input_size'), 3, 3)
+    _check_integer(f'{source}.input_size[0]', channels, 1, 1024)
     for side in sides:
-        _integer(f'{source}.input_size', side, 1, MAX_SIDE)
+        _check_integer(f'{source}.input_size', side, 1, MAX_SIDE)
     for name in ('mean', 'std'):
         if config.get(name) is not None:
-            for value in _list(f'{source}.{name}', config[name], 1, 1024):
-                _number(f'{source}.{name}', value, *(SCALE if name == 'std' else (-SCALE[1], SCALE[1])))
+            for value in _check_list(f'{source}.{name}', config[name], 1, 1024):
+                _check_number(f'{source}.{name}', value, *(SCALE if name == 'std' else (-SCALE[1], SCALE[1])))
     if config.get('crop_pct') is not None:
-        _number(f'{source}.crop_pct', config['crop_pct'], max(sides) / MAX_SIDE, 2.0)
+        _check_number(f'{source}.crop_pct', config['crop_pct'], max(sides) / MAX_SIDE, 2.0)
     for name, known in (('interpolation', INTERPOLATIONS), ('crop_mode', CROP_MODES)):
         if config.get(name) is not None:
-            _one_of(f'{source}.{name}', config[name], tuple(known))
+            _check_choice(f'{source}.{name}', config[name], tuple(known))
     if config.get('input_img_mode') is not None:
-        fitting = tuple(mode for mode, count in IMAGE_MODES.items() if count == channels)
-        _one_of(f'{source}.input_img_mode', config['input_img_mode'], fitting)
+        modes = tuple(mode for mode, count in IMAGE_MODES.items() if count == channels)
+        _check_choice(f'{source}.input_img_mode', config['input_img_mode'], modes)
 
 
 def check_scales(where: str, values: Any, length: int) -> List[float]:
-    """So many temperatures or weights as floats."""
-    return [_number(where, v, *SCALE) for v in _list(where, values, length, length, 'positive numbers')]
+    """Check temperatures or weights.
+
+    Args:
+        where: Name of the field in error messages.
+        values: Numbers to check.
+        length: Expected number of values.
+
+    Returns:
+        The values as floats.
+
+    Raises:
+        ValueError: The number of values is wrong, or a value is out of range.
+    """
+    return [_check_number(where, v, *SCALE) for v in _check_list(where, values, length, length, 'positive numbers')]
 
 
 def _check_format(content: Any, source: str, format: str) -> None:
     if not isinstance(content, dict):
-        _refuse(source, f'an object of format {format!r}', content)
+        _raise_invalid(source, f'an object of format {format!r}', content)
     if not isinstance(content.get('format'), str) or content['format'] != format:
-        _refuse(f'{source}: format', repr(format), content.get('format'))
+        _raise_invalid(f'{source}: format', repr(format), content.get('format'))
     version = content.get('version')
     if isinstance(version, bool) or not isinstance(version, int) or version != VERSION:
-        _refuse(f'{source}: version', f'{VERSION}, which this release reads', version)
+        _raise_invalid(f'{source}: version', f'{VERSION}, the version that this release reads', version)
 
 
 def _check_digest(where: str, digest: Any) -> None:
     if digest is not None and not (isinstance(digest, str) and re.fullmatch('sha256:[0-9a-f]{64}', digest)):
-        _refuse(where, 'sha256: and 64 hexadecimal digits', digest)
+        _raise_invalid(where, 'sha256: followed by 64 hexadecimal digits', digest)
 
 
-def _threshold(where: str, value: Any) -> float:
+def _check_threshold(where: str, value: Any) -> float:
     if isinstance(value, str) and value == 'off':
         return math.inf
-    number = _number(where, value, -MAX_THRESHOLD, MAX_THRESHOLD, ', or \'off\'')
+    number = _check_number(where, value, -MAX_THRESHOLD, MAX_THRESHOLD, ', or \'off\'')
     if 0 < abs(number) < MIN_THRESHOLD:
-        _refuse(where, f'0 or a number of at least {MIN_THRESHOLD:g} in size', value)
+        _raise_invalid(where, f'0 or an absolute value of at least {MIN_THRESHOLD:g}', value)
     return number
 
 
-def _number(where: str, value: Any, low: float, high: float, more: str = '') -> float:
+def _check_number(where: str, value: Any, low: float, high: float, more: str = '') -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        _refuse(where, f'a number from {low:g} to {high:g}{more}', value)
+        _raise_invalid(where, f'a number from {low:g} to {high:g}{more}', value)
     return float(value)
 
 
-def _integer(where: str, value: Any, low: int, high: int) -> int:
+def _check_integer(where: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        _refuse(where, f'an integer from {low} to {high}', value)
+        _raise_invalid(where, f'an integer from {low} to {high}', value)
     return value
 
 
-def _text(where: str, value: Any) -> str:
+def _check_text(where: str, value: Any) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= 300 or not value.isprintable():
-        _refuse(where, 'a text of 1 to 300 printable characters', value)
+        _raise_invalid(where, 'a text of 1 to 300 printable characters', value)
     return value
 
 
-def _one_of(where: str, value: Any, known: Sequence[str]) -> str:
+def _check_choice(where: str, value: Any, known: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in known:
-        _refuse(where, f'one of {", ".join(known)}', value)
+        _raise_invalid(where, f'one of {", ".join(known)}', value)
     return value
 
 
-def _list(where: str, value: Any, low: int, high: int, what: str = 'entries') -> Sequence[Any]:
+def _check_list(where: str, value: Any, low: int, high: int, what: str = 'entries') -> Sequence[Any]:
     if not isinstance(value, (list, tuple)) or not low <= len(value) <= high:
-        _refuse(where, f'a list of {low if low == high else f"{low} to {high}"} {what}', value)
+        _raise_invalid(where, f'a list of {low if low == high else f"{low} to {high}"} {what}', value)
     return value
 
 
-def _refuse(where: str, expected: str, value: Any) -> NoReturn:
-    raise ValueError(f'{where}: expected {expected}, got {_shown(value)}.')
+def _raise_invalid(where: str, expected: str, value: Any) -> NoReturn:
+    raise ValueError(f'{where}: expected {expected}, got {_short_repr(value)}.')
 
 
-def _shown(value: Any) -> str:
-    """A value in a message, however long or odd it is."""
+def _short_repr(value: Any) -> str:
+    """The repr of a value for an error message, limited in length."""
     try:
         text = repr(value)
-    except Exception:  # an integer of thousands of digits, a list in itself
+    except Exception:  # for example an integer of thousands of digits, or a list that contains itself
         text = f'a {type(value).__name__}'
     return text if len(text) <= 100 else f'{text[:100]} ...'
 
 
 def _printable(text: str) -> str:
-    """Text from a file, with everything escaped that a terminal would obey instead of showing it."""
+    """Text with control characters escaped, so that it is safe to print to a terminal."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
@@ -575,16 +648,16 @@ def _warn(message: Any, *_: Any, **__: Any) -> None:
 
 
 def _label(model: AdaptiveModel, path: str) -> str:
-    """One line on an image file."""
+    """Classify one image file and return the result as one line."""
     if os.path.isdir(path):
-        raise ValueError('it is a folder; name the image files in it')
+        raise ValueError('it is a folder; give the image files in it')
     x = model.prepare(path)
     start = time.perf_counter()
     prediction = model.predict(x)
     milliseconds = 1000 * (time.perf_counter() - start)
     logits, names = prediction.logits[0], model.manifest.get('class_names') or []
     if not np.isfinite(logits.max()):
-        raise ValueError('the network answers with numbers that are not finite')
+        raise ValueError('the logits of the network are not finite')
     probs = np.exp(_log_softmax(logits))
     best = [(names[i] if names and names[i] is not None else str(i), probs[i]) for i in probs.argsort()[::-1][:3]]
     labels = ', '.join(f'{_printable(name)} {p:.1%}' for name, p in best)
@@ -598,18 +671,29 @@ def _fail(error: Exception, what: str = '') -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f'runner.py: error: {_printable(message)} (--help tells more)', file=sys.stderr)
+        print(f'runner.py: error: {_printable(message)} (see --help)', file=sys.stderr)
         sys.exit(2)
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog='runner.py', description='Label images with the multi-exit network in this folder.')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file to label')
+    return parser
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Label image files; 2 where one of them, or the folder, cannot be read."""
+    """Classify image files from the command line.
+
+    Args:
+        argv: Arguments; default: those of the process.
+
+    Returns:
+        Exit code: 0, or 2 if an image or the folder cannot be read.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
-    parser = _Parser(prog='runner.py', description='Label images with the multi-exit network in this folder.')
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
-    paths = parser.parse_args(argv).images
+    paths = _parser().parse_args(argv).images
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         return _label_all(paths)
@@ -624,14 +708,14 @@ def _label_all(paths: Sequence[str]) -> int:
     except ImportError as e:
         _fail(e, 'reading image files needs Pillow (pip install pillow): ')
         return 2
-    except Exception as e:  # ONNX Runtime fails in as many ways as there are broken files
+    except Exception as e:  # broken files can cause any error in ONNX Runtime
         _fail(e)
         return 2
     code = 0
     for path in paths:
         try:
             line = _label(model, path)
-        except Exception as e:  # so do Pillow's decoders
+        except Exception as e:  # broken images can cause any error in Pillow
             _fail(e, f'{path}: ')
             code = 2
         else:
@@ -644,6 +728,6 @@ if __name__ == '__main__':
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the answers has enough
+    except BrokenPipeError:  # the reader of the output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""When a sample leaves: a score, one threshold per exit, and what an exit answers."""
+"""Exit policies: the score of an exit, one threshold per exit, and how exits are averaged."""
 
 import json
 import math
@@ -20,12 +20,12 @@ __all__ = ['AGGREGATES', 'SCORES', 'ExitPolicy', 'ExitHistory', 'score_of']
 
 
 class ExitHistory(NamedTuple):
-    """What exits that a sample has passed leave for those to come; tensors only, batch first.
+    """State that `ExitPolicy.step` passes from one exit to the next; tensors only, batch first.
 
     Attributes:
-        log_probs: Of every exit that answered, [B, C]; empty where the aggregate is ``last``.
-        prediction: Of the exit before, [B]; None where the score isn't ``patience``.
-        streak: How many exits in a row made that prediction, [B].
+        log_probs: Log-probabilities of every exit so far, [B, C] each; empty unless exits are averaged.
+        prediction: Predicted class of the previous exit, [B]; None unless the score is ``patience``.
+        streak: Number of consecutive exits with that prediction, [B]; None unless the score is ``patience``.
     """
 
     log_probs: Tuple[torch.Tensor, ...] = ()
@@ -35,25 +35,27 @@ class ExitHistory(NamedTuple):
 
 @dataclass(frozen=True)
 class ExitPolicy:
-    """All that early exit needs beyond the weights.
+    """Rule that decides at which exit each sample leaves.
 
-    A sample leaves at the first exit k whose score is at least ``thresholds[k]``; the last exit answers whatever is
-    left. An exit with the threshold ``inf`` is off: its head doesn't run, and it has no part in later answers.
+    A sample leaves at the first exit k whose score is at least ``thresholds[k]``; the last exit answers all remaining
+    samples. An exit with the threshold ``inf`` is off: its head does not run, and it does not contribute to the
+    answers of later exits.
 
     Args:
-        thresholds: K-1 numbers.
-        score: How sure an exit is, higher is surer: ``confidence`` (max softmax), ``entropy`` (1 - H / log C),
-            ``margin`` (the best probability less the second), ``patience`` (exits in a row that agree, this one
-            included).
-        temperatures: K numbers that the logits are divided by; None for 1.
-        aggregate: What an exit answers: its own logits (``last``), or a geometric mean of the probabilities of all
-            exits so far (``mean``; ``fitted`` with weights of its own).
-        weights: For ``fitted``: row k has the weights of exits 0..k in the answer of exit k.
-        exit_names: The network's ``exit_names``, so that the policy of another network is noticed.
-        weights_digest: `timm_mlcsd.models.weights_digest` of the weights that the policy was fitted to; with others it
-            is refused. None for a policy that was not fitted. `for_weights` sets it and the next two.
-        calibration_data: Name of the data that it was fitted to.
-        calibration_images: Number of images in it.
+        thresholds: Score thresholds of all exits but the last, [K-1].
+        score: Measure of how sure an exit is, higher is surer: ``confidence`` (largest softmax probability, default),
+            ``entropy`` (1 - H / log C), ``margin`` (difference of the two largest probabilities), ``patience`` (number
+            of consecutive exits with the same prediction, this one included).
+        temperatures: Divisors of the logits, [K]; None (default) for 1.
+        aggregate: Answer of an exit: ``last`` (default): its own logits; ``mean``: geometric mean of the probabilities
+            of all exits so far; ``fitted``: the same with `weights`.
+        weights: Weights of the exits for ``fitted``: K rows, row k with the weights of exits 0..k in the answer of
+            exit k.
+        exit_names: ``exit_names`` of the network, [K]; with them `check` rejects other networks.
+        weights_digest: `timm_mlcsd.models.weights_digest` of the weights that the policy was fitted to; other weights
+            are rejected. None (default) for any weights. Set by `for_weights`, like the next two.
+        calibration_data: Name of the data set that the policy was fitted to.
+        calibration_images: Number of images that the policy was fitted to.
 
     Raises:
         ValueError: An argument is out of its range, or the arguments contradict each other.
@@ -75,7 +77,7 @@ class ExitPolicy:
     calibration_images: Optional[int] = None
 
     def __post_init__(self):
-        content = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        content = {field.name: _to_builtin(getattr(self, field.name)) for field in fields(self)}
         if isinstance(content['thresholds'], list):
             content['thresholds'] = ['off' if t == math.inf else t for t in content['thresholds']]
         content = check_policy({'format': POLICY_FORMAT, 'version': VERSION, **content}, 'ExitPolicy')
@@ -87,18 +89,27 @@ class ExitPolicy:
 
     @property
     def num_exits(self) -> int:
+        """Number of exits K, the last one included."""
         return len(self.thresholds) + 1
 
     def is_on(self, k: int) -> bool:
-        """Whether exit k ever answers."""
+        """Whether exit k can answer; false if its threshold is ``inf``."""
         return k == self.num_exits - 1 or self.thresholds[k] != math.inf
 
     def with_thresholds(self, thresholds: Sequence[float]) -> 'ExitPolicy':
-        """The same policy with other thresholds."""
+        """Copy of the policy with other thresholds, [K-1]."""
         return replace(self, thresholds=tuple(thresholds))
 
     def check(self, num_exits: int, exit_names: Optional[Sequence[str]] = None) -> None:
-        """Raise a ValueError where the policy is another network's."""
+        """Check that the policy fits a network.
+
+        Args:
+            num_exits: Number of exits of the network.
+            exit_names: ``exit_names`` of the network; None if they are unknown.
+
+        Raises:
+            ValueError: The network has other exits than the policy.
+        """
         if num_exits != self.num_exits:
             raise ValueError(
                 f'the policy has {len(self.thresholds)} thresholds, for {self.num_exits} exits; the network has '
@@ -111,26 +122,32 @@ class ExitPolicy:
             )
 
     def for_weights(self, model: Any, data: Optional[str] = None, images: Optional[int] = None) -> 'ExitPolicy':
-        """The same policy bound to a network's weights.
+        """Copy of the policy that is bound to a network's weights.
 
         Args:
-            model: The network that it was fitted to, or exported stages of it.
-            data: Name of the data that it was fitted to.
-            images: Number of images in it.
+            model: Network that the policy was fitted to, or its exported stages.
+            data: Name of the data set that the policy was fitted to.
+            images: Number of images that the policy was fitted to.
+
+        Returns:
+            The policy with ``weights_digest``, ``calibration_data`` and ``calibration_images``.
         """
         data = printable(str(data))[:300] if data else None
-        return replace(self, weights_digest=_digest_of(model), calibration_data=data, calibration_images=images)
+        return replace(self, weights_digest=_model_digest(model), calibration_data=data, calibration_images=images)
 
     @classmethod
     def load_for(cls, path: Union[str, Path], model: MultiExitModel) -> 'ExitPolicy':
-        """Load a policy that is meant for a network.
+        """Load a policy and check that it fits a network.
 
         Args:
-            path: File, or folder that holds ``exit_policy.json``.
-            model: The network.
+            path: Path of the file, or folder that holds ``exit_policy.json``.
+            model: Network.
+
+        Returns:
+            The policy.
 
         Raises:
-            ValueError: It is not a policy, or it was made for another network or fitted to other weights.
+            ValueError: The file is not a policy, or the policy was made for another network or fitted to other weights.
         """
         policy = cls.load(path)
         policy.check(model.num_exits, model.exit_names)
@@ -138,20 +155,21 @@ class ExitPolicy:
         return policy
 
     def without_digest(self) -> 'ExitPolicy':
-        """The same policy for any weights."""
+        """Copy of the policy that is accepted with any weights."""
         return replace(self, weights_digest=None)
 
     def check_weights(self, model: Any) -> None:
-        """Raise a ValueError where the policy was fitted to other weights than a network's.
-
-        A policy without a digest is accepted.
+        """Check that the policy was fitted to the weights of a network; without a digest it fits any weights.
 
         Args:
-            model: The network, or exported stages of it.
+            model: Network, or its exported stages.
+
+        Raises:
+            ValueError: The policy was fitted to other weights.
         """
         if self.weights_digest is None:
             return
-        digest = _digest_of(model)
+        digest = _model_digest(model)
         if digest == self.weights_digest:
             return
         fitted_on = ''.join(
@@ -159,28 +177,28 @@ class ExitPolicy:
             for what, value in (('data', self.calibration_data), ('images', self.calibration_images))
             if value is not None
         )
-        theirs = 'not known, the folder was exported by an earlier release' if digest is None else digest[:15]
+        actual = 'unknown, the folder was exported by an earlier release' if digest is None else digest[:15]
         raise ValueError(
             f'the policy was fitted to other weights (digest {self.weights_digest[:15]}{fitted_on}) than the network '
-            f'has ({theirs}): fit one to these (validate.py --adaptive --max-drop P --save-policy), load the weights '
-            f'that it was fitted to (averaged ones with --use-ema), or use policy.without_digest() (in the file: '
-            f'remove "weights_digest") if you know that it fits.'
+            f'has ({actual}); fit a policy to these weights (validate.py --adaptive --max-drop P --save-policy), load '
+            f'the weights that it was fitted to (averaged weights with --use-ema), or use policy.without_digest() (in '
+            f'the file: remove "weights_digest") if you know that it fits.'
         )
 
     def step(
         self, k: int, logits: torch.Tensor, history: Optional[ExitHistory] = None
     ) -> Tuple[torch.Tensor, torch.Tensor, ExitHistory]:
-        """What exit k says, given what the exits before it that are on have said.
+        """Compute answer and score of exit k.
 
         Args:
-            k: Exit, from 0; one that is on.
-            logits: Its logits [B, C].
-            history: What `step` returned for the exit before it that is on; None for the first.
+            k: Index of the exit, from 0; the exit must be on.
+            logits: Logits of the exit, [B, C].
+            history: History that `step` returned for the previous exit that is on; None for the first.
 
         Returns:
-            The answer as logits [B, C] (its softmax is what the policy believes), the score [B], and the history for
-            the next exit. float32 at least. The score is -inf, so that no threshold is reached, where the largest of
-            a sample's answers is not a finite number; -inf alone is a class that cannot be.
+            The answer as logits, [B, C], whose softmax gives the class probabilities; the score, [B]; and the history
+            for the next exit. All in float32, or float64 if `logits` are. The score is -inf, below every threshold,
+            where the largest logit of a sample's answer is not finite; excluded classes may have logits of -inf.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperatures is not None:
@@ -203,7 +221,7 @@ class ExitPolicy:
         return logits, score, ExitHistory(log_probs, prediction, streak)
 
     def _weights(self, k: int) -> Sequence[float]:
-        """Weights of the exits up to k that are on; what the others would have had is shared among them."""
+        """Weights of the exits 0..k that are on, scaled to the sum of all weights of row k."""
         on = [j for j in range(k + 1) if self.is_on(j)]
         if self.aggregate == 'mean':
             return [1 / len(on)] * len(on)
@@ -212,25 +230,36 @@ class ExitPolicy:
         return [row[j] * scale for j in on]
 
     def save(self, path: Union[str, Path]) -> None:
-        """Write the policy as JSON; a folder gets ``exit_policy.json``. Nothing is left half written."""
+        """Write the policy as JSON, atomically.
+
+        Args:
+            path: Path of the file, or an existing folder for ``exit_policy.json`` in it.
+        """
         path = Path(path)
         path = path / POLICY if path.is_dir() else path
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + '\n', encoding='utf-8')
 
     def to_dict(self) -> Dict[str, Any]:
-        """What `save` writes: plain values, ``off`` for the threshold ``inf``."""
+        """Content of the policy file: JSON values, with ``off`` for the threshold ``inf``."""
         thresholds = ['off' if t == math.inf else t for t in self.thresholds]
         content = {'format': POLICY_FORMAT, 'version': VERSION, **asdict(self), 'thresholds': thresholds}
-        late = ('weights_digest', 'calibration_data', 'calibration_images')  # files without them stay as they were
-        return {name: value for name, value in content.items() if value is not None or name not in late}
+        # left out if None, as in files of earlier releases
+        optional = ('weights_digest', 'calibration_data', 'calibration_images')
+        return {name: value for name, value in content.items() if value is not None or name not in optional}
 
     @classmethod
     def load(cls, path: Union[str, Path]) -> 'ExitPolicy':
-        """Read a policy that `save` wrote, from a file or its folder.
+        """Read a policy that `save` wrote.
+
+        Args:
+            path: Path of the file, or folder that holds ``exit_policy.json``.
+
+        Returns:
+            The policy.
 
         Raises:
-            ValueError: There is none, or it isn't one.
+            ValueError: The file does not exist, or is not a valid policy.
         """
         path = Path(path)
         path = path / POLICY if path.is_dir() else path
@@ -240,37 +269,48 @@ class ExitPolicy:
 
     @classmethod
     def from_dict(cls, content: Dict[str, Any], source: str = 'policy') -> 'ExitPolicy':
-        """The policy in what `to_dict` gives.
+        """Create a policy from the result of `to_dict`.
 
         Args:
-            content: It.
-            source: Where it comes from, for messages.
+            content: Content of a policy file.
+            source: Name of the file in error messages.
+
+        Returns:
+            The policy.
 
         Raises:
-            ValueError: It isn't one; the message names the source and the field.
+            ValueError: A field is unknown or invalid; the message names source and field.
         """
         return cls(**check_policy(content, source))
 
 
-def _plain(value: Any, depth: int = 3) -> Any:
-    """Tensors, arrays and other ordered collections as lists of Python's own values; anything else as it is."""
+def _to_builtin(value: Any, depth: int = 3) -> Any:
+    """Convert tensors, arrays and ordered collections to lists of Python numbers; return other values unchanged."""
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         return value.tolist()
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping, Set)) or not depth:
         return value
-    return [_plain(v, depth - 1) for v in value]
+    return [_to_builtin(v, depth - 1) for v in value]
 
 
-def _digest_of(model: Any) -> Optional[str]:
-    """Of a network's weights, or as the manifest of exported stages has it."""
+def _model_digest(model: Any) -> Optional[str]:
+    """Digest of a network's weights, or the digest in the manifest of exported stages."""
     return weights_digest(unwrap_model(model)) if isinstance(model, torch.nn.Module) else model.weights_digest
 
 
 def score_of(logits: torch.Tensor, score: str) -> torch.Tensor:
-    """How sure logits [..., C] are, between 0 and 1: ``confidence``, ``entropy`` or ``margin``."""
+    """Compute a score of logits.
+
+    Args:
+        logits: Logits, [..., C].
+        score: ``confidence``, ``entropy`` or ``margin``, as in `ExitPolicy`.
+
+    Returns:
+        Scores between 0 and 1, [...].
+    """
     probs = logits.softmax(-1)
     if score == 'entropy':
-        entropy = -torch.special.xlogy(probs, probs).sum(-1)  # p log p is 0 where p is
+        entropy = -torch.special.xlogy(probs, probs).sum(-1)  # xlogy is 0 where p is 0
         return (1 - entropy / math.log(max(logits.shape[-1], 2))).clamp_min(0)
     if score == 'confidence':
         return probs.amax(-1)

@@ -1,4 +1,4 @@
-"""Run a multi-exit network so that every sample stops at its own exit."""
+"""Early-exit inference: run a multi-exit network so that each sample stops at the first exit that is sure of it."""
 
 import time
 from functools import partial
@@ -19,12 +19,12 @@ __all__ = ['AdaptiveModel', 'Prediction']
 
 
 class Prediction(NamedTuple):
-    """What a batch of B images is taken for, in the order in which they came.
+    """Answers for a batch of B images, in the order of the batch.
 
     Attributes:
-        logits: The answers [B, C]; their softmax is what the policy believes.
-        exit_index: The exit that answered each, from 0, [B].
-        cost: What was spent on each, in the unit of the costs, [B], float64.
+        logits: Logits, [B, C]; their softmax gives the class probabilities.
+        exit_index: Index of the exit that answered each image, from 0, [B].
+        cost: Cost of each image, in the unit of the costs, [B], float64 (float32 on MPS).
     """
 
     logits: torch.Tensor
@@ -33,22 +33,21 @@ class Prediction(NamedTuple):
 
 
 class AdaptiveModel:
-    """A multi-exit network in which each sample of a batch leaves when it is sure.
+    """A multi-exit network in which each sample of a batch leaves at the first exit that is sure of it.
 
-    Behind every exit the batch shrinks to the samples that are still there, so time is saved, not only counted. It is
-    no module: it runs `model` as it is, on its device, under the caller's autocast, and keeps nothing between calls
-    but how long the stages took, so that threads may share it.
+    After every exit the batch shrinks to the remaining samples, so later stages take less time. The object is not a
+    module: it runs `model` unchanged, on its device, under the caller's autocast. Between calls it keeps only the run
+    times of the stages, so threads may share it.
 
     Args:
-        model: A resumable multi-exit network, which is put in evaluation mode and must stay in it, or exported stages.
-        policy: When samples leave. Samples whose logits are not finite at an exit do not leave there
-            (`ExitPolicy.answer`).
-        costs: What leaving at each exit costs: `ExitCost`, or K cumulative numbers (measured milliseconds, say);
-            default: multiply-adds at the image size that the network was made for.
+        model: Resumable multi-exit network, which is set to evaluation mode and must stay in it; or exported stages.
+        policy: Exit policy. Samples whose logits at an exit are not finite do not leave there (`ExitPolicy.step`).
+        costs: Cumulative cost of answering at each exit, [K] (milliseconds, say); or `ExitCost` or `ExitTime` per
+            exit. Default: multiply-adds at the image size of the network.
 
     Raises:
-        ValueError: The network cannot stop on the way, or the policy is another network's or was fitted to other
-            weights.
+        ValueError: The network has no resumable stages, or the policy belongs to another network or was fitted to
+            other weights.
 
     Examples:
         ```python
@@ -60,12 +59,14 @@ class AdaptiveModel:
     def __init__(self, model: Union[MultiExitModel, ExportedModel], policy: ExitPolicy, costs: Optional[Costs] = None):
         policy.check(model.num_exits, model.exit_names)
         if not model.num_classes:
-            raise ValueError('the network has no classes (num_classes=0), so no exit can be sure of one.')
+            raise ValueError(
+                'the network has no classes (num_classes=0), expected at least 1; exits need class probabilities.'
+            )
         if isinstance(model, ExportedModel):
             costs = model.costs if costs is None else costs
         elif not model.resumable:
             raise ValueError(
-                f'{type(model).__name__} cannot stop on the way: {getattr(model, "why_not_resumable", "no stages")}.'
+                f'{type(model).__name__} cannot stop at an exit: {getattr(model, "why_not_resumable", "no stages")}.'
             )
         else:
             model.eval()
@@ -78,28 +79,34 @@ class AdaptiveModel:
         self._run_exit: List[Callable[[Any], Tuple[Any, Optional[torch.Tensor]]]] = [
             partial(model.run_exit, k, answers=policy.is_on(k)) for k in range(model.num_exits)
         ]
-        self._seconds: Dict[Tuple, List[float]] = {}  # of the last runs of a stage, but for its very first
+        # seconds of the last three runs of a stage, without its first run
+        self._seconds: Dict[Tuple, List[float]] = {}
 
     @classmethod
     def from_pretrained(
         cls, source: Union[str, Path], policy: Optional[ExitPolicy] = None, **kwargs: Any
     ) -> 'AdaptiveModel':
-        """Load a network together with the exit policy that lies beside its weights.
+        """Load a network and the exit policy that is stored with its weights.
 
         Args:
             source: ``hf-hub:REPO``, a folder of `save_pretrained`, a checkpoint or run folder of train.py, or a
                 folder of exported programs.
-            policy: Use this one instead.
-            **kwargs: For `ExportedModel`: ``device``, ``trusted``.
+            policy: Exit policy; default: the stored one.
+            **kwargs: Arguments of `ExportedModel` for a folder of exported programs: ``device``, ``trusted``.
+
+        Returns:
+            The network with its policy.
 
         Raises:
-            ValueError: There is no such network, or no policy.
+            ValueError: The network cannot be loaded, or there is no policy.
         """
         if (Path(source) / MANIFEST).is_file():
             model = ExportedModel(source, **kwargs)
             return cls(model, policy or model.policy)
         if kwargs:
-            raise ValueError(f'{", ".join(kwargs)}: only for a folder of exported programs; {str(source)!r} is none.')
+            raise ValueError(
+                f'{", ".join(kwargs)}: expected only for a folder of exported programs, got {str(source)!r}.'
+            )
         network = load_network(source)
         if policy is None and network.policy_file is None:
             raise ValueError(
@@ -111,44 +118,57 @@ class AdaptiveModel:
 
     @torch.no_grad()
     def predict(self, x: torch.Tensor) -> Prediction:
-        """Answer for every image at the first exit that is sure of it.
+        """Classify each image at the first exit whose score reaches its threshold.
 
         Args:
-            x: Images [B, C, H, W], B at least 1.
+            x: Images, [B, C, H, W], B at least 1.
+
+        Returns:
+            Logits, exit indices and costs of the batch.
 
         Raises:
-            ValueError: The batch is empty.
+            ValueError: The images are not a floating point tensor of that shape, or the batch is empty.
             RuntimeError: The network, or a part of it, is in training mode.
         """
         return self._run(x)
 
     @torch.no_grad()
     def predict_anytime(self, x: torch.Tensor, deadline_s: float) -> Prediction:
-        """Answer when sure, or with the deepest exit that fits the time; the first exit that is on always answers.
+        """Classify each image as `predict` does, but return the deepest answers so far when the time is over.
 
-        A stage is not begun where the same one, on a batch of that size, took longer than what is left: the shortest
-        of its last three runs counts, the very first does not, and one percent less whenever a stage is skipped, so
-        that a slow spell is forgotten.
+        The first exit that is on always answers. Further stages start only if their estimated time fits the time left.
+        The estimate of a stage is the shortest of its last three runs on a batch of that size, without the very first
+        run. It decreases by one percent whenever a stage is skipped, so that a temporary slowdown does not last.
 
         Args:
-            x: Images [B, C, H, W].
-            deadline_s: Seconds from now.
+            x: Images, [B, C, H, W], B at least 1.
+            deadline_s: Time limit, in seconds from now.
+
+        Returns:
+            Logits, exit indices and costs of the batch.
 
         Raises:
-            ValueError: The deadline is not a number, or the batch is empty.
+            ValueError: The deadline is not a number, the images are not a floating point tensor of that shape, or the
+                batch is empty.
             RuntimeError: The network, or a part of it, is in training mode.
         """
         if deadline_s != deadline_s:
-            raise ValueError(f'deadline_s={deadline_s} is not a number of seconds.')
+            raise ValueError(f'deadline_s={deadline_s}: expected a number of seconds.')
         return self._run(x, time.perf_counter() + deadline_s)
 
     def iter_exits(self, x: torch.Tensor) -> Iterator[Tuple[int, torch.Tensor]]:
-        """Yield (k, answers [B, C]) exit by exit, without exits that are off, whatever the thresholds say.
+        """Iterate over the answers of all exits that are on, without using the thresholds.
+
+        Args:
+            x: Images, [B, C, H, W].
+
+        Returns:
+            Iterator of (exit index, logits [B, C]); an exit runs when its item is requested.
 
         Raises:
             RuntimeError: The network, or a part of it, is in training mode.
         """
-        self._check_mode()  # here: a generator would begin with it at the first exit
+        self._check_mode()  # checked here, because a generator would check at the first item
         return self._iter_exits(x)
 
     @torch.no_grad()
@@ -162,44 +182,49 @@ class AdaptiveModel:
                 yield k, answer
 
     def compile(self, **kwargs: Any) -> 'AdaptiveModel':
-        """Compile every stage with its head for batches of any size; `kwargs` go to ``torch.compile``. Returns
-        itself."""
+        """Compile every stage with its head for batches of any size.
+
+        Args:
+            **kwargs: Arguments of ``torch.compile``.
+
+        Returns:
+            The object itself.
+        """
         self._run_exit = [
-            torch.compile(_with_own_code(run, k), dynamic=True, **kwargs) for k, run in enumerate(self._run_exit)
+            torch.compile(_with_separate_code(run, k), dynamic=True, **kwargs) for k, run in enumerate(self._run_exit)
         ]
         return self
 
     def _check_mode(self) -> None:
-        """Raise a RuntimeError in training mode: dropout and the batch's statistics would change the answers, and the
-        batch would change the network."""
+        """Raise a RuntimeError in training mode, in which dropout and batch statistics change the answers."""
         if any(module.training for module in self._modules):
             name = next((name for name, module in self.model.named_modules() if module.training), '')
             what = f'its module {name!r}' if name else 'the network'
-            raise RuntimeError(f'{what} is in training mode; call model.eval() before the adaptive model answers.')
+            raise RuntimeError(f'{what} is in training mode; call model.eval() before inference.')
 
     def _run(self, x: torch.Tensor, deadline: Optional[float] = None) -> Prediction:
         self._check_mode()
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f'images are {kind}; expected a floating point tensor [B, C, H, W], normalised.')
+            raise ValueError(f'images are {kind}; expected a normalised floating point tensor [B, C, H, W].')
         if x.ndim != 4 or not len(x):
             raise ValueError(f'images have shape {tuple(x.shape)}; expected [B, C, H, W], B at least 1.')
         batch = _ActiveBatch(len(x))
         state, history, answered = x, None, None
         for k in range(self.policy.num_exits):
-            clock = None if deadline is None else self._clock(k, len(batch.rows), x)
-            if clock is not None and answered is not None and not self._fits(k, clock, deadline):
+            key = None if deadline is None else self._timing_key(k, len(batch.rows), x)
+            if key is not None and answered is not None and not self._fits_deadline(k, key, deadline):
                 break
             start = time.perf_counter()
             state, logits = self._run_exit[k](state)
             if logits is not None:
                 answer, score, history = self.policy.step(k, logits, history)
                 answered = k, answer
-            if clock is not None:
+            if key is not None:
                 if x.device.type == 'cuda':
                     torch.cuda.synchronize(x.device)
-                known = self._seconds.get(clock)
-                self._seconds[clock] = [] if known is None else [*known[-2:], time.perf_counter() - start]
+                known = self._seconds.get(key)
+                self._seconds[key] = [] if known is None else [*known[-2:], time.perf_counter() - start]
             if k == self.policy.num_exits - 1:
                 break
             if logits is not None:
@@ -207,69 +232,85 @@ class AdaptiveModel:
                 if not batch.rows:
                     break
                 if moves is not None:
-                    close_up = partial(_compact, count=len(batch.rows), moves=moves, images=x)
-                    state, answer = _each(state, close_up), close_up(answer)
-                    history = ExitHistory(*_each(history, close_up))
+                    compact = partial(_compact, count=len(batch.rows), moves=moves, images=x)
+                    state, answer = _map_tensors(state, compact), compact(answer)
+                    history = ExitHistory(*_map_tensors(history, compact))
                     answered = k, answer
         if batch.rows:
             batch.finish(*answered)
         return batch.prediction(self.costs)
 
-    def _clock(self, k: int, count: int, x: torch.Tensor) -> Tuple:
-        """Under which name the seconds of stage k on so many of these images are kept."""
+    def _timing_key(self, k: int, count: int, x: torch.Tensor) -> Tuple:
+        """Key of the run times of stage k on `count` images like `x`."""
         return (k, count, tuple(x.shape[1:]), x.device)
 
-    def _fits(self, k: int, clock: Tuple, deadline: float) -> bool:
-        """Whether there is time for the stages from k to the next exit that is on."""
-        ends = next(j for j in range(k, self.policy.num_exits) if self.policy.is_on(j))
-        clocks = [(j, *clock[1:]) for j in range(k, ends + 1)]
-        ahead = sum(min(self._seconds.get(name) or [0.0]) for name in clocks)
+    def _fits_deadline(self, k: int, key: Tuple, deadline: float) -> bool:
+        """Whether the stages from k to the next exit that is on fit the time left."""
+        next_exit = next(j for j in range(k, self.policy.num_exits) if self.policy.is_on(j))
+        keys = [(j, *key[1:]) for j in range(k, next_exit + 1)]
+        needed = sum(min(self._seconds.get(key) or [0.0]) for key in keys)
         left = deadline - time.perf_counter()
-        if ahead > left > 0:
-            self._seconds.update((name, [0.99 * s for s in self._seconds.get(name, [])]) for name in clocks)
-        return 0 < left >= ahead
+        if needed > left > 0:
+            self._seconds.update((key, [0.99 * s for s in self._seconds.get(key, [])]) for key in keys)
+        return 0 < left >= needed
 
 
 class _ActiveBatch:
-    """Who of a batch has left with which answer, and who is still there."""
+    """Record of a batch of samples: those that have left with their answers, and those that remain.
+
+    Args:
+        size: Number of samples.
+
+    Attributes:
+        rows: Batch index of each remaining sample, in the row order of the state.
+        left: Batch index of each sample that has left, in the order of leaving.
+        exits: Exit at which each of these samples left.
+        answers: Logits of these samples, [len(left), C] when concatenated.
+    """
 
     def __init__(self, size: int):
-        self.rows = list(range(size))  # of those that are still there, in the state's order
-        self.left: List[int] = []  # rows of the others, in the order in which they left
-        self.exits: List[int] = []  # where they did
-        self.answers: List[torch.Tensor] = []  # with what, together [len(left), C]
+        self.rows = list(range(size))
+        self.left: List[int] = []
+        self.exits: List[int] = []
+        self.answers: List[torch.Tensor] = []
 
     def leave(self, k: int, answer: torch.Tensor, leaves: List[bool]) -> Optional[List[Tuple[int, int]]]:
-        """Let those leave at exit k that want to.
+        """Record the samples that leave at exit k.
+
+        Args:
+            k: Index of the exit.
+            answer: Logits of the remaining samples, [len(rows), C].
+            leaves: Whether each remaining sample leaves, [len(rows)].
 
         Returns:
-            How the state's rows close up, (from, to) each: the last ones fill the gaps. None where nobody leaves.
+            Moves (from, to) of the state's rows: the last remaining rows replace those that left. None if no sample
+            or every sample leaves.
         """
-        gone = [i for i, leaving in enumerate(leaves) if leaving]
-        if not gone:
+        leaving = [i for i, is_leaving in enumerate(leaves) if is_leaving]
+        if not leaving:
             return None
-        if len(gone) == len(leaves):
+        if len(leaving) == len(leaves):
             self.finish(k, answer)
             return None
-        self.left += [self.rows[i] for i in gone]
-        self.exits += [k] * len(gone)
-        self.answers.append(answer[gone])
-        count = len(leaves) - len(gone)
-        moves = list(zip((i for i in range(count, len(leaves)) if not leaves[i]), gone))
+        self.left += [self.rows[i] for i in leaving]
+        self.exits += [k] * len(leaving)
+        self.answers.append(answer[leaving])
+        count = len(leaves) - len(leaving)
+        moves = list(zip((i for i in range(count, len(leaves)) if not leaves[i]), leaving))
         for source, gap in moves:
             self.rows[gap] = self.rows[source]
         del self.rows[count:]
         return moves
 
     def finish(self, k: int, answer: torch.Tensor) -> None:
-        """All that are still there leave."""
+        """Record that all remaining samples leave at exit k with logits `answer`, [len(rows), C]."""
         self.left += self.rows
         self.exits += [k] * len(self.rows)
         self.answers.append(answer)
         self.rows = []
 
     def prediction(self, costs: Sequence[float]) -> Prediction:
-        """What all were taken for, in the order in which they came."""
+        """Answers in the order of the batch; `costs` is the cumulative cost per exit, [K]."""
         device = self.answers[0].device
         order = sorted(range(len(self.left)), key=self.left.__getitem__)
         logits = self.answers[0] if len(self.answers) == 1 else torch.cat(self.answers)[order]
@@ -282,16 +323,19 @@ class _ActiveBatch:
         )
 
 
-def _each(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A tensor, or all tensors in nested tuples, changed; a tenth of the time of PyTorch's own pytrees."""
+def _map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Apply a function to all tensors in nested tuples; faster than PyTorch's pytree utilities."""
     if isinstance(tree, torch.Tensor):
-        return change(tree)
-    return tree if tree is None else tuple(_each(t, change) for t in tree)
+        return function(tree)
+    return tree if tree is None else tuple(_map_tensors(t, function) for t in tree)
 
 
 def _compact(t: torch.Tensor, count: int, moves: Sequence[Tuple[int, int]], images: torch.Tensor) -> torch.Tensor:
-    """The first `count` rows after `moves`: on a CPU within the tensor, which is much faster than a copy of all rows;
-    elsewhere in one kernel. The caller's images stay as they are."""
+    """Apply `moves` (from, to) to the rows of a tensor and return its first `count` rows.
+
+    On a CPU this works in place, which is faster than a copy of all rows; elsewhere it is one indexing kernel. The
+    caller's images are never changed.
+    """
     dense = t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
     if t.device.type == 'cpu' and dense and t.untyped_storage().data_ptr() != images.untyped_storage().data_ptr():
         for source, gap in moves:
@@ -303,8 +347,8 @@ def _compact(t: torch.Tensor, count: int, moves: Sequence[Tuple[int, int]], imag
     return t[order]
 
 
-def _with_own_code(run: Callable[[Any], Any], k: int) -> Callable[[Any], Any]:
-    """A function around `run` that shares its code with no other exit: torch.compile counts recompiles per code."""
+def _with_separate_code(run: Callable[[Any], Any], k: int) -> Callable[[Any], Any]:
+    """Wrap `run` in a function with its own code object, because torch.compile limits recompiles per code object."""
 
     def step(state: Any) -> Any:
         return run(state)

@@ -1,10 +1,11 @@
 """What the command lines of all scripts share."""
 
 import argparse
+import difflib
 import math
 import re
 import sys
-from typing import Any, List, NoReturn, Optional, Union
+from typing import Any, Dict, List, NoReturn, Optional, Union
 
 from timm.utils import ParseKwargs
 
@@ -40,11 +41,20 @@ _FORMS = {int: r'[+-]?[0-9]+', float: r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that say something."""
+    """Shows defaults as they are written on a command line; of None and empty ones the help itself tells."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, '', {}) or '(default' in (action.help or ''):
-            return action.help
+        text = action.help or ''
+        if '(default' in text:
+            return text
+        if isinstance(action, argparse._StoreTrueAction):
+            return f'{text} (default: off)'
+        if isinstance(action.default, list):
+            shown = (f'{value:g}' if isinstance(value, float) else str(value) for value in action.default)
+            return f'{text} (default: {" ".join(shown)})'
+        # 0 is a default to show, though it equals False
+        if action.default is None or action.default is False or action.default in ('', {}):
+            return text
         return super()._get_help_string(action)
 
 
@@ -61,6 +71,39 @@ class ScriptParser(argparse.ArgumentParser):
             if re.fullmatch(r'--?[\w-]+=--', arg):
                 self.error(f"argument {arg[:-3]}: expected a value, got '--'")
         return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        namespace, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(self._about_unknown(args, rest, namespace))
+        return namespace
+
+    def _about_unknown(self, args: List[str], rest: List[str], namespace: argparse.Namespace) -> str:
+        """What to say of arguments that no flag takes: the first that looks like a flag, with the nearest that is one.
+
+        Args:
+            args: The command line.
+            rest: What is left of it.
+            namespace: What was parsed, with the name of a subcommand.
+        """
+        # what follows -- is never a flag, nor is a negative number
+        before = args[: args.index('--')] if '--' in args else args
+        unknown = [arg for arg in rest if arg in before and re.fullmatch(r'--?[^\W\d][^\s=]*(=.*)?', arg, re.DOTALL)]
+        if not unknown:
+            return f'unrecognized arguments: {" ".join(rest)}'
+        name, flags = unknown[0].partition('=')[0], self._long_flags(namespace)
+        near = difflib.get_close_matches(_plain(name), flags, n=1)
+        return f'unknown flag {name}' + (f': did you mean {flags[near[0]]}?' if near else '')
+
+    def _long_flags(self, namespace: argparse.Namespace) -> Dict[str, str]:
+        """The flags of this parser and of the subcommand, by their plain names."""
+        flags = {_plain(s): s for s in self._option_string_actions if s.startswith('--')}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                command = action.choices.get(getattr(namespace, action.dest, None))
+                flags.update(command._long_flags(namespace) if command else {})
+        return flags
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f'{message} (--help lists the flags)')
@@ -163,6 +206,11 @@ def number(**bounds: float) -> Number:
 def integer(at_least: int, at_most: int = LARGEST_INT) -> Number:
     """The type of a flag that takes an integer."""
     return Number(int, at_least=at_least, at_most=at_most)
+
+
+def _plain(flag: str) -> str:
+    """The name of a flag as it is compared with others."""
+    return flag.lstrip('-').lower().replace('_', '-')
 
 
 def _short(text: str) -> str:

@@ -107,15 +107,38 @@ def compare_heads(args: argparse.Namespace) -> str:
 def cost_parser() -> ScriptParser:
     """The flags of mlcsd-cost."""
     parser = ScriptParser(prog='mlcsd-cost', description='What the exits of a network will cost, head by head')
-    parser.add_argument('model', help='a multi-exit model, such as mlcsd_resnet50')
-    parser.add_argument('--exits', type=exits, help='number, or comma-separated modules to tap (default: 8)')
-    parser.add_argument('--exit-pool', choices=EXIT_POOLS, help=f'(default: {DEFAULT_EXIT_POOL})')
-    parser.add_argument('--input-size', type=image_side, nargs=3, metavar='N', help='C H W (default: the model\'s own)')
-    parser.add_argument('--small-input', action='store_true', help='take the first two downsamplings out')
-    parser.add_argument('--num-classes', type=integer(1, 10_000_000), default=1000, metavar='N')
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
+    parser.add_argument('model', help='multi-exit model, such as mlcsd_resnet50')
+    parser.add_argument(
+        '--exits',
+        type=exits,
+        help='number of exits, or comma-separated modules to tap (default: 8, or as many as there are blocks)',
+    )
+    parser.add_argument(
+        '--exit-pool', choices=EXIT_POOLS, help=f'global pool at the end of an exit head (default: {DEFAULT_EXIT_POOL})'
+    )
+    parser.add_argument(
+        '--input-size',
+        type=image_side,
+        nargs=3,
+        metavar='N',
+        help="channels, height and width of an image (default: the model's)",
+    )
+    parser.add_argument(
+        '--small-input', action='store_true', help='take the first two downsamplings out, for images of about 32x32'
+    )
+    parser.add_argument(
+        '--num-classes', type=integer(1, 10_000_000), default=1000, metavar='N', help='number of classes'
+    )
+    parser.add_argument(
+        '--model-kwargs',
+        nargs='*',
+        default={},
+        action=KeyValues,
+        metavar='KEY=VALUE',
+        help='further arguments of the model (default: none)',
+    )
     parser.add_argument('-b', '--batch-size', type=positive_int, default=1, metavar='N', help='images per timed batch')
-    parser.add_argument('--repeats', type=positive_int, default=10, metavar='N', help='timed runs')
+    parser.add_argument('--repeats', type=positive_int, default=10, metavar='N', help='number of timed runs')
     return parser
 
 

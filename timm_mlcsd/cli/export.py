@@ -19,11 +19,13 @@ __all__ = ['export_parser', 'main']
 def export_parser() -> ScriptParser:
     """The flags of mlcsd-export."""
     parser = ScriptParser(prog='mlcsd-export', description='Write the stages of a network as graphs')
-    parser.add_argument('network', help='a checkpoint of train.py or the folder of a run, hf-hub:REPO, a saved folder')
-    parser.add_argument('directory', help='folder to write: a new one, or that of an earlier export')
-    parser.add_argument('--format', choices=FORMATS, default='onnx', help='what to write')
-    parser.add_argument('--policy', metavar='FILE', help='exit policy (default: exit_policy.json beside the weights)')
-    parser.add_argument('--use-ema', action='store_true', help='export the averaged weights of a checkpoint')
+    parser.add_argument('network', help='checkpoint of train.py, folder of a run, saved folder, or hf-hub:REPO')
+    parser.add_argument('directory', help='folder to write, new or of an earlier export')
+    parser.add_argument(
+        '--format', choices=FORMATS, default='onnx', help='onnx for ONNX Runtime, torch for torch.export'
+    )
+    parser.add_argument('--policy', metavar='FILE', help='file of the exit policy (default: that beside the weights)')
+    parser.add_argument('--use-ema', action='store_true', help='export the averaged weights of the checkpoint')
     return parser
 
 

@@ -39,8 +39,8 @@ class Answer(NamedTuple):
 def predict_parser() -> ScriptParser:
     """The flags of mlcsd-predict."""
     parser = ScriptParser(prog='mlcsd-predict', description='Label images with a multi-exit network')
-    parser.add_argument('network', help='a checkpoint of train.py or the folder of a run, hf-hub:REPO, a saved folder')
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
+    parser.add_argument('network', help='checkpoint of train.py, folder of a run, saved folder, or hf-hub:REPO')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file to label')
     parser.add_argument(
         '--threshold',
         type=probability,
@@ -49,11 +49,11 @@ def predict_parser() -> ScriptParser:
         'weights decides; without one the last exit answers)',
     )
     parser.add_argument(
-        '--no-policy', action='store_true', help='let the last exit answer, also where there is a policy'
+        '--no-policy', action='store_true', help='let the last exit answer every image, even if there is a policy'
     )
-    parser.add_argument('--topk', type=positive_int, default=3, metavar='N', help='labels to show')
-    parser.add_argument('--use-ema', action='store_true', help='use the averaged weights of a checkpoint')
-    parser.add_argument('--device', default='cpu', help='where to run')
+    parser.add_argument('--topk', type=positive_int, default=3, metavar='N', help='labels to show per image')
+    parser.add_argument('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
+    parser.add_argument('--device', default='cpu', help='device to run on, such as cpu or cuda')
     return parser
 
 

@@ -71,7 +71,7 @@ class CheckpointSaver:
         return is_best
 
     def save_last(self, state: Dict[str, Any]) -> None:
-        """Save the state of an unfinished epoch as the last checkpoint only; the previous one is kept as a substitute."""
+        """Save the state of an unfinished epoch as the last checkpoint; the previous one is kept as a substitute."""
         path, previous = self.folder / LAST, self.folder / PREVIOUS
         with _as_disk_error(path):
             with atomic_write(path) as temporary:

@@ -118,8 +118,8 @@ def _new_name(model: str) -> str:
 def find_checkpoint(config: RunConfig, folder: Path) -> Tuple[Optional[Dict[str, Any]], bool]:
     """Find the checkpoint that a run continues from, None for a new run, and whether only its weights are taken.
 
-    With ``--resume auto``, and if torchrun may restart the processes, ``--experiment`` is resumed with its whole state if
-    it has begun; ``--no-resume-opt`` applies to checkpoints of other runs.
+    With ``--resume auto``, and if torchrun may restart the processes, ``--experiment`` is resumed with its whole state
+    if it has begun; ``--no-resume-opt`` applies to checkpoints of other runs.
 
     Raises:
         UserError: The folder holds a run that is not resumed, or the checkpoint cannot be read.

@@ -33,8 +33,8 @@ def set_rng_state(states: Dict[str, Any]) -> None:
 def isolated_rng(batches: Iterable[Any]) -> Iterator[Any]:
     """Iterate over batches with generator states of their own.
 
-    Random numbers that the network draws (for dropout) then do not change the batches that follow, so that a resumed epoch can skip
-    its first batches without computing them.
+    Random numbers that the network draws (for dropout) then do not change the batches that follow, so that a resumed
+    epoch can skip its first batches without computing them.
     """
     own = rng_state()
     iterator = iter(batches)

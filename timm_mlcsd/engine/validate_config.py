@@ -1,6 +1,6 @@
 """The configuration of a validation: what validate.py's flags set."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Dict, Optional, Union
 
 from .data_config import DataConfig
@@ -77,3 +77,8 @@ class ValidateConfig:
     def source(self) -> str:
         """The network that is validated, as the user named it."""
         return self.checkpoint or self.model
+
+    def to_dict(self) -> Dict[str, Any]:
+        """All settings by the names of the flags, as plain values."""
+        flat = asdict(self)
+        return {**flat.pop('data'), **flat.pop('device'), **flat}

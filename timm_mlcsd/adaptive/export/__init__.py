@@ -1,6 +1,6 @@
-"""One graph per stage, for places without timm: ONNX with a runner of its own, or ``torch.export`` programs.
+"""Export of each stage as a graph that runs without timm: ONNX with a runner, or ``torch.export`` programs.
 
-An exported folder has a ``runner.py`` that needs numpy and onnxruntime, and Pillow to read image files.
+With ONNX, the folder contains ``runner.py``, which needs numpy and onnxruntime, and Pillow to read image files.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ FORMATS = tuple(SUFFIXES)
 RUNNER = 'runner.py'
 GRAPH = re.compile(r'stage_\d+\.(onnx|onnx\.data|pt2)')
 COMPILED_RUNNER = re.compile(r'runner\.[\w-]+\.pyc')
-# the same operations in another order, or fused: float32 logits move by some roundings
+# largest relative difference of exported outputs: operations may be fused or run in another order
 TOLERANCE = 1e-3
 
 
-class _Exit(nn.Module):
-    """One stage with its head, from tensors to tensors."""
+class _StageModule(nn.Module):
+    """One stage with its head as a module whose inputs and outputs are tensors."""
 
     def __init__(self, model: MultiExitModel, k: int, spec: Any, answers: bool):
         super().__init__()
@@ -48,10 +48,10 @@ class _Exit(nn.Module):
         self.answers = answers
 
     def forward(self, *tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        """The state before stage k, flat, to the state behind it and the logits."""
+        """Map the flattened state before stage k to the flattened state after it, plus logits if the exit answers."""
         state, logits = self.model.run_exit(self.k, tree_unflatten(list(tensors), self.spec), self.answers)
-        kept = tree_flatten(state)[0] if self.k < self.model.num_exits - 1 else []
-        return (*kept, logits) if self.answers else tuple(kept)
+        outputs = tree_flatten(state)[0] if self.k < self.model.num_exits - 1 else []
+        return (*outputs, logits) if self.answers else tuple(outputs)
 
 
 def export_stages(
@@ -63,25 +63,26 @@ def export_stages(
     data_config: Optional[Dict[str, Any]] = None,
     class_names: Optional[Sequence[str]] = None,
 ) -> None:
-    """Write every stage with its head as a graph of its own, for batches of any size, and check each against the model.
+    """Write each stage with its head as one graph for batches of any size, and compare it with the model.
 
     The folder holds the graphs, ``manifest.json`` (stages, costs, policy, preprocessing, versions) and, for ONNX,
-    ``runner.py``, which needs numpy and onnxruntime, and Pillow to read image files. Exits that the policy turns off
-    get no head.
+    ``runner.py``, which needs numpy and onnxruntime, and Pillow to read image files. The heads of exits that are off
+    in the policy are not exported.
 
     Args:
-        model: A resumable network.
-        policy: When samples leave.
-        directory: Where to write: a new folder, or one of an earlier export, which is replaced if nothing else lies
-            in it and its ``runner.py`` is as it was written.
-        format: ``onnx`` (extra ``[onnx]``), or ``torch`` for `AdaptiveModel.from_pretrained`.
-        data_config: Preprocessing with ``input_size`` (C, H, W), the size that the graphs are for; what it leaves out
-            is the model's own.
-        class_names: One per class, None for a class without a name.
+        model: Resumable multi-exit network.
+        policy: Exit policy.
+        directory: Folder to write: a new one, or one of an earlier export. The latter is replaced if it contains no
+            other files and its ``runner.py`` is unchanged.
+        format: ``onnx`` (default, needs the extra ``[onnx]``), or ``torch`` for `AdaptiveModel.from_pretrained`.
+        data_config: Preprocessing by name. The graphs are for images of its ``input_size``, (C, H, W). Default, also
+            for missing entries: the preprocessing of the model.
+        class_names: Class names, [C], None for a class without a name; default: no names.
 
     Raises:
-        ValueError: The network has no stages, the policy is another network's or was fitted to other weights, the
-            folder holds something else, or a graph computes something else than the model. Nothing is written then.
+        ValueError: The network is not resumable, the policy belongs to another network or was fitted to other weights,
+            the folder contains other files, a stage cannot be exported, or the outputs of a graph differ from the
+            model's. The folder is unchanged then.
     """
     if format not in FORMATS:
         raise ValueError(f'format={format!r} is unknown; choose one of {", ".join(FORMATS)}.')
@@ -90,7 +91,9 @@ def export_stages(
         if missing:
             raise ValueError(f'format=\'onnx\' needs {", ".join(missing)}: {install_hint("onnx")}.')
     if not model.num_classes:
-        raise ValueError('the network has no classes (num_classes=0), so no exit can be sure of one.')
+        raise ValueError(
+            'the network has no classes (num_classes=0), expected at least 1; exits need class probabilities.'
+        )
     dtype = next(model.parameters()).dtype
     if format == 'onnx' and dtype != torch.float32:
         raise ValueError(f'the weights are {dtype}; ONNX graphs are written in float32: call model.float() first.')
@@ -98,7 +101,7 @@ def export_stages(
         raise ValueError(f'the network has no stages to export: {model.why_not_resumable}.')
     policy.check(model.num_exits, model.exit_names)
     policy.check_weights(model)
-    directory = Path(directory).resolve()  # a link stays one
+    directory = Path(directory).resolve()  # keeps a symbolic link to the folder
     if directory.exists():
         _check_replaceable(directory)
     data_config = {**timm.data.resolve_data_config({}, model=model), **(data_config or {})}
@@ -141,11 +144,11 @@ def export_stages(
 
 
 def _check_replaceable(directory: Path) -> None:
-    """Raise a ValueError where a folder holds anything but what an earlier export wrote.
+    """Raise a ValueError if a folder contains anything but an earlier export.
 
-    What counts is what this release writes, not what the folder's own manifest names.
+    The files are compared with those that this release writes, because the manifest could name any file.
     """
-    refusal = f'{str(directory)!r} holds something else than an earlier export'
+    message = f'{str(directory)!r} holds something else than an earlier export'
     if not directory.is_dir():
         raise ValueError(f'{str(directory)!r} is not a folder; choose a new folder.')
     found = sorted(directory.iterdir())
@@ -154,17 +157,17 @@ def _check_replaceable(directory: Path) -> None:
     try:
         manifest = read_manifest(directory)
     except ValueError as e:
-        raise ValueError(f'{refusal}; choose a new folder. {e}') from None
+        raise ValueError(f'{message}; choose a new folder. {e}') from None
     for path in found:
-        is_ours = path.name in (MANIFEST, RUNNER) or GRAPH.fullmatch(path.name)
+        is_exported = path.name in (MANIFEST, RUNNER) or GRAPH.fullmatch(path.name)
         if path.name == '__pycache__' and path.is_dir() and not path.is_symlink():
-            is_ours = all(COMPILED_RUNNER.fullmatch(p.name) and _is_plain_file(p) for p in path.iterdir())
+            is_exported = all(COMPILED_RUNNER.fullmatch(p.name) and _is_plain_file(p) for p in path.iterdir())
         elif not _is_plain_file(path):
-            is_ours = False
-        if not is_ours:
-            raise ValueError(f'{refusal}: {path.name!r}; choose a new folder, or move that away.')
+            is_exported = False
+        if not is_exported:
+            raise ValueError(f'{message}: {path.name!r}; choose a new folder, or move this file.')
         if path.name == RUNNER and _digest(path) != manifest.get('runner_digest'):
-            raise ValueError(f'{str(path)!r} is not as it was exported; choose a new folder, or move the file away.')
+            raise ValueError(f'{str(path)!r} was changed after the export; choose a new folder, or move this file.')
 
 
 def _is_plain_file(path: Path) -> bool:
@@ -188,12 +191,12 @@ def _write_stages(
     stages, state = [], images
     for k in range(model.num_exits):
         tensors, spec = tree_flatten(state)
-        tensors = [t.clone() for t in tensors]  # export ties views to what they are views of
-        exit_ = _Exit(model, k, spec, policy.is_on(k))
+        tensors = [t.clone() for t in tensors]  # torch.export would link views to their base tensors
+        exit_ = _StageModule(model, k, spec, policy.is_on(k))
         expected = exit_(*tensors)
         try:
-            program = _program(exit_, tensors)
-        except Exception as e:  # export fails in as many ways as there are operations
+            program = _export_module(exit_, tensors)
+        except Exception as e:  # torch.export can raise any error
             raise ValueError(f'stage {k} cannot be exported: {type(e).__name__}: {one_line(e)}') from e
         outputs = [f'state_{k}_{i}' for i in range(len(expected) - policy.is_on(k))] + ['logits'] * policy.is_on(k)
         inputs = ['images'] if k == 0 else [name for name in stages[-1]['outputs'] if name != 'logits']
@@ -201,16 +204,16 @@ def _write_stages(
         write = _write_onnx if format == 'onnx' else _write_torch
         try:
             run = write(program, folder / file, inputs, outputs)
-            found = {count: run([t[:count] for t in tensors]) for count in (len(images), 1)}
+            results_by_count = {count: run([t[:count] for t in tensors]) for count in (len(images), 1)}
         except Exception as e:
             raise ValueError(
                 f'torch {torch.__version__} cannot write stage {k} as {format}: {type(e).__name__}: {one_line(e)}'
             ) from e
-        for count, results in found.items():
-            for name, ours, theirs in zip(outputs, results, (t[:count] for t in expected)):
-                error = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float('nan')
-                if not error <= TOLERANCE * max(1.0, theirs.abs().max().item()):
-                    raise ValueError(f'{name} of stage {k} differs by {error:.1e} from the network once exported.')
+        for count, results in results_by_count.items():
+            for name, actual, wanted in zip(outputs, results, (t[:count] for t in expected)):
+                error = (actual - wanted).abs().max().item() if actual.shape == wanted.shape else float('nan')
+                if not error <= TOLERANCE * max(1.0, wanted.abs().max().item()):
+                    raise ValueError(f'the exported {name} of stage {k} differs by {error:.1e} from the network.')
         stages.append(
             dict(
                 file=file,
@@ -226,22 +229,22 @@ def _write_stages(
     return stages
 
 
-def _program(exit_: _Exit, tensors: Sequence[torch.Tensor]) -> torch.export.ExportedProgram:
-    """The graph of one stage, for batches of any size, with the weights that it reads and no others."""
+def _export_module(exit_: _StageModule, tensors: Sequence[torch.Tensor]) -> torch.export.ExportedProgram:
+    """Export one stage for batches of any size, with only the weights that its graph reads."""
     batch = torch.export.Dim('batch', min=1, max=2**20)
     shapes = tuple({0: batch} for _ in tensors)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         module = torch.export.export(exit_, tuple(tensors), dynamic_shapes={'tensors': shapes}, strict=False).module()
         module.graph.eliminate_dead_code()
-        module = torch.fx.GraphModule(module, module.graph)  # takes along what the graph reads
+        module = torch.fx.GraphModule(module, module.graph)  # keeps only the weights that the graph reads
         return torch.export.export(module, tuple(tensors), dynamic_shapes=shapes, strict=False)
 
 
 def _write_torch(
     program: torch.export.ExportedProgram, path: Path, inputs: Sequence[str], outputs: Sequence[str]
 ) -> Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]:
-    """Write a graph; what was written, to run."""
+    """Write a graph and return a function that runs the written file."""
     torch.export.save(program, path)
     module = torch.export.load(path).module()
     return lambda tensors: module(*tensors)
@@ -250,7 +253,7 @@ def _write_torch(
 def _write_onnx(
     program: torch.export.ExportedProgram, path: Path, inputs: Sequence[str], outputs: Sequence[str]
 ) -> Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]:
-    """Write a graph; what was written, to run."""
+    """Write a graph and return a function that runs the written file."""
     import onnxruntime
 
     with warnings.catch_warnings():

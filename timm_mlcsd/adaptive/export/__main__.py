@@ -1,4 +1,4 @@
-"""``python -m timm_mlcsd.adaptive.export``, which is ``mlcsd-export``."""
+"""Entry point of ``python -m timm_mlcsd.adaptive.export``, the same command as ``mlcsd-export``."""
 
 import sys
 
