@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 import sys
-from typing import Any, Dict, List, NoReturn, Optional, Union
+from typing import Any, Dict, Generic, List, NoReturn, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 from timm.utils import ParseKwargs
 
@@ -43,7 +43,7 @@ _FORMS = {int: r'[+-]?[0-9]+', float: r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults as they are written on a command line; of None and empty ones the help itself tells."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
         text = action.help or ''
         if '(default' in text:
             return text
@@ -61,10 +61,24 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 class ScriptParser(argparse.ArgumentParser):
     """An argument parser whose mistakes are one line."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(  # type: ignore[override]  # the stub has overloads for classes other than Namespace
+        self, args: Optional[Sequence[str]] = None, namespace: Optional[argparse.Namespace] = None
+    ) -> Tuple[argparse.Namespace, List[str]]:
+        """Parse the arguments that are known, as argparse does, and refuse ``--flag=--``.
+
+        Args:
+            args: Arguments; None for those of the process.
+            namespace: Object that receives the values; None for a new one.
+
+        Returns:
+            The values, and the arguments that are left.
+
+        Raises:
+            UserError: An argument is wrong.
+        """
         args = sys.argv[1:] if args is None else list(args)
         for arg in args:
             # argparse makes an empty list of it, whatever the type
@@ -72,7 +86,21 @@ class ScriptParser(argparse.ArgumentParser):
                 self.error(f"argument {arg[:-3]}: expected a value, got '--'")
         return super().parse_known_args(args, namespace)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(  # type: ignore[override]  # the stub has overloads for classes other than Namespace
+        self, args: Optional[Sequence[str]] = None, namespace: Optional[argparse.Namespace] = None
+    ) -> argparse.Namespace:
+        """Parse all arguments; an unknown flag is an error that names the nearest known one.
+
+        Args:
+            args: Arguments; None for those of the process.
+            namespace: Object that receives the values; None for a new one.
+
+        Returns:
+            The values.
+
+        Raises:
+            UserError: An argument is wrong or unknown.
+        """
         args = sys.argv[1:] if args is None else list(args)
         namespace, rest = self.parse_known_args(args, namespace)
         if rest:
@@ -101,18 +129,34 @@ class ScriptParser(argparse.ArgumentParser):
         flags = {_plain(s): s for s in self._option_string_actions if s.startswith('--')}
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                command = action.choices.get(getattr(namespace, action.dest, None))
+                command = action.choices.get(getattr(namespace, action.dest, ''))
                 flags.update(command._long_flags(namespace) if command else {})
         return flags
 
     def error(self, message: str) -> NoReturn:
+        """Raise the message as a `UserError`, instead of printing it and exiting as argparse does."""
         raise UserError(f'{message} (--help lists the flags)')
 
 
 class KeyValues(ParseKwargs):
     """timm's ``KEY=VALUE ...``; anything else, a key twice and numbers that are not finite are errors."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Union[str, Sequence[Any], None],
+        option_string: Optional[str] = None,
+    ) -> None:
+        """Store the pairs of an argument as a dictionary.
+
+        Args:
+            parser: Parser that reports errors.
+            namespace: Object that receives the dictionary.
+            values: Texts of the form KEY=VALUE.
+            option_string: Flag as it was written.
+        """
+        assert isinstance(values, list)  # the flags have nargs='*'
         keys = [value.partition('=')[0] for value in values if value]
         for value in filter(None, values):
             if not value.partition('=')[1] or not value.partition('=')[0].isidentifier():
@@ -141,7 +185,10 @@ def _all_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-class Number:
+_Kind = TypeVar('_Kind', int, float)
+
+
+class Number(Generic[_Kind]):
     """A number between bounds, as the type of a flag: ASCII digits, without spaces or underscores.
 
     Args:
@@ -154,19 +201,19 @@ class Number:
 
     def __init__(
         self,
-        kind: type,
+        kind: Type[_Kind],
         at_least: Optional[float] = None,
         at_most: Optional[float] = None,
         above: Optional[float] = None,
         below: Optional[float] = None,
     ):
-        self.kind = kind
+        self.kind: Type[_Kind] = kind
         self.at_least = at_least
         self.at_most = at_most
         self.above = above
         self.below = below
 
-    def __call__(self, text: str) -> Union[int, float]:
+    def __call__(self, text: str) -> _Kind:
         """The number.
 
         Raises:
@@ -198,12 +245,12 @@ class Number:
         return f'{what} {" and ".join(bounds)}' if bounds else f'a finite {what[2:]}'
 
 
-def number(**bounds: float) -> Number:
+def number(**bounds: float) -> Number[float]:
     """The type of a flag that takes a finite number; see `Number` for the bounds."""
     return Number(float, **bounds)
 
 
-def integer(at_least: int, at_most: int = LARGEST_INT) -> Number:
+def integer(at_least: int, at_most: int = LARGEST_INT) -> Number[int]:
     """The type of a flag that takes an integer."""
     return Number(int, at_least=at_least, at_most=at_most)
 

@@ -72,7 +72,7 @@ def answer(model: MultiExitModel, image: torch.Tensor, policy: Optional[ExitPoli
         k, logits = model.num_exits - 1, model(image)
     else:
         logits, exit_index, _ = adaptive.predict(image)
-        k = exit_index.item()
+        k = int(exit_index.item())
     probabilities = logits[0].float().softmax(-1).cpu()
     return Answer(probabilities, k, 1000 * (time.perf_counter() - start))
 
@@ -88,7 +88,8 @@ def _policy(args: argparse.Namespace, network: Network) -> Optional[ExitPolicy]:
             return None
         raise UserError(f'--threshold: the network answers at its last exit only: {model.why_not_resumable}.')
     if args.threshold is not None:
-        return ExitPolicy([args.threshold] * (model.num_exits - 1))
+        return ExitPolicy((args.threshold,) * (model.num_exits - 1))
+    assert network.policy_file is not None  # without it and a threshold there is no policy
     with as_user_error('the exit policy cannot be used, --no-policy does without it'):
         policy = ExitPolicy.load_for(network.policy_file, model)
     return policy.without_digest()  # checked once, not with every image
@@ -112,7 +113,8 @@ def predict(args: argparse.Namespace) -> List[Answer]:
     top = min(args.topk, model.num_classes)
     widths = (max(len(printable(path)) for path in args.images), _label_width(names, model.num_classes, top), 4, 8)
     print(_row(HEADERS, widths), _row(['-' * width for width in widths], widths), sep='\n', flush=True)
-    answers, unreadable = [], []
+    answers: List[Answer] = []
+    unreadable: List[str] = []
     for path, image in _read(args, preprocessing, unreadable):
         if not answers:
             all_exits = policy and policy.with_thresholds([t if t == math.inf else 1e9 for t in policy.thresholds])

@@ -68,7 +68,10 @@ def benchmark_policy(
             torch.cuda.synchronize(device)
         return result, time.perf_counter() - start
 
-    exits, right, plain_right, seconds, latencies, count = [], 0, 0, [], [], 0
+    exits: List[torch.Tensor] = []
+    seconds: List[Tuple[float, float]] = []
+    latencies: List[Tuple[float, float]] = []
+    right, plain_right, count = 0, 0, 0
     for images, target in loader:
         if collect is not None:
             collect(count, images)
@@ -93,7 +96,7 @@ def benchmark_policy(
         100 * right / count,
         100 * plain_right / count,
         (count / total, count / plain_total),
-        [tuple(pair) for pair in quantiles.tolist()],
+        [(adaptive_ms, plain_ms) for adaptive_ms, plain_ms in quantiles.tolist()],
     )
 
 

@@ -81,9 +81,9 @@ class TrainConfig:
             ValueError: A name is unknown.
         """
         parts, left = {}, dict(settings)
-        for part in fields(cls):
-            names = [f.name for f in fields(part.default_factory)]
-            parts[part.name] = part.default_factory(**{name: left.pop(name) for name in names if name in left})
+        for part, default in vars(cls()).items():
+            names = [f.name for f in fields(default)]
+            parts[part] = type(default)(**{name: left.pop(name) for name in names if name in left})
         if left:
             raise ValueError(f'unknown settings: {", ".join(sorted(left))}.')
         return cls(**parts)

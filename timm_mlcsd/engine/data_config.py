@@ -55,7 +55,7 @@ class DataConfig:
     max_bad_samples: int = 0
     pin_mem: Optional[bool] = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.input_size and self.in_chans is None:
             self.in_chans = self.input_size[0]
 

@@ -2,11 +2,11 @@
 
 import logging
 from functools import partial
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Sized, Tuple
 
 import torch
 from PIL import ImageMode
-from timm.data import ImageDataset, create_dataset
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
@@ -21,9 +21,9 @@ from ..data import (
     DigitsDataset,
     TransformSubset,
     class_label,
+    exclude_hidden_folders,
     hold_out,
     image_endings,
-    leave_hidden_folders_out,
     names_by_index,
     probe_keys,
     read_image,
@@ -38,6 +38,7 @@ __all__ = [
     'check_classes',
     'class_names',
     'load_dataset',
+    'num_images',
     'same_split',
     'train_and_val_datasets',
 ]
@@ -81,14 +82,14 @@ def load_dataset(
     )
     hint = f' with the classes of --class-map {config.class_map}' if config.class_map else hint
     what = f'split {split!r} of --dataset {config.dataset!r} at {config.data_dir!r} cannot be read{hint}'
-    keys = dict(input_key=config.input_key, target_key=config.target_key) if source.has_keys else {}
+    keys: Dict[str, Any] = dict(input_key=config.input_key, target_key=config.target_key) if source.has_keys else {}
     with as_user_error(what), image_endings():
         dataset = create_dataset(
             config.dataset,
             root=config.data_dir,
             split=split,
             is_training=is_training,
-            class_map=class_map or '',
+            class_map=class_map or {},
             download=config.dataset_download,
             batch_size=config.batch_size,
             num_samples=num_samples,
@@ -101,6 +102,12 @@ def load_dataset(
     with as_user_error(what):
         source.check(getattr(dataset, 'reader', None), config, split, class_map)
     return _with_checked_images(dataset, prefix, config, image_mode, is_training)
+
+
+def num_images(dataset: Dataset) -> int:
+    """Number of images of a data set that states it."""
+    assert isinstance(dataset, Sized)  # all but streams of unknown length
+    return len(dataset)
 
 
 def _image_mode(config: DataConfig) -> str:
@@ -126,7 +133,7 @@ def _with_checked_images(
     """The data set with our reading of images, which counts and names the ones that are broken."""
     if isinstance(dataset, ImageDataset):
         return CheckedImages(dataset.reader, image_mode, config.max_bad_samples)
-    if SOURCES[prefix].is_stream:
+    if isinstance(dataset, IterableImageDataset):
         if not is_training:
             # timm would divide it among processes, and repeat or lose images
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
@@ -137,7 +144,7 @@ def _with_checked_images(
             f'stops at an image that cannot be read.'
         )
     if isinstance(dataset, ImageFolder):
-        leave_hidden_folders_out(dataset)
+        exclude_hidden_folders(dataset)
         dataset.loader = partial(read_image, mode=image_mode)  # torchvision's own clips 16 bits
     # timm leaves torchvision's images as they are
     return ConvertedImages(dataset, image_mode) if prefix == 'torch' else dataset
@@ -201,7 +208,7 @@ def train_and_val_datasets(config: TrainDataConfig, seed: int = 42) -> Tuple[Dat
             raise UserError(f'{flag} {given} is for streams alone ({", ".join(f"{p}/" for p in STREAMS)}).')
     record: Dict[str, Any] = dict(train_split=config.train_split, val_split=config.val_split)
     if not isinstance(train, IterableDataset):
-        record.update(train_size=len(train), train_probe=probe_keys(train))
+        record.update(train_size=num_images(train), train_probe=probe_keys(train))
     if config.val_split:
         if same_split(config.val_split, config.train_split) and '[' not in config.val_split:
             _logger.warning(
@@ -218,7 +225,7 @@ def train_and_val_datasets(config: TrainDataConfig, seed: int = 42) -> Tuple[Dat
             f'--val-fraction {config.val_fraction} must lie between 0 and 1: the held-out part chooses the best epoch. '
             f'To train on the whole split, name a --val-split.'
         )
-    kept, held = hold_out(len(train), config.val_fraction, config.val_seed)
+    kept, held = hold_out(num_images(train), config.val_fraction, config.val_seed)
     record.update(
         val_fraction=config.val_fraction,
         val_seed=config.val_seed,

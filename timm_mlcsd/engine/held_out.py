@@ -11,7 +11,7 @@ from ..data import TransformSubset, hold_out, image_name, probe_keys, sample_key
 from ..errors import UserError, printable
 from ..network import load_checkpoint
 from .data_config import DataConfig, TrainDataConfig
-from .datasets import load_dataset, same_split
+from .datasets import load_dataset, num_images, same_split
 
 __all__ = [
     'check_held_out',
@@ -26,7 +26,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 
-def held_out(config: DataConfig, checkpoint: Dict[str, Any]) -> Tuple[Dataset, str]:
+def held_out(config: DataConfig, checkpoint: Dict[str, Any]) -> Tuple[TransformSubset, str]:
     """Load the images that training held out of its train split; also returns a name for them.
 
     Raises:
@@ -52,9 +52,10 @@ def check_held_out(dataset: Dataset, checkpoint: Dict[str, Any], what: str) -> N
     _check_record(checkpoint)
     advice = 'put the files back as they were, or train anew'
     size, indices = checkpoint['train_size'], checkpoint['val_indices'].tolist()
-    if len(dataset) != size:
+    count = num_images(dataset)
+    if count != size:
         raise UserError(
-            f'the held-out images: {what} has {len(dataset)} images, not the {size} of training, so others would be '
+            f'the held-out images: {what} has {count} images, not the {size} of training, so others would be '
             f'taken for held out; {advice}.'
         )
     if 'val_keys' not in checkpoint:
@@ -80,11 +81,12 @@ def _check_record(checkpoint: Dict[str, Any]) -> None:
         isinstance(size, int)
         and isinstance(indices, torch.Tensor)
         and indices.ndim == 1
+        and len(indices) > 0
         and indices.dtype == torch.int64
         and bool(((indices >= 0) & (indices < size)).all())
         and (keys is None or (isinstance(keys, torch.Tensor) and keys.shape == indices.shape))
     )
-    if not right or not len(indices):
+    if not right:
         raise UserError('the checkpoint has no record of held-out images that can be used; name other images.')
 
 
@@ -130,7 +132,9 @@ def is_data_of(dataset: Dataset, checkpoint: Dict[str, Any]) -> bool:
     """Whether a data set is the training data of a checkpoint, in whatever place."""
     if 'train_probe' not in checkpoint or isinstance(dataset, IterableDataset):
         return False
-    return len(dataset) == checkpoint.get('train_size') and _equal(probe_keys(dataset), checkpoint['train_probe'])
+    if num_images(dataset) != checkpoint.get('train_size'):
+        return False
+    return _equal(probe_keys(dataset), checkpoint['train_probe'])
 
 
 def _equal(keys: torch.Tensor, recorded: Any) -> bool:

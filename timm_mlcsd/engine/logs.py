@@ -67,6 +67,7 @@ class MetricLoggers:
             log.add(epoch, values, picture)
 
     def close(self) -> None:
+        """Close all loggers."""
         for log in self.open:
             log.close()
 
@@ -88,11 +89,21 @@ class _TensorBoard:
 
 
 class _Service:
-    """A package with wandb's interface, which trackio shares."""
+    """A package with wandb's interface, which trackio shares.
+
+    Attributes:
+        name: Name of the package.
+    """
+
+    name: str
 
     def __init__(self, config: LogConfig, folder: Path, settings: Dict[str, Any]):
         self.module = _package(self.name, self.name)
         self.run = self.module.init(project=config.log_project, name=folder.name, config=settings, **self.more(folder))
+
+    def more(self, folder: Path) -> Dict[str, Any]:
+        """Arguments of ``init`` that only this service needs."""
+        raise NotImplementedError
 
     def add(self, epoch: int, values: Dict[str, float], picture: Optional[torch.Tensor]) -> None:
         pictures = {} if picture is None else {'teachers': self.module.Image(picture.numpy())}

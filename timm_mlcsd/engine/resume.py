@@ -272,8 +272,8 @@ def resume(
 
 def _check_same_settings(checkpoint: Dict[str, Any], settings: Dict[str, Any], rescaled: bool) -> None:
     """Refuse settings that a run must not change half-way."""
-    fixed = ('opt', 'lr', 'weight_decay', 'momentum', 'opt_betas', 'opt_eps', 'opt_args', 'layer_decay', 'exit_lr_mult')
-    fixed += ('fsdp', 'heads_only', 'distill', 'distill_method', 'distill_ramp')
+    fixed: Tuple[str, ...] = ('opt', 'lr', 'weight_decay', 'momentum', 'opt_betas', 'opt_eps', 'opt_args')
+    fixed += ('layer_decay', 'exit_lr_mult', 'fsdp', 'heads_only', 'distill', 'distill_method', 'distill_ramp')
     if 'progress' in checkpoint:
         fixed += ('batch_size', 'workers', 'grad_accum_steps', 'cache_dataset', 'seed')
     for name in (name for name in fixed if not (rescaled and name == 'lr')):
@@ -304,7 +304,7 @@ def _load_states(
         if 'state_dict_ema' in checkpoint:
             task.load_checkpoint_state(checkpoint['state_dict_ema'], checkpoint.get('task_state_ema'), ema=True)
         else:
-            task.get_trainable_module(ema=True).set(task.get_trainable_module())
+            task.trainable_module_ema.set(task.trainable_module)
     if not (weights_only or settings['fsdp']):
         optimizer.load_state_dict(checkpoint['optimizer'])
         if scaler and NativeScaler.state_dict_key in checkpoint:

@@ -3,10 +3,10 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, Collection, Dict, NamedTuple, Optional
 
 from .._timm import names_of_reader
-from ..data import check_class_folders, check_folder_has_split, leave_out_what_is_no_data, load_class_map
+from ..data import check_class_folders, check_folder_has_split, exclude_non_images, load_class_map
 from ..errors import UserError, as_user_error, install_hint, printable
 from .data_config import DataConfig
 
@@ -61,10 +61,10 @@ def check_source(config: DataConfig, split: str, needs_folder: bool) -> str:
     if prefix == 'torch':
         _check_torchvision_has_split(name, config.data_dir, split)
     path = config.data_dir if prefix in ('', 'torch') else name
-    looks_local = path == config.data_dir or path.startswith(('/', './', '../'))
+    looks_local = path is not None and (path == config.data_dir or path.startswith(('/', './', '../')))
     if path and looks_local and not config.dataset_download and not Path(path).exists():
         raise UserError(f'no data at {path!r}: there is no such file or folder.')
-    if prefix == '' or name in ('folder', 'image_folder'):
+    if config.data_dir is not None and (prefix == '' or name in ('folder', 'image_folder')):
         check_folder_has_split(config.data_dir, split, needs_folder)
     source = SOURCES[prefix]
     if source.package and importlib.util.find_spec(source.package) is None:
@@ -90,7 +90,7 @@ def read_class_map(config: DataConfig, source: Source) -> Optional[Dict[Any, int
 
 def _check_folder(reader: Any, config: DataConfig, split: str, class_map: Optional[Dict[Any, int]]) -> None:
     with as_user_error(f'split {split!r} at {config.data_dir!r} cannot be read'):
-        leave_out_what_is_no_data(reader, class_map is not None)
+        exclude_non_images(reader, class_map is not None)
     check_class_folders(reader, config.class_map)
 
 
@@ -99,14 +99,16 @@ def _check_table(reader: Any, config: DataConfig, split: str, class_map: Optiona
     if hasattr(reader, 'dataset'):
         # timm has added an empty column of that name
         table = reader.dataset.data
-        columns = [name for name in table.column_names if table.column(name).null_count < len(table)]
+        columns: Collection[str] = [name for name in table.column_names if table.column(name).null_count < len(table)]
     else:
         columns = reader.builder.info.features or ()
     for flag, keys in (('--input-key', config.input_key or 'image'), ('--target-key', config.target_key or 'label')):
         for key in keys.split(','):
             if columns and not {key.strip(), key.strip().partition('/')[0]}.intersection(columns):
                 raise UserError(f'{flag} {keys!r}: {config.dataset!r} has no such column; it has {", ".join(columns)}.')
-    names = names_of_reader(reader).items() if class_map is not None else ()
+    if class_map is None:
+        return
+    names = names_of_reader(reader).items()
     missing = [name for index, name in names if name not in class_map and index not in class_map]
     if missing:
         raise UserError(

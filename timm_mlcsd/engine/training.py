@@ -17,6 +17,7 @@ from ..errors import UserError, as_user_error
 from ..files import atomic_write
 from ..network import BEST, LAST
 from .config import TrainConfig
+from .datasets import num_images
 from .device import resolve_device
 from .dry_run import dry_run
 from .epoch import Progress
@@ -72,7 +73,7 @@ def _train(trainer: Trainer, folder: Path, weights_only: bool) -> None:
     files = RunFolder(trainer.config, folder, trainer.start_epoch, trainer.best) if dist_context.is_primary else None
     _logger.info(
         f'{trainer.config.model.model}: {trainer.model.num_exits} exits, {trainer.num_classes} classes, '
-        f'{len(trainer.train_data)} images to train on, {_number(trainer.val_data)} to choose the best epoch, '
+        f'{num_images(trainer.train_data)} images to train on, {_number(trainer.val_data)} to choose the best epoch, '
         f'{dist_context.size} process(es), output in {folder}'
     )
     handler = SigtermHandler()
@@ -141,7 +142,7 @@ def _run_epochs(trainer: Trainer, files: Optional[RunFolder], handler: SigtermHa
 
 def _number(images: Dataset) -> str:
     """The number of images as text; a stream has an unknown one."""
-    return 'a stream of them' if isinstance(images, IterableDataset) else str(len(images))
+    return 'a stream of them' if isinstance(images, IterableDataset) else str(num_images(images))
 
 
 def _advice(error: NonFiniteError, folder: Path, is_primary: bool) -> str:
