@@ -26,6 +26,7 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 # the lower bounds of install_requires, exactly; the extra [onnx] needs a newer torch, its packages do not
