@@ -46,8 +46,10 @@ def test_cells_of_a_table():
     parser.add_argument('--size', nargs=2, type=int, default=[0, 1], help='a | b of %(prog)s')
     parser.add_argument('--way', choices=('a', 'b'), help='<way> (default: by *size*)')
     parser.add_argument('--long', choices=['x' * 30, 'y' * 30], default=0)
-    parser.add_argument('--on', action=argparse.BooleanOptionalAction)
-    rows = [line for line in commands.page_of('x', parser).splitlines() if line.startswith('| <')]
+    parser.add_argument_group('EMA of it').add_argument('--on', action=argparse.BooleanOptionalAction)
+    page = commands.page_of('x', parser)
+    assert [line for line in page.splitlines() if line.startswith('#')] == ['# x', '## Options', '## EMA of it']
+    rows = [line for line in page.splitlines() if line.startswith('| <')]
     assert rows == [
         r'| <code>--size SIZE SIZE</code> | a \| b of x | 0 1 |',
         r'| <code>--way {a,b}</code> | &lt;way&gt; | by \*size\* |',

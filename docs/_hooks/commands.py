@@ -50,7 +50,8 @@ def page_of(command: str, parser: argparse.ArgumentParser) -> str:
             action for action in group._group_actions if action.dest != 'help' and action.help != argparse.SUPPRESS
         ]
         if actions:
-            lines += [f'## {(group.title or "Flags").capitalize()}', '', *_table(actions, parser), '']
+            # of argparse's own groups the titles are in lower case
+            lines += [f'## {group.title[0].upper()}{group.title[1:]}', '', *_table(actions, parser), '']
     return '\n'.join(lines)
 
 
