@@ -55,7 +55,7 @@ def test_a_class_without_images_is_an_error(mine, small, capsys, what, message):
         save_as(path, what) if what else path.unlink()
     assert run(train.main, [mine, *small[1:]]) == 2
     error = capsys.readouterr().err
-    assert f'red\' holds {message}, and no image that can be read: the class would be lost' in error
+    assert f'red\' contains {message}, and no image that can be read: the class would be lost' in error
 
 
 def test_images_outside_of_classes_are_an_error(mine, small, capsys):
