@@ -110,4 +110,4 @@ def test_mistakes_with_checkpoints(trained, small, tmp_path, capsys):
     for results, message in (('r.txt', 'must end in .csv or .json'), ('/proc/x/r.json', 'cannot be written')):
         argv = [*data, '--checkpoint', trained, '--results-file', results]
         assert message in error_of(validate.main, argv)
-    assert 'cannot be made' in error_of(validate.main, [*data, '--model', 'local-dir:/nowhere'])
+    assert 'cannot be loaded' in error_of(validate.main, [*data, '--model', 'local-dir:/nowhere'])

@@ -15,7 +15,7 @@ import torch
 from scripts import ROOT, assert_same, run, weights
 
 from timm_mlcsd.cli import train
-from timm_mlcsd.engine import checkpoint, epoch, trainer
+from timm_mlcsd.engine import checkpoint, epoch, signals, trainer
 from timm_mlcsd.network import load_checkpoint
 
 # dropout, so that the generators matter to the network too
@@ -70,7 +70,7 @@ def test_sigterm_saves_and_leaves(when, small, tmp_path, monkeypatch):
     inner = getattr(owner, name)
 
     def terminated(*args, **kwargs):
-        handler = next(a for a in (*args, *kwargs.values()) if isinstance(a, epoch.SigtermHandler))
+        handler = next(a for a in (*args, *kwargs.values()) if isinstance(a, signals.SigtermHandler))
         if next(seen) == 1:  # in the second epoch
             handler.stop_requested = True
         return inner(*args, **kwargs)
@@ -213,7 +213,7 @@ def test_ctrl_c_in_the_middle_of_a_save(tmp_path, monkeypatch):
 def test_a_background_job_that_ignores_ctrl_c_goes_on_ignoring_it():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with epoch.SigtermHandler() as termination:
+        with signals.SigtermHandler() as termination:
             os.kill(os.getpid(), signal.SIGINT)
             assert not termination.stop_requested
             os.kill(os.getpid(), signal.SIGTERM)
@@ -238,7 +238,7 @@ def test_an_unfinished_epoch_goes_on_with_the_same_batches_only(small, tmp_path,
 def test_sigterm_while_a_resumed_epoch_is_passed_over(small, tmp_path, monkeypatch):
     asked = itertools.count()
     requested = property(lambda self: next(asked) >= 3, lambda self, value: None)
-    monkeypatch.setattr(epoch.SigtermHandler, 'stop_requested', requested, raising=False)
+    monkeypatch.setattr(signals.SigtermHandler, 'stop_requested', requested, raising=False)
     assert run(train.main, small) == 0
     before = (tmp_path / 'run' / 'last.pth.tar').read_bytes()
     assert load_checkpoint(tmp_path / 'run')['progress'][0]['step'] == 4
@@ -249,7 +249,7 @@ def test_sigterm_while_a_resumed_epoch_is_passed_over(small, tmp_path, monkeypat
 
 
 def _stop(*_):
-    raise epoch.StopRequested
+    raise signals.StopRequested
 
 
 def test_rng_state_come_back():
