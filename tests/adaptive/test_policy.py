@@ -113,7 +113,7 @@ def test_missing_file(tmp_path):
         (dict(thresholds=0.5), 'thresholds: expected a list'),
         (dict(thresholds=[10**400]), r'thresholds\[0\]: expected a number'),
         (dict(thresholds=[10**5000]), r'thresholds\[0\]: expected a number.*got a int'),
-        (dict(weights_digest='sha256:12'), 'weights_digest: expected sha256: and 64 hexadecimal digits'),
+        (dict(weights_digest='sha256:12'), 'weights_digest: expected sha256: followed by 64 hexadecimal digits'),
         (dict(calibration_images=True), 'calibration_images: expected an integer'),
         (dict(calibration_images=1.5), 'calibration_images: expected an integer'),
         (dict(calibration_data=7), 'calibration_data: expected a text'),
