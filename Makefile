@@ -4,8 +4,9 @@ BIN := .venv/bin
 RUN := output/quickstart
 # test processes, one thread and about 3 GB of memory each
 JOBS ?= 2
+OLDEST := .venv-oldest
 
-.PHONY: quickstart test format
+.PHONY: quickstart test test-oldest types docs dist format
 
 .venv/installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,6 +27,34 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+# the lower bounds of install_requires, exactly
+$(OLDEST)/installed: setup.cfg pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	sed -n 's/^ *\([a-z_]*\)>=\([0-9.]*\)$$/\1==\2/p' setup.cfg > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	touch $@
+
+test-oldest: $(OLDEST)/installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS)
+
+types: .venv/installed
+	$(BIN)/mypy
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
+
+# what a release uploads; with TAG=vX.Y.Z, X.Y.Z must be the version
+dist: .venv/installed
+	test -z "$$TAG" || test "$$TAG" = "v$$($(BIN)/python -c 'import runpy; print(runpy.run_path("timm_mlcsd/version.py")["__version__"])')"
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -133,7 +133,7 @@ def sigterm(runs: Runs, name: str) -> str:
     if took > 30:
         raise RuntimeError(f'took {took:.0f} s to end')
     runs.resume(name)
-    return 'stopped' if 'StopRequested by SIGTERM' in stderr else 'already finished'
+    return 'stopped' if 'Stopped by SIGTERM' in stderr else 'already finished'
 
 
 def worker(runs: Runs, name: str) -> str:

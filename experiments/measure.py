@@ -11,12 +11,13 @@ from torch.utils.data import Dataset
 from timm_mlcsd import MLCSDLoss
 from timm_mlcsd.adaptive import budgeted_curve
 from timm_mlcsd.cost import exit_costs
-from timm_mlcsd.engine.datasets import DataConfig, load_dataset
+from timm_mlcsd.engine.data_config import DataConfig
+from timm_mlcsd.engine.datasets import load_dataset
 from timm_mlcsd.engine.device import DeviceConfig
 from timm_mlcsd.engine.evaluator import Evaluator, LabelledLogits
 from timm_mlcsd.engine.held_out import held_out
-from timm_mlcsd.engine.validate import load_model, with_trained_data
 from timm_mlcsd.engine.validate_config import ValidateConfig
+from timm_mlcsd.engine.validation import load_model, with_trained_data
 from timm_mlcsd.errors import run_script
 from timm_mlcsd.files import atomic_write
 

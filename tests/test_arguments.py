@@ -1,10 +1,12 @@
-"""Numbers on the command lines: what every flag takes and refuses."""
+"""The command lines: what every flag says of itself, and what it takes and refuses."""
 
 import argparse
+import re
 
 import pytest
 
-from timm_mlcsd.cli.arguments import Number, exits, integer, number
+from timm_mlcsd.adaptive import onnx_runner
+from timm_mlcsd.cli.arguments import Number, ScriptParser, exits, integer, number
 from timm_mlcsd.cli.cost import cost_parser
 from timm_mlcsd.cli.export import export_parser
 from timm_mlcsd.cli.flags import train_parser, validate_parser
@@ -16,6 +18,88 @@ NOT_NUMBERS = ['nan', 'inf', '-inf', '1e308', '-1e308', '1e999', '1' * 400, '1' 
 NOT_NUMBERS += ['1_000', ' 5', '5 ', '\u0663', '\uff15', 'True', 'None', '0x10', '1,5', '--', '1e']
 PARSERS = [train_parser(), validate_parser(), predict_parser(), export_parser(), push_parser(), cost_parser()]
 NUMBERS = [(parser, action) for parser in PARSERS for action in parser._actions if isinstance(action.type, Number)]
+ACTIONS = [(parser, action) for parser in [*PARSERS, onnx_runner._parser()] for action in parser._actions]
+ACTION_IDS = [f'{parser.prog}-{action.dest}' for parser, action in ACTIONS]
+
+
+def shown_help(parser, action):
+    """The sentence that --help shows of a flag, and the default behind it."""
+    text = parser._get_formatter()._expand_help(action) if action.help else ''
+    return re.fullmatch(r'(.*?)(?: \(default: (.+)\))?', text, re.DOTALL).groups()
+
+
+@pytest.mark.parametrize('parser, action', ACTIONS, ids=ACTION_IDS)
+def test_every_flag_says_what_it_does_in_one_sentence(parser, action):
+    sentence, _ = shown_help(parser, action)
+    assert len(sentence.split()) > 1
+    assert not re.search(r'[.!?](\s|$)', sentence) and '\n' not in sentence
+
+
+@pytest.mark.parametrize('parser', [*PARSERS, onnx_runner._parser()], ids=lambda parser: parser.prog)
+def test_no_two_flags_of_a_command_say_the_same(parser):
+    sentences = [shown_help(parser, action)[0] for action in parser._actions]
+    assert len(set(sentences)) == len(sentences)
+
+
+@pytest.mark.parametrize('parser, action', ACTIONS, ids=ACTION_IDS)
+def test_every_flag_shows_its_default(parser, action):
+    _, shown = shown_help(parser, action)
+    if action.required or action.default is argparse.SUPPRESS:
+        assert shown is None
+        return
+    assert shown
+    if isinstance(action, argparse._StoreTrueAction):
+        assert shown == 'off'
+    elif isinstance(action.default, list):
+        assert [float(value) for value in shown.split()] == pytest.approx(action.default, abs=1e-4)
+    elif action.default is not None and action.default is not False and action.default not in ('', {}):
+        assert re.split(', ', shown)[0] == str(action.default)
+
+
+MISTYPED = [
+    ('train.py', '--weight-decy 1', '--weight-decy', '--weight-decay'),
+    ('train.py', 'DIR --weight-decy=1', '--weight-decy', '--weight-decay'),
+    ('train.py', '--weight_decay 1', '--weight_decay', '--weight-decay'),
+    ('train.py', '--mean 0.5 --sdt -1', '--sdt', '--std'),
+    ('train.py', '-epochs 3', '-epochs', '--epochs'),
+    ('train.py', '--no-pin-men', '--no-pin-men', '--no-pin-mem'),
+    ('train.py', '--nonsense', '--nonsense', None),
+    ('train.py', 'DIR --nonsense=weight-decay', '--nonsense', None),
+    ('validate.py', '--chekpoint PATH', '--chekpoint', '--checkpoint'),
+    ('mlcsd-predict', 'network --treshold 0.5 image', '--treshold', '--threshold'),
+    ('mlcsd-push', 'run target --privat', '--privat', '--private'),
+    ('mlcsd-export', 'network folder --polcy=x', '--polcy', '--policy'),
+    ('mlcsd-cost', 'model --repeat 3', '--repeat', '--repeats'),
+]
+
+
+@pytest.mark.parametrize('prog, argv, flag, near', MISTYPED, ids=[f'{prog} {argv}' for prog, argv, *_ in MISTYPED])
+def test_a_mistyped_flag_names_the_near_one(prog, argv, flag, near):
+    parser = {parser.prog: parser for parser in PARSERS}[prog]
+    with pytest.raises(UserError) as raised:
+        parser.parse_args(argv.split())
+    hint = f': did you mean {near}?' if near else ''
+    assert str(raised.value) == f'unknown flag {flag}{hint} (--help lists the flags)'
+
+
+@pytest.mark.parametrize('argv', ['DIR -5', 'DIR -0.5', 'DIR OTHER', 'DIR -- --weight-decy', '-- DIR --epoch=3'])
+def test_what_is_no_flag_is_not_taken_for_one(argv):
+    with pytest.raises(UserError, match=f'^unrecognized arguments: (-- )?{argv.split()[-1]} '):
+        train_parser().parse_args(argv.split())
+
+
+def test_a_mistyped_flag_of_a_subcommand():
+    parser = ScriptParser()
+    commands = parser.add_subparsers(dest='command')
+    commands.add_parser('run').add_argument('--minutes')
+    commands.add_parser('list').add_argument('--scale')
+    with pytest.raises(UserError, match=r'unknown flag --minuts: did you mean --minutes\?'):
+        parser.parse_args(['run', '--minuts', '3'])
+    # which another subcommand has
+    with pytest.raises(UserError, match=r'unknown flag --minutes \('):
+        parser.parse_args(['list', '--minutes', '3'])
+    with pytest.raises(UserError, match=r'unknown flag --minuts \('):
+        parser.parse_args(['--minuts'])
 
 
 def test_no_flag_reads_numbers_in_another_way():
@@ -28,7 +112,7 @@ def test_every_number_flag_refuses_what_is_not_a_number(parser, action):
     flag = action.option_strings[-1]
     count = action.nargs if isinstance(action.nargs, int) else 1
     # so that what is required is there
-    others = ['x', 'y'] if parser.prog != 'train.py' else []
+    others = {'train.py': [], 'mlcsd-cost': ['x']}.get(parser.prog, ['x', 'y'])
     for text in NOT_NUMBERS:
         with pytest.raises(UserError) as raised:
             values = [f'{flag}={text}'] if count == 1 else [flag, *[text] * count]

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from timm_mlcsd import cost
+from timm_mlcsd.cli import cost
 from timm_mlcsd.cost import exit_costs, exit_times
 
 
@@ -69,7 +69,7 @@ def test_counting_changes_nothing():
 
 def test_whole_networks_have_no_cost_per_exit():
     model = timm.create_model('mlcsd_resnet18', channels=(8, 8, 8, 8))
-    model.program.unsupported_reason = lambda model: 'no reason'
+    model.executor.unsupported_reason = lambda model: 'no reason'
     for count in (exit_costs, exit_times):
         with pytest.raises(ValueError, match='runs as a whole'):
             count(model, (3, 64, 64))

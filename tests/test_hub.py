@@ -102,7 +102,7 @@ def test_wrong_class_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'source, message', [('/nowhere', 'not a folder with a config.json'), ('hf-hub:a/b/c/d', 'Repo id must be')]
+    'source, message', [('/nowhere', 'expected a folder with a config.json'), ('hf-hub:a/b/c/d', 'Repo id must be')]
 )
 def test_sources_that_are_not_there(source, message):
     with pytest.raises(ValueError, match=message):

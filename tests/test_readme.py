@@ -1,34 +1,78 @@
-"""What the README shows must run."""
+"""What the README and the pages in docs/ show must run."""
 
 import re
 from pathlib import Path
 
+import pytest
+import timm
 import torch
+from torch.distributed.run import get_args_parser as torchrun_parser
 
-from timm_mlcsd.cli.arguments import ScriptParser
+import timm_mlcsd  # noqa: F401  (registers the models)
+from timm_mlcsd.cli.cost import cost_parser
+from timm_mlcsd.cli.export import export_parser
 from timm_mlcsd.cli.flags import train_parser, validate_parser
 from timm_mlcsd.cli.predict import predict_parser
 from timm_mlcsd.cli.push import push_parser
 
-README = (Path(__file__).parents[1] / 'README.md').read_text()
+ROOT = Path(__file__).parents[1]
+PATHS = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
+COMMANDS = {
+    './train.py': train_parser,
+    './validate.py': validate_parser,
+    'mlcsd-cost': cost_parser,
+    'mlcsd-export': export_parser,
+    'mlcsd-predict': predict_parser,
+    'mlcsd-push': push_parser,
+}
 
 
-def test_python_examples_run_in_order(monkeypatch, tmp_path):
-    blocks = re.findall(r'```python\n(.*?)```', README, re.S)
-    assert len(blocks) == 3
-    loader = [(torch.randn(2, 3, 32, 32), torch.randint(100, (2,)))]
-    namespace = dict(loader=loader, image=torch.randn(1, 3, 32, 32))
-    namespace.update(val_logits=torch.randn(8, 20, 100), val_targets=torch.randint(100, (20,)))
+def python_blocks(page: str) -> list:
+    return re.findall(r'```python\n(.*?)```', PAGES[page], re.S)
+
+
+def flags_in(text: str) -> set:
+    return set(re.findall(r'(?<![\w-])--[a-z][a-z-]+', text))
+
+
+def options(parser) -> set:
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+@pytest.fixture
+def model():
+    return timm.create_model('mlcsd_resnet18', num_classes=100, exits=8, small_input=True)
+
+
+def test_all_examples_are_run_here():
+    counts = {page: len(python_blocks(page)) for page in PAGES if python_blocks(page)}
+    assert counts == {'README.md': 1, 'docs/models.md': 1, 'docs/adaptive.md': 1}
+
+
+def test_readme_example_runs():
+    namespace = dict(loader=[(torch.randn(2, 3, 32, 32), torch.randint(100, (2,)))])
+    exec(*python_blocks('README.md'), namespace)
+    assert namespace['loss'].isfinite()
+
+
+def test_early_exit_example_runs(model):
+    namespace = dict(model=model, image=torch.randn(1, 3, 32, 32))
+    exec(*python_blocks('docs/models.md'), namespace)
+    assert namespace['logits'].shape == (1, 100)
+
+
+def test_adaptive_example_runs(model, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for block in blocks:
-        exec(block, namespace)
-    assert namespace['loss'].isfinite() and namespace['logits'].shape == (2, 100)
+    namespace = dict(model=model.eval(), images=torch.randn(2, 3, 32, 32))
+    namespace.update(val_logits=torch.randn(8, 20, 100), val_targets=torch.randint(100, (20,)))
+    exec(*python_blocks('docs/adaptive.md'), namespace)
+    assert namespace['logits'].shape == (2, 100)
     assert (tmp_path / 'exit_policy.json').is_file()
 
 
-def test_flags_exist():
-    parsers = [train_parser(), validate_parser(), predict_parser(), push_parser(), ScriptParser()]
-    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    known |= {'--input-size'}
-    named = set(re.findall(r'(?<![\w-])--[a-z][a-z-]+', README))
-    assert named <= known, named - known
+@pytest.mark.parametrize('page', PAGES)
+def test_flags_exist(page):
+    known = set().union(*(options(parser()) for parser in (*COMMANDS.values(), torchrun_parser)))
+    known.add('--data')  # of python -m experiments.heads_only
+    assert flags_in(PAGES[page]) <= known, flags_in(PAGES[page]) - known

@@ -1,4 +1,4 @@
-"""What is used of timm's private parts: the one place to look at when timm changes."""
+"""All uses of timm's private modules and attributes, to be checked when timm changes."""
 
 import sys
 from contextlib import contextmanager
@@ -37,30 +37,31 @@ __all__ = [
     'wds_target_error',
 ]
 
-# the names under which timm's modules keep the filter of their checkpoints
+# names of the checkpoint filters in timm's model files
 _FILTERS = ('checkpoint_filter_fn', 'checkpoint_filter_fn_classifier')
 
 
 def filter_checkpoint(
     state_dict: Dict[str, torch.Tensor], model: nn.Module, source: Optional[nn.Module] = None
 ) -> Dict[str, torch.Tensor]:
-    """Fit weights to a timm model of another image size, as timm does with pretrained ones.
+    """Adapt weights to a timm model of another image size, as timm does for pretrained weights.
 
     Args:
-        state_dict: Weights of the same architecture.
-        model: The model that shall load them.
-        source: What says for which images they were made (`pretrained_cfg`, `pretrained_model_args`), where it is not
-            `model`.
+        state_dict: Weights of the same architecture, by name.
+        model: Model that loads them.
+        source: Model whose `pretrained_cfg` and `pretrained_model_args` describe the images that the weights were made
+            for; default `model`.
 
     Returns:
-        The weights as the filter of the model's family leaves them: position embeddings and tables of relative
-        positions resampled. They are as they came where the family has no filter.
+        Weights after timm's filter for the model's family, which resamples position embeddings and tables of relative
+        positions; unchanged if the family has no filter.
     """
     filter_fn = _find_filter(model)
     if filter_fn is None:
         return state_dict
     with _made_for(model, source or model):
-        return filter_fn(dict(state_dict), model)
+        filtered: Dict[str, torch.Tensor] = filter_fn(dict(state_dict), model)
+        return filtered
 
 
 def _find_filter(model: nn.Module) -> Optional[Callable]:
@@ -70,19 +71,24 @@ def _find_filter(model: nn.Module) -> Optional[Callable]:
     for module in modules:
         if module.startswith('timm.models.'):
             for name in _FILTERS:
-                if hasattr(sys.modules[module], name):
-                    return getattr(sys.modules[module], name)
+                found: Optional[Callable] = getattr(sys.modules[module], name, None)
+                if found is not None:
+                    return found
     return None
 
 
 @contextmanager
 def _made_for(model: nn.Module, source: nn.Module) -> Iterator[None]:
-    """Let `model` say inside that its weights were made for the images of `source`."""
+    """Replace the image size in the pretrained configuration of `model` by that of `source`, and restore it."""
     own: Dict[str, Any] = {name: getattr(model, name, {}) for name in ('pretrained_cfg', 'pretrained_model_args')}
     try:
-        model.pretrained_model_args = getattr(source, 'pretrained_model_args', {})
         size = getattr(source, 'pretrained_cfg', {}).get('input_size')
-        model.pretrained_cfg = {**own['pretrained_cfg'], **(dict(input_size=size) if size else {})}
+        of_source: Dict[str, Any] = dict(
+            pretrained_model_args=getattr(source, 'pretrained_model_args', {}),
+            pretrained_cfg={**own['pretrained_cfg'], **(dict(input_size=size) if size else {})},
+        )
+        for name, value in of_source.items():
+            setattr(model, name, value)
         yield
     finally:
         for name, value in own.items():
@@ -90,29 +96,34 @@ def _made_for(model: nn.Module, source: nn.Module) -> Iterator[None]:
 
 
 def names_of_reader(reader: Any) -> Dict[int, str]:
-    """The names that a data set's own labels stand for, by index; empty where timm's reader does not know."""
+    """Return the class names of a data set by label, as known to its timm reader; empty if it has none."""
     return {index: str(name) for index, name in getattr(reader, '_source_names', {}).items()}
 
 
 def intercept_open(reader: Any, prepare: Callable[[Callable[[], None]], None]) -> None:
-    """Let a function run where a reader opens its data, in the process that reads.
+    """Replace the function with which a reader opens its data, which runs in the process that reads.
 
     Args:
-        reader: Reader of a stream that has not been read from.
-        prepare: Function that receives the reader's own way to open its data, and calls it.
+        reader: timm reader of a stream that has not been opened yet.
+        prepare: Replacement; it receives the reader's own function and must call it.
     """
     open_reader = partial(type(reader)._lazy_init, reader)
     reader._lazy_init = partial(prepare, open_reader)
 
 
 def input_decoders(reader: Any, change: Callable[[Any], Any]) -> None:
-    """Change the decoders that a TFDS reader passes to TFDS."""
+    """Change the decoders that a TFDS reader passes to TFDS.
+
+    Args:
+        reader: timm reader of a TFDS data set that has not been opened yet.
+        change: Function from the reader's own decoders to the new ones.
+    """
     decoders = change(type(reader)._input_decoders(reader))
     reader._input_decoders = lambda: decoders
 
 
 def wds_target_error() -> type:
-    """The error of timm's webdataset reader for a missing label; the import needs webdataset."""
+    """Return the class of the error that timm's webdataset reader raises for a missing label; needs webdataset."""
     from timm.data.readers.reader_wds import WdsTargetKeyError
 
     return WdsTargetKeyError

@@ -14,11 +14,11 @@ class UserError(ValueError):
     """Error that the user can correct; the message says what was wrong and what to do."""
 
 
-def one_line(error: Exception, length: int = 300) -> str:
+def one_line(error: BaseException, length: int = 300) -> str:
     """Format the message of an error as one line.
 
     Args:
-        error: Exception.
+        error: Exception of any kind.
         length: Largest number of characters.
 
     Returns:
@@ -79,14 +79,14 @@ def _prepare_terminal() -> None:
             handler.addFilter(_EscapeFilter())
 
 
-def run_script(prog: str, main: Callable[[], None]) -> None:
+def run_script(prog: str, main: Callable[[], object]) -> None:
     """Run a script with logging to the terminal.
 
     A `UserError` is printed to stderr as one line, with exit code 2.
 
     Args:
         prog: Name of the script in error messages.
-        main: Function to run.
+        main: Function to run; its result is not used.
     """
     _prepare_terminal()
     try:

@@ -4,7 +4,7 @@ import logging
 import math
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Protocol, Sequence, Union
+from typing import Any, Dict, List, Optional, Protocol, Sequence, Tuple, Union
 
 import safetensors
 import safetensors.torch
@@ -21,6 +21,7 @@ from .files import atomic_write_all
 from .hub_config import write_config
 from .hub_errors import explain_hub_errors, failure_reason, has_no_connection, is_missing_file
 from .models import MultiExitModel, create_named
+from .registered import registered
 from .report import is_own_card, model_card
 from .stored import check_config, check_values, missing_weights
 from .stored_entries import check_data_config, class_list
@@ -101,10 +102,10 @@ def save_pretrained(
             policy = policy.for_weights(model)
     names = label_names(model) if class_names is None else class_list(class_names, model.num_classes)
     check_data_config(data_config or {})
-    image_mode = (data_config or {}).get(IMAGE_MODE, model.pretrained_cfg.get(IMAGE_MODE))
+    image_mode = (data_config or {}).get(IMAGE_MODE, registered(model).pretrained_cfg.get(IMAGE_MODE))
     data_config = resolve_input_data_config(model, {'input_size': model.probe_size, **(data_config or {})})
     data_config[IMAGE_MODE] = image_mode
-    card = _card(
+    card_text = _card(
         model,
         directory.name,
         source or f'local-dir:{directory}',
@@ -126,7 +127,7 @@ def save_pretrained(
         with atomic_write_all(directory, replaced) as new:
             write_config(model, new / CONFIG, names, data_config, tensors)
             safetensors.torch.save_file(tensors, new / HF_SAFE_WEIGHTS_NAME, metadata={'format': 'pt'})
-            (new / CARD).write_text(card, encoding='utf-8')
+            (new / CARD).write_text(card_text, encoding='utf-8')
             if policy is not None:
                 policy.save(new / POLICY)
     except (OSError, safetensors.SafetensorError) as e:
@@ -225,7 +226,7 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
         folder = Path(place if scheme == 'local-dir' else name)
         if not (folder / CONFIG).is_file():
             raise UserError(
-                f'{name!r} cannot be made: expected a folder with a {CONFIG}; give one, or hf-hub:OWNER/NAME.'
+                f'{name!r} cannot be loaded: expected a folder with a {CONFIG}; give one, or hf-hub:OWNER/NAME.'
             )
         if not (folder / HF_SAFE_WEIGHTS_NAME).is_file():
             raise UserError(f'{name!r} has no {HF_SAFE_WEIGHTS_NAME}; weights in other formats are not read.')
@@ -241,18 +242,19 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
     missing = missing_weights(model, shapes)
     if missing and kwargs.get('pretrained_strict', True):
         raise UserError(f'{name} has no weights for {", ".join(missing[:3])}, {len(missing)} in all.')
-    stored = model.pretrained_cfg['num_classes']
+    cfg = registered(model).pretrained_cfg
+    stored = cfg['num_classes']
     if model.num_classes not in (0, stored):
         _logger.warning(f'{name} has {stored} classes: the classifiers for {model.num_classes} are new and untrained.')
     if config.get(IMAGE_MODE):
-        model.pretrained_cfg[IMAGE_MODE] = config[IMAGE_MODE]
+        cfg[IMAGE_MODE] = config[IMAGE_MODE]
     if on_hub:
-        model.pretrained_cfg.pop('file', None)
-        model.pretrained_cfg.update(source='hf-hub', hf_hub_id=place)
+        cfg.pop('file', None)
+        cfg.update(source='hf-hub', hf_hub_id=place)
     return model
 
 
-def label_names(model: torch.nn.Module) -> Optional[List[Optional[str]]]:
+def label_names(model: MultiExitModel) -> Optional[List[Optional[str]]]:
     """Class names that a network was loaded with.
 
     Args:
@@ -318,7 +320,7 @@ def _download(place: str, cache_dir: Union[str, Path, None]) -> Path:
     return folder
 
 
-def _stored_shapes(path: Path) -> Dict[str, Sequence[int]]:
+def _stored_shapes(path: Path) -> Dict[str, Tuple[int, ...]]:
     """Shapes of the tensors in a safetensors file by name, read from its header."""
     with safetensors.safe_open(path, framework='pt') as f:
         return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
@@ -360,4 +362,4 @@ def _card(
         if not all(isinstance(top1, (int, float)) and math.isfinite(top1) for top1 in accuracies):
             raise ValueError(f'results: expected a dict with a number top1 for each of {len(rows)} exits.')
         rows = [dict(row, top1=top1) for row, top1 in zip(rows, accuracies)]
-    return model_card(name, source, model.default_cfg['architecture'], input_size, rows, **kwargs)
+    return model_card(name, source, registered(model).default_cfg['architecture'], input_size, rows, **kwargs)

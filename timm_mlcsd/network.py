@@ -12,6 +12,7 @@ from .data import IMAGE_MODE, pad_names
 from .errors import UserError, as_user_error
 from .hub import CONFIG, HUB_SCHEMES, POLICY, URI_SCHEMES, find_policy, from_pretrained, label_names
 from .models import MultiExitModel, create_named
+from .registered import registered
 from .stored import check_model_source, check_values
 from .stored_entries import class_list
 
@@ -64,13 +65,15 @@ def load_network(source: Union[str, Path], use_ema: bool = False) -> Network:
             policy_file = find_policy(source)
             names = label_names(model)
         data_config = resolve_data_config({}, model=model)
-        if model.pretrained_cfg.get(IMAGE_MODE):
-            data_config[IMAGE_MODE] = model.pretrained_cfg[IMAGE_MODE]
+        cfg = registered(model).pretrained_cfg
+        if cfg.get(IMAGE_MODE):
+            data_config[IMAGE_MODE] = cfg[IMAGE_MODE]
         return Network(model, data_config, names, {}, policy_file)
     checkpoint = load_checkpoint(_best_of_run(source))
     model = _model_of(checkpoint, source, use_ema).eval()
     policy_file = policy_path(source)
-    policy_file = policy_file if policy_file.is_file() else None
+    if policy_file is not None and not policy_file.is_file():
+        policy_file = None
     with as_user_error(f'{source!r} cannot be used'):
         names = stored_names(checkpoint)
     return Network(model, checkpoint['data_config'], names, checkpoint, policy_file)
@@ -168,7 +171,7 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
         if damaged:
             raise ValueError(f'it is damaged, the checksum of {damaged} is wrong')
         try:
-            state = torch.load(path, map_location='cpu', weights_only=True)
+            state: Dict[str, Any] = torch.load(path, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError:
             raise UserError(
                 f'{str(path)!r} cannot be read as a checkpoint, it holds more than tensors and plain values; {advice}.'

@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from .data import IMAGE_MODE
 from .errors import one_line
 from .models import MultiExitModel, create_named
+from .registered import registered
 from .stored_entries import (
     MAX_NUMBER,
     MAX_SIDE,
@@ -149,6 +150,7 @@ def check_config(config: Any, shapes: Shapes) -> MultiExitModel:
         given = ', '.join(f'{name}={value}' for name, value in numbers.items()) or 'none'
         raise ValueError(f'expected equal numbers of classes, got {given}.')
     num_classes = next(iter(numbers.values()))
+    assert isinstance(architecture, str)  # see _check_arguments
     model = _check_weights(architecture, {'num_classes': num_classes, **model_args}, shapes, cfg)
     _check_module_names(architecture, cfg, model)
     class_list(config.get('label_names', cfg.get('label_names')), num_classes)
@@ -288,6 +290,6 @@ def _as_names(value: Any) -> Set[str]:
 
 
 def _classifier_names(model: MultiExitModel) -> List[str]:
-    last = model.get_classifier()
-    modules = last if isinstance(last, (list, tuple)) else [last]
+    last = registered(model).get_classifier()
+    modules = [last] if isinstance(last, torch.nn.Module) else last
     return [name for name, module in model.named_modules() if any(module is m for m in modules)]

@@ -58,6 +58,14 @@ def check_data_config(config: Any, where: str = 'data_config') -> None:
                     f'{where}.{key}={config[key]}: expected resized images of at most {MAX_SIDE} pixels a side, got '
                     f'{side / config[key]:.0f}.'
                 )
+    _check_statistics(config, where)
+    for key, known in (('interpolation', INTERPOLATIONS), ('crop_mode', CROP_MODES), (IMAGE_MODE, IMAGE_MODES)):
+        if config.get(key) is not None and config[key] not in known:
+            raise ValueError(f'{where}.{key}={short_repr(config[key])}: expected one of {", ".join(known)}.')
+
+
+def _check_statistics(config: Dict[str, Any], where: str) -> None:
+    """Check means and standard deviations: one number, or one per channel."""
     channels = (config.get('input_size') or (None,))[0]
     for key, bounds in (('mean', (-STATISTICS[1], STATISTICS[1])), ('std', STATISTICS)):
         values = config.get(key)
@@ -69,9 +77,6 @@ def check_data_config(config: Any, where: str = 'data_config') -> None:
             )
         for value in values:
             _check_number(value, f'{where}.{key}', bounds)
-    for key, known in (('interpolation', INTERPOLATIONS), ('crop_mode', CROP_MODES), (IMAGE_MODE, IMAGE_MODES)):
-        if config.get(key) is not None and config[key] not in known:
-            raise ValueError(f'{where}.{key}={short_repr(config[key])}: expected one of {", ".join(known)}.')
 
 
 def _check_number(value: Any, where: str, bounds: Tuple[float, float]) -> None:

@@ -1,4 +1,4 @@
-"""Multi-exit training as a timm task: model and loss, trained, wrapped and saved together."""
+"""timm training task for multi-exit networks, which trains, wraps and saves model and loss together."""
 
 from typing import Any, Dict, Optional
 
@@ -15,7 +15,12 @@ __all__ = ['MLCSDTask']
 
 
 class MultiExitTrainableModule(nn.Module):
-    """Model and loss in one module, so that DDP, EMA, clipping and the optimizer see the parameters of both."""
+    """Model and loss in one module, so that DDP, EMA, gradient clipping and the optimizer include the loss parameters.
+
+    Args:
+        model: A `MultiExitModel`.
+        criterion: Loss of the model.
+    """
 
     def __init__(self, model: nn.Module, criterion: MLCSDLoss):
         super().__init__()
@@ -23,38 +28,45 @@ class MultiExitTrainableModule(nn.Module):
         self.criterion = criterion
 
     def no_weight_decay(self):
+        """Return the names of the parameters to exclude from weight decay."""
         return {f'model.{name}' for name in self.model.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False):
+        """Return a function from parameter names to layer groups; the loss belongs to the last group.
+
+        Raises:
+            ValueError: timm defines no layer groups for the backbone.
+        """
         if not hasattr(self.model, 'group_matcher'):
-            raise ValueError('timm gives this backbone no layer groups (group_matcher), so layer_decay cannot be used.')
+            raise ValueError('timm defines no layer groups (group_matcher) for this backbone; do not use layer_decay.')
         layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
         last = max(layers.values())
-        # what only the loss owns trains like the last layers
         return lambda name: layers[name[len('model.') :]] if name.startswith('model.') else last
 
     def forward(
         self, input: torch.Tensor, target: torch.Tensor, indices: Optional[torch.Tensor] = None
     ) -> Dict[str, Any]:
+        """Compute outputs and loss; see `MLCSDTask.forward`."""
         output = self.model(input)
         parts = self.criterion(output, target, return_components=True, indices=indices)
         return dict(parts, output=output.logits[-1], exit_logits=output.logits)
 
     def forward_exits(self, input: torch.Tensor) -> MultiExitOutput:
+        """Compute the outputs of all exits of the model for images [B, C, H, W]."""
         return self.model.forward_exits(input)
 
 
 class MLCSDTask(TrainingTask):
     """Train a multi-exit network with `MLCSDLoss`.
 
-    Parameters that only training needs (the CWEM) stay in the criterion and out of the evaluated model; checkpoints
-    keep them as task state.
+    Parameters that are needed in training only (the CWEM) belong to the loss, not to the evaluated model; checkpoints
+    store them as task state.
 
     Args:
         model: A `MultiExitModel`.
-        criterion: Its loss.
-        device: Where the criterion goes (default: where the model is).
-        verbose: Log what the task does.
+        criterion: Loss of the model.
+        device: Device of the loss; default the device of the model.
+        verbose: Whether timm's base class logs its actions; default True.
 
     Examples:
         ```python
@@ -78,12 +90,21 @@ class MLCSDTask(TrainingTask):
 
     @property
     def criterion(self) -> MLCSDLoss:
+        """Loss of the model."""
         return unwrap_model(self.trainable_module).criterion
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'MLCSDTask':
-        """Wrap model and criterion together in DistributedDataParallel; again, after parameters were frozen or freed.
+        """Wrap model and loss together in DistributedDataParallel.
 
-        What the loss remembers of training images it shares with the other processes itself.
+        To be repeated after parameters have been frozen or unfrozen. Memory banks of the loss are excluded, because the
+        loss synchronises them itself.
+
+        Args:
+            device_ids: Devices of this process, as in DistributedDataParallel; default None.
+            **ddp_kwargs: Further arguments of DistributedDataParallel.
+
+        Returns:
+            This task.
         """
         from torch.nn.parallel import DistributedDataParallel
 
@@ -91,57 +112,89 @@ class MLCSDTask(TrainingTask):
         module = module.module if isinstance(module, DistributedDataParallel) else module
         criterion = unwrap_model(module).criterion
         buffers = dict(criterion.named_buffers())
-        # by identity: a compiled module has other names
-        remembered = {id(buffers[name]) for name in criterion.bank_buffer_names()}
-        memories = [name for name, buffer in module.named_buffers() if id(buffer) in remembered]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, memories)
+        # compare by identity, because names differ in a compiled module
+        banks = {id(buffers[name]) for name in criterion.bank_buffer_names()}
+        ignored = [name for name, buffer in module.named_buffers() if id(buffer) in banks]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
         self.trainable_module = DistributedDataParallel(module, device_ids=device_ids, **ddp_kwargs)
         return self
 
     def synchronize_statistics(self, world_size: int, how: str = 'reduce') -> None:
-        """After an epoch, give all processes the same running statistics, the loss's included.
+        """Synchronise the BatchNorm statistics of model and loss over all processes, after an epoch.
 
         Args:
-            world_size: How many processes there are.
-            how: ``reduce`` for their mean, ``broadcast`` for the first one's, empty for neither.
+            world_size: Number of processes.
+            how: ``reduce`` (default) for their mean, ``broadcast`` for those of the first process, empty for no
+                synchronisation of the trained module. Those of the EMA module are always broadcast.
         """
         for module in self.trainable_module.modules():
-            # frozen ones are alike already, and a mean of equal numbers may be another number
+            # skip frozen modules: their statistics are equal already, and averaging could round them
             if how and module.training and hasattr(module, 'running_mean'):
                 distribute_bn(module, world_size, reduce=how == 'reduce')
         if self.has_ema():
-            # the first process's is the one that is saved
+            # broadcast, because the first process saves its EMA module
             distribute_bn(self.trainable_module_ema, world_size)
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
-        """Compile the forward pass with its loss, and the model for evaluation."""
+        """Compile the forward pass with the loss for training, and the model for evaluation.
+
+        Args:
+            backend: Backend of ``torch.compile``; default ``inductor``.
+            mode: Mode of ``torch.compile``; default None.
+            **compile_kwargs: Further arguments of ``torch.compile``.
+
+        Returns:
+            Compiled model for evaluation.
+        """
         model = self.trainable_module.model
         self.eval_model = torch.compile(model, backend=backend, mode=mode, **compile_kwargs)
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.eval_model
 
     def setup_ema(self, *args: Any, device: Optional[torch.device] = None, **kwargs: Any) -> nn.Module:
-        """As timm's; what the loss remembers of training images is not averaged: both modules have the one memory, if
-        they are on one device in one precision."""
+        """Set up the EMA of model and loss as timm does, without averaging the memory banks of the loss.
+
+        The trained and the averaged module share the memory banks if both have the same device and dtype.
+
+        Args:
+            *args: Arguments of ``TrainingTask.setup_ema``.
+            device: Device of the averaged module; default that of the trained module.
+            **kwargs: Further arguments of ``TrainingTask.setup_ema``.
+
+        Returns:
+            Averaged module.
+        """
         criterion = self.criterion
         shared = (
             {}
             if device or kwargs.get('dtype')
             else {name: criterion.get_buffer(name) for name in criterion.bank_buffer_names()}
         )
-        # out of the way, lest it be copied
-        _set_buffers(criterion, {name: memory.new_empty(0) for name, memory in shared.items()})
+        # remove the memory banks during the setup, which would copy them
+        _set_buffers(criterion, {name: bank.new_empty(0) for name, bank in shared.items()})
         ema = super().setup_ema(*args, device=device, **kwargs)
         for module in (criterion, unwrap_model(self.get_trainable_module(ema=True)).criterion):
             _set_buffers(module, shared)
         return ema
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        """Return the model for evaluation, without the loss.
+
+        Args:
+            module: Trainable module or model to use; default the trained module.
+            ema: Whether to use the EMA module instead; default False.
+        """
         resolved = super().get_eval_model(module=module, ema=ema)
         trainable = unwrap_model(resolved) if resolved is not None else None
         return trainable.model if isinstance(trainable, MultiExitTrainableModule) else resolved
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        """Return the state of the loss for a checkpoint; empty if the loss has no state.
+
+        Args:
+            module: Trainable module to use; default the trained module.
+            ema: Whether to use the EMA module instead; default False.
+        """
         module = module if module is not None else self.get_trainable_module(ema=ema)
         state = unwrap_model(module).criterion.state_dict() if module is not None else None
         return {'criterion': state} if state else {}
@@ -153,13 +206,24 @@ class MLCSDTask(TrainingTask):
         module: Optional[nn.Module] = None,
         ema: bool = False,
     ) -> None:
+        """Load the state of the loss from a checkpoint.
+
+        Args:
+            state: State from `get_task_state`; None or empty if the loss has no state.
+            strict: Whether names must match exactly; default True.
+            module: Trainable module to use; default the trained module.
+            ema: Whether to use the EMA module instead; default False.
+
+        Raises:
+            RuntimeError: `ema` is set before `setup_ema` was called, or the state does not fit.
+        """
         module = module if module is not None else self.get_trainable_module(ema=ema)
         if module is None:
-            raise RuntimeError('Cannot load EMA task state before setup_ema().')
+            raise RuntimeError('the EMA task state cannot be loaded before setup_ema(); call setup_ema() first.')
         criterion, state = unwrap_model(module).criterion, dict((state or {}).get('criterion', {}))
         for name in criterion.bank_buffer_names():
             if ema and criterion.get_buffer(name) is self.criterion.get_buffer(name):
-                state[name] = criterion.get_buffer(name)  # older checkpoints hold an averaged one
+                state[name] = criterion.get_buffer(name)  # older checkpoints contain averaged memory banks
         criterion.load_state_dict(state, strict=strict)
 
     def forward(
@@ -170,10 +234,12 @@ class MLCSDTask(TrainingTask):
         Args:
             input: Images [B, C, H, W].
             target: Class indices [B] or soft targets [B, C].
-            indices: Which images of the training set these are, [B], for losses that remember them.
+            indices: Indices of the images in the training set, [B]; required by losses with a memory bank, default
+                None.
 
         Returns:
-            ``loss``, its parts (see `MLCSDLoss`), ``output`` (the last exit's logits) and ``exit_logits`` (K of them).
+            Dict of ``loss``, its components (see `MLCSDLoss`), ``output`` (logits of the last exit, [B, C]) and
+            ``exit_logits`` (logits of all exits, K tensors [B, C]).
         """
         return self.trainable_module(input, target, indices)
 

@@ -57,7 +57,7 @@ def test_labelled_images_become_folders(archive, tmp_path):
 def test_a_folder_with_something_in_it_is_left_alone(archive, tmp_path):
     (tmp_path / 'tiny').mkdir()
     (tmp_path / 'tiny' / 'mine').touch()
-    with pytest.raises(ValueError, match='is there already'):
+    with pytest.raises(ValueError, match='exists already'):
         unpack(tmp_path / 'tiny', archive)
     assert [p.name for p in (tmp_path / 'tiny').iterdir()] == ['mine']
 

@@ -13,7 +13,7 @@ from scripts import assert_same, run
 from timm_mlcsd import save_pretrained
 from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy
 from timm_mlcsd.cli import predict, push, train, validate
-from timm_mlcsd.engine import validate as validation
+from timm_mlcsd.engine import validation
 from timm_mlcsd.network import load_checkpoint
 
 BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)

@@ -165,7 +165,7 @@ def test_labels_that_no_class_has(small, folder, tmp_path, capsys, label, more):
     flags = ['--dataset', f'hfds/{tmp_path / "data"}', '--num-classes', 3, *small[1:], *more]
     assert run(train.main, flags) == 2
     error = capsys.readouterr().err
-    assert f'a label is {label}, and 3 classes have 0 to 2' in error and 'Traceback' not in error
+    assert f'a label is {label}: expected 0 to 2 for 3 classes' in error and 'Traceback' not in error
 
 
 def test_labels_that_are_text_or_wrong_for_a_trained_network(small, folder, trained, tmp_path, capsys):
@@ -174,7 +174,7 @@ def test_labels_that_are_text_or_wrong_for_a_trained_network(small, folder, trai
     assert 'is text' in capsys.readouterr().err
     _parquet(tmp_path / 'several', folder, [[0], [1, 2], []] * 16)
     assert run(train.main, ['--dataset', f'hfds/{tmp_path / "several"}', '--num-classes', 3, *small[1:]]) == 2
-    assert 'is no whole number' in capsys.readouterr().err
+    assert 'is not a whole number' in capsys.readouterr().err
     _parquet(tmp_path / 'more', folder, [0, 1, 7] * 16)
     argv = ['--dataset', f'hfds/{tmp_path / "more"}', '--checkpoint', trained, '--split', 'train', '--workers', 0]
     assert run(validate.main, argv) == 2

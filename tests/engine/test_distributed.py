@@ -18,7 +18,7 @@ from scripts import ROOT, assert_same, run, weights
 from timm_mlcsd import MLCSDLoss, create_multi_exit
 from timm_mlcsd.cli import train
 from timm_mlcsd.distributed import DistributedContext
-from timm_mlcsd.engine import epoch, trainer
+from timm_mlcsd.engine import signals, trainer
 from timm_mlcsd.network import load_checkpoint
 from timm_mlcsd.task import MLCSDTask
 
@@ -110,7 +110,7 @@ def test_sigterm_stops_all_processes_where_they_can_go_on(folder, small_flags, t
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)  # torchrun passes it on to the workers and to their loaders
     output = job.communicate(timeout=120)[0]
-    assert 'StopRequested by SIGTERM; saved' in output and 'RuntimeError' not in output
+    assert 'Stopped by SIGTERM; saved' in output and 'RuntimeError' not in output
     assert load_checkpoint(tmp_path / 'cut')['epoch'] < 7
     jobs = [torchrun(*flags, '--experiment', 'whole'), torchrun(*flags, '--resume', tmp_path / 'cut')]
     for job in jobs:
@@ -138,8 +138,8 @@ def _stop_together(rank):
         world, had = DistributedContext(rank, 2, rank), []
         try:
             # the second has a batch less
-            had.extend(epoch.iterate_in_lockstep(_Wish(when if rank else 99), iter(range(5 - rank)), world))
-        except epoch.StopRequested:
+            had.extend(signals.iterate_in_lockstep(_Wish(when if rank else 99), iter(range(5 - rank)), world))
+        except signals.StopRequested:
             counts.append(-1)
         else:
             counts.append(len(had))
@@ -156,7 +156,7 @@ import os, signal
 from timm_mlcsd.cli import train
 from timm_mlcsd.engine import finite
 
-see = finite.NonFiniteMonitor.see
+see = finite.NonFiniteMonitor.update
 
 
 def cut(self, batch, loss):
@@ -165,7 +165,7 @@ def cut(self, batch, loss):
     see(self, batch, loss)
 
 
-finite.NonFiniteMonitor.see = cut
+finite.NonFiniteMonitor.update = cut
 train.main()
 """
 
@@ -182,7 +182,7 @@ def test_running_statistics_of_each_process_come_back(folder, small_flags, tmp_p
     monkeypatch.delenv('CUT')
     done(jobs[0])
     output = done(jobs[1])
-    assert 'StopRequested by SIGTERM; saved' in output
+    assert 'Stopped by SIGTERM; saved' in output
     assert load_checkpoint(tmp_path / 'cut')['progress'][1]['step'] == batch + 1
     done(torchrun(*flags, '--resume', tmp_path / 'cut'))
     assert_same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))

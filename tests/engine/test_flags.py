@@ -97,8 +97,8 @@ def test_mistakes_in_a_config(tmp_path, config, message):
         ('--seed -1', "argument --seed: expected an integer from 0 to 2147483647, got '-1'"),
         ('--workers -1', "argument -j/--workers: expected an integer from 0 to 1024, got '-1'"),
         ('--model-kwargs foo', "expected KEY=VALUE, got 'foo'"),
-        ('--nonsense', 'unrecognized arguments: --nonsense'),
-        ('--epoch 3', 'unrecognized arguments'),
+        ('--epoch 3', 'unknown flag --epoch: did you mean --epochs?'),
+        ('DIR OTHER', 'unrecognized arguments: OTHER'),
     ],
 )
 def test_mistakes_on_the_command_line(argv, message):

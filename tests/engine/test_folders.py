@@ -77,7 +77,7 @@ def test_a_class_called_like_a_split(mine, small, capsys):
     shutil.move(mine / 'train', mine / 'old')
     shutil.move(mine / 'old' / 'red', mine / 'train')
     assert run(train.main, [mine, *small[1:]]) == 2
-    assert 'If it is a class, rename it: folders of this name are taken for a split' in capsys.readouterr().err
+    assert 'If it is a class, rename it: folders of this name are treated as a split' in capsys.readouterr().err
 
 
 def test_one_class_is_an_error_unless_more_are_to_come(mine, small, capsys):

@@ -35,7 +35,7 @@ def test_push_then_predict_from_the_hub(trained, photo, tmp_path):
         environment.update(HF_TOKEN='hf_' + 'x' * 34, HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1')
 
         def command(module, *argv):
-            command = [sys.executable, '-m', f'timm_mlcsd.engine.{module}', *map(str, argv)]
+            command = [sys.executable, '-m', f'timm_mlcsd.cli.{module}', *map(str, argv)]
             return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
 
         pushed = command('push', trained / 'model_best.pth.tar', 'me/colours', '--private')

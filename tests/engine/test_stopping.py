@@ -1,4 +1,4 @@
-"""StopRequested inside an epoch: what goes on from there ends as if nothing had happened."""
+"""Stopped inside an epoch: what goes on from there ends as if nothing had happened."""
 
 import csv
 import io
@@ -110,7 +110,7 @@ def test_a_signal_from_outside(number, name, workers, small, tmp_path):
     os.killpg(process.pid, number)
     error = ended(process)
     assert process.returncode == 0
-    assert f'StopRequested by {name}; saved, go on with --resume {tmp_path / "run"}' in error
+    assert f'Stopped by {name}; saved, go on with --resume {tmp_path / "run"}' in error
     assert ('press it again to stop at once' in error) == (number == signal.SIGINT)
     assert 'Traceback' not in error and load_checkpoint(tmp_path / 'run')['epoch'] >= 0
 
@@ -122,7 +122,7 @@ from timm_mlcsd.data.checked import CheckedImages
 from timm_mlcsd.cli import train, validate
 from timm_mlcsd.engine import finite
 
-read, see = CheckedImages._read, finite.NonFiniteMonitor.see
+read, see = CheckedImages._read, finite.NonFiniteMonitor.update
 
 
 def slowly_read(self, index):
@@ -139,7 +139,7 @@ def slowly_see(self, batch, loss):
     see(self, batch, loss)
 
 
-CheckedImages._read, finite.NonFiniteMonitor.see = slowly_read, slowly_see
+CheckedImages._read, finite.NonFiniteMonitor.update = slowly_read, slowly_see
 {'train': train.main, 'validate': validate.main}[sys.argv.pop(1)]()
 """
 
@@ -169,7 +169,7 @@ def test_a_second_ctrl_c_stops_at_once(small, tmp_path):
     error = ended(process)
     # an update takes 30 seconds
     assert process.returncode == 130 and time.monotonic() - began < 20
-    assert 'Traceback' not in error and 'StopRequested by' not in error
+    assert 'Traceback' not in error and 'Stopped by' not in error
     assert load_checkpoint(tmp_path / 'run')['epoch'] == 0
     assert not [p.name for p in (tmp_path / 'run').iterdir() if p.name[0] == '.']
     assert run(train.main, [*small, '--resume', tmp_path / 'run']) == 0

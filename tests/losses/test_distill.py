@@ -211,7 +211,7 @@ def test_teachers_of_the_methods_are_mixed():
 @pytest.mark.parametrize('method', ['dkd', 'crd'])
 def test_soft_targets_are_refused(method):
     criterion = MLCSDLoss(K, D, method=method, num_samples=M)
-    with pytest.raises(ValueError, match=r'needs class indices .* leave out mixup'):
+    with pytest.raises(ValueError, match=r'needs class indices .* switch off mixup'):
         criterion(output(), torch.rand(B, C).softmax(-1), indices=torch.arange(B))
 
 

@@ -334,7 +334,7 @@ def test_exits_of_unlike_widths_and_sizes():
         (dict(distill='some'), "distill='some' is unknown; choose one of none, one-for-all, minimum"),
         (dict(cwem_supervision='x'), "cwem_supervision='x' is unknown"),
         (dict(method='x'), "method='x' is unknown; choose one of kd, cc, crd, dkd, or pass a DistillMethod"),
-        (dict(method='crd'), 'pass num_samples, how many there are'),
+        (dict(method='crd'), 'pass their number as num_samples'),
         (dict(alpha=-1), 'alpha=-1 must be finite and not negative'),
         (dict(beta=float('inf')), 'beta=inf must be finite'),
         (dict(gamma=float('nan')), 'gamma=nan must be finite'),
@@ -352,7 +352,7 @@ def test_mistakes_are_named(kwargs, message):
 
 
 def test_wrong_number_of_exits_is_named():
-    with pytest.raises(ValueError, match='output is one tensor, which a model gives in eval mode'):
+    with pytest.raises(ValueError, match='output is one tensor, as a model returns in evaluation mode'):
         MLCSDLoss(K, D)(torch.randn(B, C), torch.randint(C, (B,)))
     with pytest.raises(ValueError, match='must stay in float32'):
         MLCSDLoss(K, D).bfloat16()(random_output(torch.bfloat16), torch.randint(C, (B,)))

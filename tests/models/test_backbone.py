@@ -87,13 +87,13 @@ def test_taps_by_name():
     [
         (0, 'exits=0 is impossible: .* choose 1 to 8'),
         (9, 'exits=9 is impossible: .* choose 1 to 8'),
-        (['layer9'], "names 'layer9', which is no place .* Choose among: conv1"),
-        (['layer2', 'layer1'], 'must be different places in the order'),
-        (True, 'neither a number of exits nor a list of names'),
-        ([], 'neither a number of exits nor a list of names'),
-        (4.0, 'neither a number of exits nor a list of names'),
-        ([3], 'neither a number of exits nor a list of names'),
-        ('layer9', "names 'layer9', which is no place"),
+        (['layer9'], "names 'layer9', which an exit .* cannot tap; choose among conv1"),
+        (['layer2', 'layer1'], 'expected different modules in the order'),
+        (True, 'expected a number of exits or a list of names'),
+        ([], 'expected a number of exits or a list of names'),
+        (4.0, 'expected a number of exits or a list of names'),
+        ([3], 'expected a number of exits or a list of names'),
+        ('layer9', "names 'layer9', which an exit .* cannot tap"),
         (['bn1'], r"overwrites that map in place; tap 'act1'"),
     ],
 )
@@ -136,7 +136,7 @@ def test_other_modules_are_refused():
 def test_small_input_keeps_four_times_the_resolution(name):
     with torch.device('meta'):
         plain, small = (create_multi_exit(name, exits=1, small_input=flag) for flag in (False, True))
-    before, after = (model.plan.places[model.plan.taps[-1]].layout for model in (plain, small))
+    before, after = (model.plan.modules[model.plan.taps[-1]].layout for model in (plain, small))
     assert after.channels == before.channels
     # odd sizes and unpadded convs: 299 pixels end at 8, and at 35
     assert after.width == {'inception_v3': 35, 'xception41': 38}.get(name, 4 * before.width)
@@ -145,9 +145,9 @@ def test_small_input_keeps_four_times_the_resolution(name):
 @pytest.mark.parametrize(
     'name, message',
     [
-        ('test_vit', "'patch_embed.proj' of this backbone reduces the image 16 times at once"),
-        ('tresnet_m', 'has no strided convs or pools at its beginning'),
-        ('efficientformerv2_s0', 'the first two downsamplings of this backbone cannot be taken out'),
+        ('test_vit', "at most 4 times, got 'patch_embed.proj', which reduces 16 times"),
+        ('tresnet_m', 'expected strided convs or pools at the beginning of the backbone, got none'),
+        ('efficientformerv2_s0', 'the first two downsamplings of this backbone cannot be removed'),
     ],
 )
 def test_small_input_where_it_makes_no_sense(name, message):
@@ -295,7 +295,7 @@ def test_small_input_with_pretrained_weights_warns_and_keeps_all_but_the_stem(tm
         channels=(8, 16, 24, 32),
         pretrained_cfg_overlay=overlay,
     )
-    assert 'stem conv is new and untrained' in caplog.text
+    assert 'stem conv gets new random weights' in caplog.text
     assert model.backbone.conv1.weight.shape == (64, 3, 3, 3)
     state, loaded = plain.state_dict(), model.backbone.state_dict()
     assert all(torch.equal(state[name], loaded[name]) for name in state if name != 'conv1.weight')
@@ -304,7 +304,7 @@ def test_small_input_with_pretrained_weights_warns_and_keeps_all_but_the_stem(tm
 def test_instance_is_wrapped_not_copied():
     plain = timm.create_model('resnet18', num_classes=7, channels=(8, 16, 24, 32))
     assert create_multi_exit(plain, exits=4).backbone is plain
-    with pytest.raises(ValueError, match=r"\['num_classes'\] cannot be applied to a backbone that is already made"):
+    with pytest.raises(ValueError, match=r"\['num_classes'\] cannot be applied to an existing backbone"):
         create_multi_exit(plain, exits=4, num_classes=3)
 
 
@@ -319,7 +319,7 @@ def test_weights_go_from_plain_to_multi_exit_and_back(tmp_path):
             for target in (make(), timm.create_model('resnet18', num_classes=7, channels=(8, 16, 24, 32))):
                 load_backbone(target, weights)
                 assert torch.equal(target.eval()(x), plain(x))
-    with pytest.raises(ValueError, match='weights of another network'):
+    with pytest.raises(ValueError, match='weights do not fit the backbone'):
         load_backbone(make('resnet50'), plain.state_dict())
     with pytest.raises(ValueError, match='cannot be read as weights'):
         load_backbone(plain, tmp_path / 'nothing.pth')

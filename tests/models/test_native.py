@@ -132,7 +132,7 @@ def test_model_contract(model, tmp_path):
     assert model(images).shape == (2, model.num_features)
     model.reset_classifier(3)
     assert all(z.shape == (2, 3) for z in model.forward_exits(images).logits)
-    with pytest.raises(ValueError, match='pool by their mean'):
+    with pytest.raises(ValueError, match="expected 'avg'"):
         model.reset_classifier(3, 'max')
 
     groups = timm.models.group_parameters(model, model.group_matcher())
@@ -169,20 +169,20 @@ def test_weights_of_other_classes(model, tmp_path):
 @pytest.mark.parametrize(
     'name, kwargs, message',
     [
-        ('mlcsd_msdnet', dict(exits=4), 'has exits of its own, so exits does not apply'),
-        ('mlcsd_ranet', dict(small_input=True), 'so small_input does not apply'),
+        ('mlcsd_msdnet', dict(exits=4), 'exits does not apply to mlcsd_msdnet, which is designed with exits'),
+        ('mlcsd_ranet', dict(small_input=True), 'small_input does not apply'),
         ('mlcsd_msdnet', dict(pretrained=True), 'there are no weights for mlcsd_msdnet'),
-        ('mlcsd_ranet', dict(pretrained_backbone=True), 'no wrapped backbone'),
+        ('mlcsd_ranet', dict(pretrained_backbone=True), 'pretrained_backbone does not apply'),
         ('mlcsd_msdnet', dict(step_mode='odd'), "step_mode='odd' is unknown; choose one of even, linear"),
         ('mlcsd_msdnet', dict(prune='x'), "prune='x' is unknown"),
         ('mlcsd_ranet', dict(stem='x'), "stem='x' is unknown"),
         ('mlcsd_msdnet', dict(growth_factors=(1, 2)), 'one number per scale'),
         ('mlcsd_msdnet', dict(growth_rate=3, growth_factors=(1, 1, 2)), 'must be even'),
         ('mlcsd_msdnet', dict(base=0), 'at least 1'),
-        ('mlcsd_ranet', dict(scales=(1, 3, 3, 3)), 'must begin with 1 and grow by 0 or 1'),
+        ('mlcsd_ranet', dict(scales=(1, 3, 3, 3)), 'must begin with 1 and increase by 0 or 1'),
         ('mlcsd_ranet', dict(compress_factor=0.01), 'without channels'),
-        ('mlcsd_msdnet', dict(reduction=0.01), 'reduction=0.01 leaves nothing'),
-        ('mlcsd_ranet', dict(reduction=2), 'reduction=2 must be above 0'),
+        ('mlcsd_msdnet', dict(reduction=0.01), 'reduction=0.01 keeps none of'),
+        ('mlcsd_ranet', dict(reduction=2), 'reduction=2: expected a number above 0'),
     ],
 )
 def test_mistakes_are_named(name, kwargs, message):

@@ -78,9 +78,9 @@ def test_a_backbones_weights_at_another_image_size(name, size, tmp_path):
 
 def test_weights_of_other_networks_are_still_refused():
     source = timm.create_model('test_vit', num_classes=5).state_dict()
-    with pytest.raises(ValueError, match='weights of another network'):
+    with pytest.raises(ValueError, match='weights do not fit the backbone'):
         load_backbone(timm.create_model('mlcsd_test_vit', num_classes=3), source)
-    with pytest.raises(ValueError, match='weights of another network'):
+    with pytest.raises(ValueError, match='weights do not fit the backbone'):
         load_backbone(timm.create_model('mlcsd_test_vit2', num_classes=5), source)
 
 

@@ -26,16 +26,16 @@ def everything_of(backbone, images):
     'name, kwargs, message',
     [
         ('resnet18', dict(exits=99), 'exits=99 is impossible'),
-        ('resnet18', dict(exits=['layer9']), 'no place to leave'),
-        ('resnet18', dict(exits=['layer4']), 'two exits are needed'),
-        ('resnet18', dict(exits=2.5), 'neither a number of exits'),
+        ('resnet18', dict(exits=['layer9']), 'cannot tap'),
+        ('resnet18', dict(exits=['layer4']), 'expected a module before the end'),
+        ('resnet18', dict(exits=2.5), 'expected a number of exits'),
         ('resnet18', dict(exit_head='slick'), 'exit_head'),
         ('resnet18', dict(exit_head=['slic']), 'exit_head'),
         ('resnet18', dict(exit_pool='min'), 'exit_pool'),
         ('resnet18', dict(num_classes=3), 'cannot be applied'),
         # its branches end at different sizes once strides are gone; its patches reduce 16 times at once
-        ('efficientformerv2_s0', dict(exits=1), 'cannot be taken out'),
-        ('test_vit', dict(exits=1), 'reduces the image 16 times at once'),
+        ('efficientformerv2_s0', dict(exits=1), 'cannot be removed'),
+        ('test_vit', dict(exits=1), 'which reduces 16 times'),
     ],
 )
 def test_a_failed_call_changes_nothing(name, kwargs, message):
@@ -70,7 +70,7 @@ def test_a_backbone_belongs_to_one_network():
     backbone = timm.create_model('resnet18', **SMALL)
     model = create_multi_exit(backbone, exits=4)
     for again in (backbone, copy.deepcopy(model).backbone, pickle.loads(pickle.dumps(model)).backbone):
-        with pytest.raises(ValueError, match=r'^this ResNet belongs to a multi-exit network already.*$'):
+        with pytest.raises(ValueError, match=r'^this ResNet is already part of a multi-exit network.*$'):
             create_multi_exit(again, exits=2)
     assert create_multi_exit(copy.deepcopy(backbone), exits=2).num_exits == 2
 
@@ -79,13 +79,15 @@ def test_a_stem_is_cut_once():
     backbone = timm.create_model('resnet18', **SMALL)
     model = create_multi_exit(backbone, exits=4, small_input=True)
     for small_input in (True, False):
-        with pytest.raises(ValueError, match=r'have been taken out already'):
+        with pytest.raises(ValueError, match=r'have already been removed'):
             create_multi_exit(copy.deepcopy(model.backbone), exits=4, small_input=small_input)
 
 
 @pytest.mark.parametrize('exits', [['layer4'], 'layer4', ('layer4.1',)])
 def test_the_backbones_end_alone_is_one_exit_too_few(exits):
-    with pytest.raises(ValueError, match='two exits are needed; name an earlier module too, or take exits=1'):
+    with pytest.raises(
+        ValueError, match=r'expected a module before the end .* name an earlier module too, or use exits=1'
+    ):
         create_multi_exit('resnet18', exits=exits, **SMALL)
 
 

@@ -54,7 +54,7 @@ def thresholds_for_exit_rates(logits: ExitLogits, rates: Sequence[float], **kwar
     rates = rates.tolist() if isinstance(rates, torch.Tensor) else list(rates)
     if len(rates) != len(logits) or not all(is_number(r) and 0 <= r <= 1 for r in rates) or abs(sum(rates) - 1) > 1e-6:
         raise ValueError(f'rates={rates}: expected {len(logits)} shares, one per exit, that sum to 1.')
-    all_on = ExitPolicy([0.0] * (len(logits) - 1), **kwargs)
+    all_on = ExitPolicy((0.0,) * (len(logits) - 1), **kwargs)
     samples = CachedLogits(logits, torch.zeros(logits.shape[1], dtype=torch.long))
     return all_on.with_thresholds(_thresholds_for_rates(samples, all_on, rates))
 
@@ -142,7 +142,7 @@ def calibrate(
         raise ValueError(f'method={method!r} is unknown; choose one of {", ".join(THRESHOLD_METHODS)}.')
     samples = CachedLogits(logits, targets)
     num_exits = len(samples.logits)
-    all_on = ExitPolicy([0.0] * (num_exits - 1), **kwargs)
+    all_on = ExitPolicy((0.0,) * (num_exits - 1), **kwargs)
     # policies with a single exit on, at which all samples leave; tried after the last exit alone
     single = [[math.inf] * k + [0.0] + [math.inf] * (num_exits - 2 - k) for k in range(num_exits - 1)]
     candidates = []
@@ -184,8 +184,8 @@ def budgeted_curve(
     Returns:
         One `CurvePoint` per distribution, by ascending mean cost on the test set.
     """
-    val, test = CachedLogits(*val), CachedLogits(*test)
-    all_on = ExitPolicy([0.0] * (len(val.logits) - 1), **kwargs)
-    policies = [all_on.with_thresholds(thresholds) for thresholds in _geometric_sweep(val, all_on)]
-    points = [CurvePoint(policy, val.evaluate(policy, costs), test.evaluate(policy, costs)) for policy in policies]
+    fit, report = CachedLogits(*val), CachedLogits(*test)
+    all_on = ExitPolicy((0.0,) * (len(fit.logits) - 1), **kwargs)
+    policies = [all_on.with_thresholds(thresholds) for thresholds in _geometric_sweep(fit, all_on)]
+    points = [CurvePoint(policy, fit.evaluate(policy, costs), report.evaluate(policy, costs)) for policy in policies]
     return sorted(points, key=lambda point: point.test.cost)

@@ -1,6 +1,7 @@
 """Confidence calibration: temperatures, weights of averaged exits, and the calibration error."""
 
 import math
+from functools import partial
 from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
@@ -30,7 +31,11 @@ def fit_temperatures(logits: ExitLogits, targets: torch.Tensor) -> Tuple[float, 
         ValueError: Logits and targets do not fit each other, or the logit of a label is -inf.
     """
     logits, targets = _float64_copies(logits, targets)
-    log_t = [_minimise(lambda p, z=z: F.cross_entropy(z / p.exp(), targets), 1, z.device) for z in logits]
+
+    def loss(log_temperature: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(z / log_temperature.exp(), targets)
+
+    log_t = [_minimise(partial(loss, z=z), 1, z.device) for z in logits]
     return tuple(t.exp().item() for t in log_t)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple, TypeGuard, Union
 
 import torch
 
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 ExitLogits = Union[torch.Tensor, Sequence[torch.Tensor]]
-Costs = Union[Sequence[float], Sequence[ExitCost], Sequence[ExitTime]]
+Costs = Union[torch.Tensor, Sequence[float], Sequence[ExitCost], Sequence[ExitTime]]
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -133,27 +133,28 @@ def cumulative_costs(costs: Costs, policy: ExitPolicy) -> torch.Tensor:
     Raises:
         ValueError: The number of costs differs from K, or they are not finite, non-decreasing numbers of at least 0.
     """
-    costs = costs.tolist() if isinstance(costs, torch.Tensor) else list(costs)
-    if len(costs) != policy.num_exits:
-        raise ValueError(f'costs: expected {policy.num_exits} entries, one per exit, got {len(costs)}.')
-    parts = None
-    if all(isinstance(c, ExitCost) for c in costs):
-        parts = [(c.stage_macs, c.head_macs) for c in costs]
-    elif all(isinstance(c, ExitTime) for c in costs):
-        parts = [tuple(c) for c in costs]
-    flat = costs if parts is None else [number for part in parts for number in part]
-    if not all(is_number(number) and 0 <= number < math.inf for number in flat):
-        raise ValueError(f'costs={costs}: expected finite numbers of at least 0, or ExitCost, or ExitTime.')
+    entries: Sequence[Union[float, ExitCost, ExitTime]] = (
+        costs.tolist() if isinstance(costs, torch.Tensor) else list(costs)
+    )
+    if len(entries) != policy.num_exits:
+        raise ValueError(f'costs: expected {policy.num_exits} entries, one per exit, got {len(entries)}.')
+    macs: List[Tuple[float, float]] = [(c.stage_macs, c.head_macs) for c in entries if isinstance(c, ExitCost)]
+    times: List[Tuple[float, float]] = [(c.stage_ms, c.head_ms) for c in entries if isinstance(c, ExitTime)]
+    parts = next((pairs for pairs in (macs, times) if len(pairs) == len(entries)), None)
+    values = entries if parts is None else [number for pair in parts for number in pair]
+    valid = [value for value in values if is_number(value) and 0 <= value < math.inf]
+    if len(valid) < len(values):
+        raise ValueError(f'costs={entries}: expected finite numbers of at least 0, or ExitCost, or ExitTime.')
     if parts is None:
-        total = torch.tensor([float(c) for c in costs], dtype=torch.float64)
+        total = torch.tensor([float(value) for value in valid], dtype=torch.float64)
         if not (total.diff() >= 0).all():
-            raise ValueError(f'costs={costs}: expected cumulative costs, which do not decrease.')
+            raise ValueError(f'costs={entries}: expected cumulative costs, which do not decrease.')
         return total
     steps = [stage + (head if policy.is_on(k) else 0) for k, (stage, head) in enumerate(parts)]
     return torch.tensor(steps, dtype=torch.float64).cumsum(0)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a real number and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 

@@ -34,7 +34,7 @@ def read_manifest(directory: Union[str, Path]) -> Dict[str, Any]:
             f'{str(directory)!r} holds no exported stages ({MANIFEST}); create them with python -m '
             f'timm_mlcsd.adaptive.export.'
         )
-    manifest = read_json(path)
+    manifest: Dict[str, Any] = read_json(path)
     check_manifest(manifest, repr(str(path)))
     return manifest
 

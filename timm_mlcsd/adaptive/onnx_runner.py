@@ -59,6 +59,9 @@ DATA_CONFIG = dict(
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875, crop_mode='center', interpolation='bicubic'
 )
 
+# log-probabilities of the exits so far, prediction of the last one, and number of consecutive exits with it
+_History = Tuple[Tuple[np.ndarray, ...], Optional[np.ndarray], Optional[np.ndarray]]
+
 
 class Prediction(NamedTuple):
     """Answers for a batch of B images, in the order of the batch.
@@ -184,7 +187,8 @@ class AdaptiveModel:
         rows = np.arange(len(x))
         logits = np.empty((len(x), self.manifest['num_classes']), dtype=np.float32)
         exit_index = np.zeros(len(x), dtype=np.int64)
-        state, history = [x], ((), None, None)
+        state = [x]
+        history: _History = ((), None, None)
         for k, threshold in enumerate(self.thresholds):
             state, z = self._run(k, state)
             if z is None:
@@ -199,7 +203,7 @@ class AdaptiveModel:
                 break
             # move the last remaining rows to the positions of the rows that left
             count = len(rows) - int(leaves.sum())
-            moves = list(zip(count + np.flatnonzero(~leaves[count:]), np.flatnonzero(leaves)))
+            moves = list(zip((count + np.flatnonzero(~leaves[count:])).tolist(), np.flatnonzero(leaves).tolist()))
             rows, *state = (_compact(a, count, moves) for a in (rows, *state))
             log_probs, prediction, streak = history
             history = (
@@ -217,7 +221,7 @@ class AdaptiveModel:
         *state, logits = self.sessions[k].run(stage['outputs'], inputs)
         return state, logits
 
-    def _step(self, k: int, logits: np.ndarray, history: Tuple) -> Tuple[np.ndarray, np.ndarray, Tuple]:
+    def _step(self, k: int, logits: np.ndarray, history: _History) -> Tuple[np.ndarray, np.ndarray, _History]:
         """Apply the policy at exit k: the answer as logits [B, C], the score [B] and the history for later exits."""
         policy, (log_probs, last, streak) = self.policy, history
         if policy['temperatures'] is not None:
@@ -230,13 +234,13 @@ class AdaptiveModel:
             else:
                 row = policy['weights'][k]
                 weights = [row[j] * sum(row) / sum(row[i] for i in on) for j in on]
-            logits = _log_softmax(sum(np.float32(w) * p for w, p in zip(weights, log_probs)))
+            logits = _log_softmax(sum((np.float32(w) * p for w, p in zip(weights, log_probs)), np.zeros_like(logits)))
         is_number = np.isfinite(logits.max(-1))
         if policy['score'] != 'patience':
             return logits, np.where(is_number, _score(logits, policy['score']), -np.inf), (log_probs, None, None)
         prediction = logits.argmax(-1)
         new_streak = np.ones(len(prediction), dtype=np.int64)
-        if last is not None:
+        if last is not None and streak is not None:
             new_streak += np.where(prediction == last, streak, 0)
         new_streak *= is_number
         return logits, np.where(is_number, new_streak, -np.inf), (log_probs, prediction, new_streak)
@@ -277,8 +281,8 @@ class AdaptiveModel:
         canvas.paste(image, (-left, -top))
         pixels = np.asarray(canvas).astype(np.float32).reshape(*wanted, channels).transpose(2, 0, 1)
         # same order of operations as timm's loader, so that results are equal bit for bit
-        mean, std = (np.array([255 * v for v in values], np.float32)[:, None, None] for values in (mean, std))
-        pixels = (pixels - mean) / std
+        shift, scale = (np.array([255 * v for v in values], np.float32)[:, None, None] for values in (mean, std))
+        pixels = (pixels - shift) / scale
         return np.ascontiguousarray(pixels[None])
 
 
@@ -675,6 +679,12 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog='runner.py', description='Label images with the multi-exit network in this folder.')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file to label')
+    return parser
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Classify image files from the command line.
 
@@ -687,9 +697,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
-    parser = _Parser(prog='runner.py', description='Label images with the multi-exit network in this folder.')
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
-    paths = parser.parse_args(argv).images
+    paths = _parser().parse_args(argv).images
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         return _label_all(paths)

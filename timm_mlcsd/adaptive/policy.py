@@ -76,7 +76,7 @@ class ExitPolicy:
     calibration_data: Optional[str] = None
     calibration_images: Optional[int] = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         content = {field.name: _to_builtin(getattr(self, field.name)) for field in fields(self)}
         if isinstance(content['thresholds'], list):
             content['thresholds'] = ['off' if t == math.inf else t for t in content['thresholds']]
@@ -208,13 +208,13 @@ class ExitPolicy:
         if self.aggregate != 'last':
             log_probs = (*log_probs, logits.log_softmax(-1))
             weights = self._weights(k)
-            logits = sum(w * p for w, p in zip(weights, log_probs)).log_softmax(-1)
+            logits = sum((w * p for w, p in zip(weights, log_probs)), logits.new_zeros(())).log_softmax(-1)
         is_number = logits.amax(-1).isfinite()
         if self.score != 'patience':
             return logits, score_of(logits, self.score).where(is_number, -math.inf), ExitHistory(log_probs)
         prediction = logits.argmax(-1)
         streak = torch.ones_like(prediction)
-        if history.prediction is not None:
+        if history.prediction is not None and history.streak is not None:
             streak += torch.where(prediction == history.prediction, history.streak, 0)
         streak = streak * is_number
         score = streak.to(logits.dtype).where(is_number, -math.inf)
@@ -225,6 +225,7 @@ class ExitPolicy:
         on = [j for j in range(k + 1) if self.is_on(j)]
         if self.aggregate == 'mean':
             return [1 / len(on)] * len(on)
+        assert self.weights is not None  # checked with the aggregate
         row = self.weights[k]
         scale = sum(row) / sum(row[j] for j in on)
         return [row[j] * scale for j in on]
@@ -310,7 +311,7 @@ def score_of(logits: torch.Tensor, score: str) -> torch.Tensor:
     """
     probs = logits.softmax(-1)
     if score == 'entropy':
-        entropy = -torch.special.xlogy(probs, probs).sum(-1)  # xlogy is 0 where p is 0
+        entropy: torch.Tensor = -torch.special.xlogy(probs, probs).sum(-1)  # xlogy is 0 where p is 0
         return (1 - entropy / math.log(max(logits.shape[-1], 2))).clamp_min(0)
     if score == 'confidence':
         return probs.amax(-1)

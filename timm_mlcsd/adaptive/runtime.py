@@ -11,6 +11,7 @@ import torch
 from ..cost import exit_costs
 from ..models import MultiExitModel
 from ..network import load_network
+from ..registered import registered
 from .evaluate import Costs, cumulative_costs
 from .exported import MANIFEST, ExportedModel
 from .policy import ExitHistory, ExitPolicy
@@ -68,11 +69,11 @@ class AdaptiveModel:
             )
         else:
             model.eval()
-            costs = exit_costs(model, model.probe_size) if costs is None else costs
+            costs = exit_costs(model, registered(model).probe_size) if costs is None else costs
         policy.check_weights(model)
         self.model = model
         self.policy = policy
-        self._modules = [] if isinstance(model, ExportedModel) else list(model.modules())
+        self._modules = {} if isinstance(model, ExportedModel) else dict(model.named_modules())
         self.costs = cumulative_costs(costs, policy).tolist()
         self._run_exit: List[Callable[[Any], Tuple[Any, Optional[torch.Tensor]]]] = [
             partial(model.run_exit, k, answers=policy.is_on(k)) for k in range(model.num_exits)
@@ -106,13 +107,15 @@ class AdaptiveModel:
                 f'{", ".join(kwargs)}: expected only for a folder of exported programs, got {str(source)!r}.'
             )
         network = load_network(source)
-        if policy is None and network.policy_file is None:
-            raise ValueError(
-                f'{str(source)!r} has no exit policy beside its weights; pass one, or calibrate and save one with '
-                f'validate.py --adaptive --save-policy.'
-            )
+        if policy is None:
+            if network.policy_file is None:
+                raise ValueError(
+                    f'{str(source)!r} has no exit policy beside its weights; pass one, or calibrate and save one with '
+                    f'validate.py --adaptive --save-policy.'
+                )
+            policy = ExitPolicy.load(network.policy_file)
         costs = exit_costs(network.model, network.data_config['input_size']) if network.model.resumable else None
-        return cls(network.model, policy or ExitPolicy.load(network.policy_file), costs)
+        return cls(network.model, policy, costs)
 
     @torch.no_grad()
     def predict(self, x: torch.Tensor) -> Prediction:
@@ -195,30 +198,27 @@ class AdaptiveModel:
 
     def _check_mode(self) -> None:
         """Raise a RuntimeError in training mode, in which dropout and batch statistics change the answers."""
-        if any(module.training for module in self._modules):
-            name = next((name for name, module in self.model.named_modules() if module.training), '')
+        if any(module.training for module in self._modules.values()):
+            name = next(name for name, module in self._modules.items() if module.training)
             what = f'its module {name!r}' if name else 'the network'
             raise RuntimeError(f'{what} is in training mode; call model.eval() before inference.')
 
     def _run(self, x: torch.Tensor, deadline: Optional[float] = None) -> Prediction:
         self._check_mode()
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f'images are {kind}; expected a normalised floating point tensor [B, C, H, W].')
-        if x.ndim != 4 or not len(x):
-            raise ValueError(f'images have shape {tuple(x.shape)}; expected [B, C, H, W], B at least 1.')
+        _check_images(x)
         batch = _ActiveBatch(len(x))
-        state, history, answered = x, None, None
+        state, history = x, None
+        answered: Optional[Tuple[int, torch.Tensor]] = None
         for k in range(self.policy.num_exits):
-            key = None if deadline is None else self._timing_key(k, len(batch.rows), x)
-            if key is not None and answered is not None and not self._fits_deadline(k, key, deadline):
+            key = self._timing_key(k, len(batch.rows), x)
+            if deadline is not None and answered is not None and not self._fits_deadline(k, key, deadline):
                 break
             start = time.perf_counter()
             state, logits = self._run_exit[k](state)
             if logits is not None:
                 answer, score, history = self.policy.step(k, logits, history)
                 answered = k, answer
-            if key is not None:
+            if deadline is not None:
                 if x.device.type == 'cuda':
                     torch.cuda.synchronize(x.device)
                 known = self._seconds.get(key)
@@ -235,6 +235,7 @@ class AdaptiveModel:
                     history = ExitHistory(*_map_tensors(history, compact))
                     answered = k, answer
         if batch.rows:
+            assert answered is not None  # the last exit is always on
             batch.finish(*answered)
         return batch.prediction(self.costs)
 
@@ -251,6 +252,15 @@ class AdaptiveModel:
         if needed > left > 0:
             self._seconds.update((key, [0.99 * s for s in self._seconds.get(key, [])]) for key in keys)
         return 0 < left >= needed
+
+
+def _check_images(x: torch.Tensor) -> None:
+    """Raise a ValueError for images that are not a floating point tensor [B, C, H, W] with B at least 1."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f'images are {kind}; expected a normalised floating point tensor [B, C, H, W].')
+    if x.ndim != 4 or not len(x):
+        raise ValueError(f'images have shape {tuple(x.shape)}; expected [B, C, H, W], B at least 1.')
 
 
 class _ActiveBatch:

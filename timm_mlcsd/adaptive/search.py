@@ -44,7 +44,7 @@ class Goal:
         """Index of the highest key among the results that meet the goal."""
         lead, tie = self.key(accuracies, costs)
         lead = lead.masked_fill(~self.is_met(accuracies, costs), -math.inf)
-        return tie.masked_fill(lead < lead.max(), -math.inf).argmax().item()
+        return int(tie.masked_fill(lead < lead.max(), -math.inf).argmax().item())
 
 
 def best_thresholds(samples: CachedLogits, costs: Costs, goal: Goal, start: ExitPolicy) -> ExitPolicy:
@@ -63,8 +63,7 @@ def best_thresholds(samples: CachedLogits, costs: Costs, goal: Goal, start: Exit
     on = [True] * start.num_exits
     while True:
         found = _search(samples, costs, goal, start, on)
-        better = found is not None and goal.key(*found[1][:2]) > goal.key(*best[1][:2])
-        if better:
+        if found is not None and goal.key(*found[1][:2]) > goal.key(*best[1][:2]):
             best = found
         elif not all(on):
             return best[0]
@@ -97,10 +96,10 @@ def _search(
     for _ in range(BISECTIONS):
         price = math.sqrt(low * high)
         thresholds = ascent.ascend(thresholds, price)
-        result = ascent.result(thresholds)
-        is_met = goal.is_met(*result)
+        accuracy, cost = ascent.result(thresholds)
+        is_met = goal.is_met(accuracy, cost)
         if is_met:
-            feasible.append((goal.key(*result), thresholds))
+            feasible.append((goal.key(accuracy, cost), thresholds))
         # a higher price gives a lower cost and a lower accuracy
         low, high = (low, price) if is_met == (goal.min_accuracy is None) else (price, high)
     if not feasible:

@@ -1,1 +1,1 @@
-"""The commands: one module each, with its flags; nothing below them knows of argparse."""
+"""The commands, one module each; argparse is used here only."""

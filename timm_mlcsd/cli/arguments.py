@@ -1,10 +1,11 @@
 """What the command lines of all scripts share."""
 
 import argparse
+import difflib
 import math
 import re
 import sys
-from typing import Any, List, NoReturn, Optional, Union
+from typing import Any, Dict, Generic, List, NoReturn, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 from timm.utils import ParseKwargs
 
@@ -40,21 +41,44 @@ _FORMS = {int: r'[+-]?[0-9]+', float: r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that say something."""
+    """Shows defaults as they are written on a command line; of None and empty ones the help itself tells."""
 
-    def _get_help_string(self, action):
-        if action.default in (None, False, '', {}) or '(default' in (action.help or ''):
-            return action.help
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        text = action.help or ''
+        if '(default' in text:
+            return text
+        if isinstance(action, argparse._StoreTrueAction):
+            return f'{text} (default: off)'
+        if isinstance(action.default, list):
+            shown = (f'{value:g}' if isinstance(value, float) else str(value) for value in action.default)
+            return f'{text} (default: {" ".join(shown)})'
+        # 0 is a default to show, though it equals False
+        if action.default is None or action.default is False or action.default in ('', {}):
+            return text
         return super()._get_help_string(action)
 
 
 class ScriptParser(argparse.ArgumentParser):
     """An argument parser whose mistakes are one line."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(  # type: ignore[override]  # the stub has overloads for classes other than Namespace
+        self, args: Optional[Sequence[str]] = None, namespace: Optional[argparse.Namespace] = None
+    ) -> Tuple[argparse.Namespace, List[str]]:
+        """Parse the arguments that are known, as argparse does, and refuse ``--flag=--``.
+
+        Args:
+            args: Arguments; None for those of the process.
+            namespace: Object that receives the values; None for a new one.
+
+        Returns:
+            The values, and the arguments that are left.
+
+        Raises:
+            UserError: An argument is wrong.
+        """
         args = sys.argv[1:] if args is None else list(args)
         for arg in args:
             # argparse makes an empty list of it, whatever the type
@@ -62,14 +86,77 @@ class ScriptParser(argparse.ArgumentParser):
                 self.error(f"argument {arg[:-3]}: expected a value, got '--'")
         return super().parse_known_args(args, namespace)
 
+    def parse_args(  # type: ignore[override]  # the stub has overloads for classes other than Namespace
+        self, args: Optional[Sequence[str]] = None, namespace: Optional[argparse.Namespace] = None
+    ) -> argparse.Namespace:
+        """Parse all arguments; an unknown flag is an error that names the nearest known one.
+
+        Args:
+            args: Arguments; None for those of the process.
+            namespace: Object that receives the values; None for a new one.
+
+        Returns:
+            The values.
+
+        Raises:
+            UserError: An argument is wrong or unknown.
+        """
+        args = sys.argv[1:] if args is None else list(args)
+        namespace, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(self._about_unknown(args, rest, namespace))
+        return namespace
+
+    def _about_unknown(self, args: List[str], rest: List[str], namespace: argparse.Namespace) -> str:
+        """What to say of arguments that no flag takes: the first that looks like a flag, with the nearest that is one.
+
+        Args:
+            args: The command line.
+            rest: What is left of it.
+            namespace: What was parsed, with the name of a subcommand.
+        """
+        # what follows -- is never a flag, nor is a negative number
+        before = args[: args.index('--')] if '--' in args else args
+        unknown = [arg for arg in rest if arg in before and re.fullmatch(r'--?[^\W\d][^\s=]*(=.*)?', arg, re.DOTALL)]
+        if not unknown:
+            return f'unrecognized arguments: {" ".join(rest)}'
+        name, flags = unknown[0].partition('=')[0], self._long_flags(namespace)
+        near = difflib.get_close_matches(_plain(name), flags, n=1)
+        return f'unknown flag {name}' + (f': did you mean {flags[near[0]]}?' if near else '')
+
+    def _long_flags(self, namespace: argparse.Namespace) -> Dict[str, str]:
+        """The flags of this parser and of the subcommand, by their plain names."""
+        flags = {_plain(s): s for s in self._option_string_actions if s.startswith('--')}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                command = action.choices.get(getattr(namespace, action.dest, ''))
+                flags.update(command._long_flags(namespace) if command else {})
+        return flags
+
     def error(self, message: str) -> NoReturn:
+        """Raise the message as a `UserError`, instead of printing it and exiting as argparse does."""
         raise UserError(f'{message} (--help lists the flags)')
 
 
 class KeyValues(ParseKwargs):
     """timm's ``KEY=VALUE ...``; anything else, a key twice and numbers that are not finite are errors."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Union[str, Sequence[Any], None],
+        option_string: Optional[str] = None,
+    ) -> None:
+        """Store the pairs of an argument as a dictionary.
+
+        Args:
+            parser: Parser that reports errors.
+            namespace: Object that receives the dictionary.
+            values: Texts of the form KEY=VALUE.
+            option_string: Flag as it was written.
+        """
+        assert isinstance(values, list)  # the flags have nargs='*'
         keys = [value.partition('=')[0] for value in values if value]
         for value in filter(None, values):
             if not value.partition('=')[1] or not value.partition('=')[0].isidentifier():
@@ -98,7 +185,10 @@ def _all_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-class Number:
+_Kind = TypeVar('_Kind', int, float)
+
+
+class Number(Generic[_Kind]):
     """A number between bounds, as the type of a flag: ASCII digits, without spaces or underscores.
 
     Args:
@@ -111,19 +201,19 @@ class Number:
 
     def __init__(
         self,
-        kind: type,
+        kind: Type[_Kind],
         at_least: Optional[float] = None,
         at_most: Optional[float] = None,
         above: Optional[float] = None,
         below: Optional[float] = None,
     ):
-        self.kind = kind
+        self.kind: Type[_Kind] = kind
         self.at_least = at_least
         self.at_most = at_most
         self.above = above
         self.below = below
 
-    def __call__(self, text: str) -> Union[int, float]:
+    def __call__(self, text: str) -> _Kind:
         """The number.
 
         Raises:
@@ -155,14 +245,19 @@ class Number:
         return f'{what} {" and ".join(bounds)}' if bounds else f'a finite {what[2:]}'
 
 
-def number(**bounds: float) -> Number:
+def number(**bounds: float) -> Number[float]:
     """The type of a flag that takes a finite number; see `Number` for the bounds."""
     return Number(float, **bounds)
 
 
-def integer(at_least: int, at_most: int = LARGEST_INT) -> Number:
+def integer(at_least: int, at_most: int = LARGEST_INT) -> Number[int]:
     """The type of a flag that takes an integer."""
     return Number(int, at_least=at_least, at_most=at_most)
+
+
+def _plain(flag: str) -> str:
+    """The name of a flag as it is compared with others."""
+    return flag.lstrip('-').lower().replace('_', '-')
 
 
 def _short(text: str) -> str:

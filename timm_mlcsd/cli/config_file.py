@@ -59,7 +59,8 @@ class _FlagLoader(yaml.SafeLoader):
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f'it has {key!r} twice', node.start_mark)
-        return super().construct_mapping(node, deep)
+        mapping: Dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
     def construct_written(self, node: yaml.ScalarNode) -> _Written:
         return _Written(self.construct_scalar(node))
@@ -118,7 +119,7 @@ def _spell(flag: str, action: argparse.Action, value: Any, path: str) -> List[st
     if isinstance(action, (argparse._StoreTrueAction, argparse.BooleanOptionalAction)):
         if not isinstance(value, bool):
             raise UserError(f'--config {path!r}: {action.dest} is a switch; give true or false, not {value!r}.')
-        off = action.option_strings[-1:] if isinstance(action, argparse.BooleanOptionalAction) else []
+        off = list(action.option_strings[-1:]) if isinstance(action, argparse.BooleanOptionalAction) else []
         return [flag] if value else off
     if isinstance(value, bool) and action.nargs == '?':
         return [flag] if value else []

@@ -12,6 +12,7 @@ import torch
 from ..cost import exit_costs, exit_times
 from ..errors import UserError, run_script
 from ..models import DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS, MultiExitBackbone, MultiExitModel, create_named
+from ..registered import registered
 from ..report import format_table
 from .arguments import KeyValues, ScriptParser, exits, image_side, integer, positive_int
 
@@ -23,7 +24,7 @@ PLAIN = 'plain backbone'
 
 
 class _LastOnly(MultiExitModel):
-    """A network that answers at its last exit alone: what one designed with exits has for a plain backbone."""
+    """A network with its last exit only: the plain backbone of a network with built-in exits."""
 
     num_exits = 1
 
@@ -63,9 +64,9 @@ def compare_heads(args: argparse.Namespace) -> str:
     else:
         models = {PLAIN: _LastOnly(model), 'its own': model}
     heads = [name for name in models if name != PLAIN]
-    input_size = tuple(args.input_size or model.probe_size)
+    input_size = tuple(args.input_size or registered(model).probe_size)
     costs = {head: exit_costs(m, input_size) for head, m in models.items()}
-    # in turn, so that a machine whose speed drifts is fair to all
+    # alternately, so that drifts of the machine's speed affect all alike
     rounds = [
         {head: exit_times(m, input_size, args.batch_size, repeats=1) for head, m in models.items()}
         for _ in range(args.repeats)
@@ -107,15 +108,38 @@ def compare_heads(args: argparse.Namespace) -> str:
 def cost_parser() -> ScriptParser:
     """The flags of mlcsd-cost."""
     parser = ScriptParser(prog='mlcsd-cost', description='What the exits of a network will cost, head by head')
-    parser.add_argument('model', help='a multi-exit model, such as mlcsd_resnet50')
-    parser.add_argument('--exits', type=exits, help='number, or comma-separated modules to tap (default: 8)')
-    parser.add_argument('--exit-pool', choices=EXIT_POOLS, help=f'(default: {DEFAULT_EXIT_POOL})')
-    parser.add_argument('--input-size', type=image_side, nargs=3, metavar='N', help='C H W (default: the model\'s own)')
-    parser.add_argument('--small-input', action='store_true', help='take the first two downsamplings out')
-    parser.add_argument('--num-classes', type=integer(1, 10_000_000), default=1000, metavar='N')
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
+    parser.add_argument('model', help='multi-exit model, such as mlcsd_resnet50')
+    parser.add_argument(
+        '--exits',
+        type=exits,
+        help='number of exits, or comma-separated modules to tap (default: 8, or as many as there are blocks)',
+    )
+    parser.add_argument(
+        '--exit-pool', choices=EXIT_POOLS, help=f'global pool at the end of an exit head (default: {DEFAULT_EXIT_POOL})'
+    )
+    parser.add_argument(
+        '--input-size',
+        type=image_side,
+        nargs=3,
+        metavar='N',
+        help="channels, height and width of an image (default: the model's)",
+    )
+    parser.add_argument(
+        '--small-input', action='store_true', help='take the first two downsamplings out, for images of about 32x32'
+    )
+    parser.add_argument(
+        '--num-classes', type=integer(1, 10_000_000), default=1000, metavar='N', help='number of classes'
+    )
+    parser.add_argument(
+        '--model-kwargs',
+        nargs='*',
+        default={},
+        action=KeyValues,
+        metavar='KEY=VALUE',
+        help='further arguments of the model (default: none)',
+    )
     parser.add_argument('-b', '--batch-size', type=positive_int, default=1, metavar='N', help='images per timed batch')
-    parser.add_argument('--repeats', type=positive_int, default=10, metavar='N', help='timed runs')
+    parser.add_argument('--repeats', type=positive_int, default=10, metavar='N', help='number of timed runs')
     return parser
 
 
@@ -129,3 +153,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             raise UserError(str(e)) from None
 
     run_script('mlcsd-cost', run)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,6 +1,6 @@
 """``mlcsd-export``: the stages of a network as graphs, for places without timm.
 
-``mlcsd-export output/train/RUN exported`` writes a folder with a runner of its own.
+``mlcsd-export output/train/RUN exported`` writes a folder that contains a runner.
 """
 
 import logging
@@ -19,11 +19,13 @@ __all__ = ['export_parser', 'main']
 def export_parser() -> ScriptParser:
     """The flags of mlcsd-export."""
     parser = ScriptParser(prog='mlcsd-export', description='Write the stages of a network as graphs')
-    parser.add_argument('network', help='a checkpoint of train.py or the folder of a run, hf-hub:REPO, a saved folder')
-    parser.add_argument('directory', help='folder to write: a new one, or that of an earlier export')
-    parser.add_argument('--format', choices=FORMATS, default='onnx', help='what to write')
-    parser.add_argument('--policy', metavar='FILE', help='exit policy (default: exit_policy.json beside the weights)')
-    parser.add_argument('--use-ema', action='store_true', help='export the averaged weights of a checkpoint')
+    parser.add_argument('network', help='checkpoint of train.py, folder of a run, saved folder, or hf-hub:REPO')
+    parser.add_argument('directory', help='folder to write, new or of an earlier export')
+    parser.add_argument(
+        '--format', choices=FORMATS, default='onnx', help='onnx for ONNX Runtime, torch for torch.export'
+    )
+    parser.add_argument('--policy', metavar='FILE', help='file of the exit policy (default: that beside the weights)')
+    parser.add_argument('--use-ema', action='store_true', help='export the averaged weights of the checkpoint')
     return parser
 
 
@@ -33,7 +35,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     def run() -> None:
         args = export_parser().parse_args(argv)
         for name in ('onnxscript', 'onnx_ir', 'torch.onnx'):
-            logging.getLogger(name).setLevel(logging.WARNING)  # every pass of theirs has something to say
+            logging.getLogger(name).setLevel(logging.WARNING)  # they log every pass
         network = load_network(args.network, args.use_ema)
         policy_file = args.policy or network.policy_file
         if policy_file is None:
@@ -57,3 +59,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(f'{args.directory}: {network.model.num_exits} stages, {size:.1f} MB')
 
     run_script('mlcsd-export', run)
+
+
+if __name__ == '__main__':
+    main()

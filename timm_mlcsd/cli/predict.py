@@ -39,8 +39,8 @@ class Answer(NamedTuple):
 def predict_parser() -> ScriptParser:
     """The flags of mlcsd-predict."""
     parser = ScriptParser(prog='mlcsd-predict', description='Label images with a multi-exit network')
-    parser.add_argument('network', help='a checkpoint of train.py or the folder of a run, hf-hub:REPO, a saved folder')
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
+    parser.add_argument('network', help='checkpoint of train.py, folder of a run, saved folder, or hf-hub:REPO')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file to label')
     parser.add_argument(
         '--threshold',
         type=probability,
@@ -49,11 +49,11 @@ def predict_parser() -> ScriptParser:
         'weights decides; without one the last exit answers)',
     )
     parser.add_argument(
-        '--no-policy', action='store_true', help='let the last exit answer, also where there is a policy'
+        '--no-policy', action='store_true', help='let the last exit answer every image, even if there is a policy'
     )
-    parser.add_argument('--topk', type=positive_int, default=3, metavar='N', help='labels to show')
-    parser.add_argument('--use-ema', action='store_true', help='use the averaged weights of a checkpoint')
-    parser.add_argument('--device', default='cpu', help='where to run')
+    parser.add_argument('--topk', type=positive_int, default=3, metavar='N', help='labels to show per image')
+    parser.add_argument('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
+    parser.add_argument('--device', default='cpu', help='device to run on, such as cpu or cuda')
     return parser
 
 
@@ -72,7 +72,7 @@ def answer(model: MultiExitModel, image: torch.Tensor, policy: Optional[ExitPoli
         k, logits = model.num_exits - 1, model(image)
     else:
         logits, exit_index, _ = adaptive.predict(image)
-        k = exit_index.item()
+        k = int(exit_index.item())
     probabilities = logits[0].float().softmax(-1).cpu()
     return Answer(probabilities, k, 1000 * (time.perf_counter() - start))
 
@@ -88,7 +88,8 @@ def _policy(args: argparse.Namespace, network: Network) -> Optional[ExitPolicy]:
             return None
         raise UserError(f'--threshold: the network answers at its last exit only: {model.why_not_resumable}.')
     if args.threshold is not None:
-        return ExitPolicy([args.threshold] * (model.num_exits - 1))
+        return ExitPolicy((args.threshold,) * (model.num_exits - 1))
+    assert network.policy_file is not None  # without it and a threshold there is no policy
     with as_user_error('the exit policy cannot be used, --no-policy does without it'):
         policy = ExitPolicy.load_for(network.policy_file, model)
     return policy.without_digest()  # checked once, not with every image
@@ -112,7 +113,8 @@ def predict(args: argparse.Namespace) -> List[Answer]:
     top = min(args.topk, model.num_classes)
     widths = (max(len(printable(path)) for path in args.images), _label_width(names, model.num_classes, top), 4, 8)
     print(_row(HEADERS, widths), _row(['-' * width for width in widths], widths), sep='\n', flush=True)
-    answers, unreadable = [], []
+    answers: List[Answer] = []
+    unreadable: List[str] = []
     for path, image in _read(args, preprocessing, unreadable):
         if not answers:
             all_exits = policy and policy.with_thresholds([t if t == math.inf else 1e9 for t in policy.thresholds])
@@ -158,3 +160,7 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Entry point of mlcsd-predict."""
     run_script('mlcsd-predict', lambda: predict(predict_parser().parse_args(argv)))
+
+
+if __name__ == '__main__':
+    main()

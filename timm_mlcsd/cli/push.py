@@ -40,16 +40,18 @@ def push_parser() -> ScriptParser:
     parser = ScriptParser(
         prog='mlcsd-push', description='Save a trained multi-exit network in a folder or on the Hugging Face Hub'
     )
-    parser.add_argument('checkpoint', help='a checkpoint of train.py, the folder of a run, or a saved folder')
+    parser.add_argument('checkpoint', help='checkpoint of train.py, folder of a run, or saved folder')
     parser.add_argument(
         'target',
-        help='a folder, written as ./NAME or NAME/; or OWNER/NAME, or NAME in your own namespace on the Hub, which is '
-        'made if it is not there (hf-hub:NAME is always the Hub)',
+        help='folder, written as ./NAME or NAME/, or a repository of the Hub, written as OWNER/NAME, NAME or '
+        'hf-hub:NAME; it is made if it is missing',
     )
     parser.add_argument('--private', action='store_true', help='make a new repository private')
-    parser.add_argument('--revision', metavar='BRANCH', help='branch to commit to')
-    parser.add_argument('--license', type=_license, default='apache-2.0', help='what the model card says')
-    parser.add_argument('--use-ema', action='store_true', help='take the averaged weights')
+    parser.add_argument(
+        '--revision', metavar='BRANCH', help='branch of the repository to commit to (default: its main one)'
+    )
+    parser.add_argument('--license', type=_license, default='apache-2.0', help='license that the model card states')
+    parser.add_argument('--use-ema', action='store_true', help='save the averaged weights of the checkpoint')
     return parser
 
 
@@ -144,3 +146,7 @@ def _card(network: Network) -> Dict[str, Any]:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Entry point of mlcsd-push."""
     run_script('mlcsd-push', lambda: push(push_parser().parse_args(argv)))
+
+
+if __name__ == '__main__':
+    main()

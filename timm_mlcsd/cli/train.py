@@ -7,7 +7,7 @@ from ..distributed import end_process, init_distributed
 from ..engine.combinations import check_combinations
 from ..engine.config import TrainConfig
 from ..engine.device import resolve_device
-from ..engine.train import train
+from ..engine.training import train
 from ..errors import UserError, run_script
 from .config_file import parse_args
 from .flags import train_parser
@@ -47,3 +47,7 @@ def _train(config: TrainConfig) -> None:
     dist_context = init_distributed(device)
     train(config, device, dist_context)
     dist_context.shutdown()
+
+
+if __name__ == '__main__':
+    main()

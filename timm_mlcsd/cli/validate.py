@@ -2,8 +2,8 @@
 
 from typing import Optional, Sequence
 
-from ..engine.validate import validate
 from ..engine.validate_config import ValidateConfig
+from ..engine.validation import validate
 from ..errors import run_script
 from .config_file import parse_args
 from .flags import validate_parser
@@ -26,3 +26,7 @@ def read_config(argv: Optional[Sequence[str]] = None) -> ValidateConfig:
         UserError: A flag is wrong.
     """
     return ValidateConfig.from_dict(vars(parse_args(validate_parser(), argv)))
+
+
+if __name__ == '__main__':
+    main()

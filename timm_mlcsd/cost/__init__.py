@@ -1,7 +1,7 @@
-"""What every exit costs: multiply-adds, parameters, depth and measured time, counted from the modules themselves.
+"""Cost of every exit: multiply-adds, parameters, depth and measured time.
 
-A multiply-add (MAC) is one multiplication with its addition in a convolution or matrix product; norms, activations
-and pools are not counted, as is usual. Counting needs no weights: it runs on the meta device.
+A multiply-add (MAC) is one multiplication with its addition in a convolution or matrix product. Norms, activations
+and pools are not counted, as is usual. Counting runs on the meta device, without memory for weights.
 """
 
 import contextlib
@@ -23,14 +23,15 @@ _WEIGHTED_LAYERS = {torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.
 
 
 class ExitCost(NamedTuple):
-    """What it costs to answer at one exit, for a batch of one.
+    """Cost of inference up to exit k, for one image.
 
     Attributes:
-        macs: Multiply-adds of all that has run: stages 0..k and the heads evaluated on the way.
-        params: Parameters of the same.
-        stage_macs: Multiply-adds of this stage alone.
-        head_macs: Multiply-adds of this head alone; an exit that is off saves them.
-        depth: Weighted layers (convolutions and linear layers) on the longest path from the image to these logits.
+        macs: Cumulative MACs of stages 0..k and heads 0..k.
+        params: Number of parameters that these stages and heads read.
+        stage_macs: MACs of stage k alone.
+        head_macs: MACs of head k alone, which an exit that is off saves.
+        depth: Number of weighted layers (convolutions and linear layers) on the longest path from the image to the
+            logits of exit k.
     """
 
     macs: int
@@ -41,19 +42,24 @@ class ExitCost(NamedTuple):
 
 
 class ExitTime(NamedTuple):
-    """What one exit adds to the time of a batch, in milliseconds.
+    """Time of one stage and its head for a batch.
 
     Attributes:
-        stage_ms: Its stage alone.
-        head_ms: Its head alone; an exit that is off saves it.
+        stage_ms: Time of the stage alone, in milliseconds.
+        head_ms: Time of the head alone, in milliseconds, which an exit that is off saves.
     """
 
     stage_ms: float
     head_ms: float
 
 
-class _PathMode(TorchDispatchMode):
-    """Notes which tensors the operations read, and how many weighted layers each result has behind it."""
+class _DepthCounter(TorchDispatchMode):
+    """Record the tensors that operations read, and the largest number of weighted layers before each result.
+
+    Attributes:
+        read: ``id`` of every tensor that an operation has read.
+        depths: Number of weighted layers on the longest path to a tensor, by tensor.
+    """
 
     def __init__(self):
         super().__init__()
@@ -78,16 +84,16 @@ def _check_resumable(model: MultiExitModel) -> None:
         )
 
 
-@torch.inference_mode(False)  # in inference mode operations reach the counters undivided
+@torch.inference_mode(False)  # in inference mode composite operations reach the counters undecomposed
 def exit_costs(model: MultiExitModel, input_size: Sequence[int]) -> List[ExitCost]:
-    """Count what each exit costs.
+    """Count the cost of each exit.
 
     Args:
         model: A resumable multi-exit network, on any device.
         input_size: (C, H, W) of one image.
 
     Returns:
-        One `ExitCost` per exit, first exit first.
+        Cost per exit, K, first exit first.
 
     Raises:
         ValueError: The images are too small for the network, or it is not resumable.
@@ -97,7 +103,7 @@ def exit_costs(model: MultiExitModel, input_size: Sequence[int]) -> List[ExitCos
         model.prepare(input_size)
     on_meta = MetaRunner(model)
     params = {id(on_meta.tensors[name]): p.numel() for name, p in model.named_parameters()}
-    path, counter = _PathMode(), FlopCounterMode(display=False)
+    path, counter = _DepthCounter(), FlopCounterMode(display=False)
     costs, total = [], 0
     state = torch.empty(1, *input_size, device='meta', dtype=next(model.parameters()).dtype)
     with counter, path:
@@ -128,17 +134,20 @@ def exit_times(
     repeats: int = 10,
     device: Optional[torch.device] = None,
 ) -> List[float]:
-    """Measure how long a batch takes until each exit has answered, all exits before it evaluated too.
+    """Measure the time from the start of a batch to the logits of each exit, with all earlier exits computed too.
 
     Args:
         model: A resumable multi-exit network; it is moved to `device` and put in evaluation mode.
         input_size: (C, H, W) of one image.
-        batch_size: Images in the batch.
-        repeats: Timed runs, after one that doesn't count.
-        device: Default: where the model is.
+        batch_size: Number of images in the batch; default 1.
+        repeats: Number of timed runs, after one warm-up run; default 10.
+        device: Device of the measurement; default the device of the model.
 
     Returns:
-        Median milliseconds per exit, the network's computation alone in the clock.
+        Median time per exit in milliseconds, [K], of the network's computation only.
+
+    Raises:
+        ValueError: The network is not resumable.
     """
     _check_resumable(model)
     device = torch.device(device or next(model.parameters()).device)
@@ -160,16 +169,19 @@ def exit_times(
 def stage_times(
     model: MultiExitModel, images: torch.Tensor, repeats: int = 10, autocast: Optional[ContextManager] = None
 ) -> List[ExitTime]:
-    """Measure every stage and every head on its own.
+    """Measure the time of every stage and every head separately.
 
     Args:
-        model: A resumable multi-exit network; timed in evaluation mode, its own mode is restored.
-        images: The batch to time, [B, C, H, W], on the model's device and in its memory layout.
-        repeats: Timed runs, after one that doesn't count.
-        autocast: Context of the forward passes.
+        model: A resumable multi-exit network; it is timed in evaluation mode, then its mode is restored.
+        images: Batch to time, [B, C, H, W], on the device and in the memory format of the model.
+        repeats: Number of timed runs, after one warm-up run; default 10.
+        autocast: Context of the forward passes; default none.
 
     Returns:
-        Medians, per exit.
+        Median times per exit, K.
+
+    Raises:
+        ValueError: The network is not resumable.
     """
     _check_resumable(model)
     was_training = model.training

@@ -1,4 +1,4 @@
-"""``python -m timm_mlcsd.cost``, which is ``mlcsd-cost``."""
+"""Run the command ``mlcsd-cost`` as ``python -m timm_mlcsd.cost``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What timm's data package lacks."""
+"""Data loading that timm's data package does not provide: checks, class names, caching and augmentation."""
 
 from .checked import CheckedImages, CheckedLoader, DropBroken, SubstituteBroken, checked_images, image_name
 from .class_names import (
@@ -16,11 +16,11 @@ from .folders import (
     SPLIT_FOLDERS,
     check_class_folders,
     check_folder_has_split,
+    exclude_hidden_folders,
+    exclude_non_images,
+    has_split_folders,
     image_endings,
-    is_divided,
     is_hidden,
-    leave_hidden_folders_out,
-    leave_out_what_is_no_data,
 )
 from .image import IMAGE_MODES, convert_image, read_image
 from .labels import CheckedCollate, CheckedMixup, check_labels
@@ -60,13 +60,13 @@ __all__ = [
     'class_label',
     'convert_image',
     'default_image_mode',
+    'exclude_hidden_folders',
+    'exclude_non_images',
+    'has_split_folders',
     'hold_out',
     'image_endings',
     'image_name',
-    'is_divided',
     'is_hidden',
-    'leave_hidden_folders_out',
-    'leave_out_what_is_no_data',
     'load_class_map',
     'names_by_index',
     'pad_names',

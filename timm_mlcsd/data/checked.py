@@ -1,4 +1,4 @@
-"""Images that may be broken: counted, named once, left out."""
+"""Handle broken images: count them, report each once, and skip or replace them."""
 
 import logging
 import signal
@@ -26,12 +26,12 @@ _logger = logging.getLogger(__name__)
 
 
 class BrokenSampleTracker:
-    """What looks for broken images, and says which there are.
+    """Base class of data sets that record broken images.
 
     Attributes:
-        limit: How many images may be broken.
-        named: Those that have been named.
-        found: All that are known, in this process and what it was told of; has to be provided, as has `merge`.
+        limit: Number of broken images that are accepted.
+        named: Broken images that have been reported.
+        found: All known broken images, of this process and those passed to `merge`; provided by subclasses.
     """
 
     limit: int
@@ -39,21 +39,25 @@ class BrokenSampleTracker:
     found: Collection[Any]
 
     def merge(self, others: Iterable[Collection[Any]]) -> None:
-        """Count what other processes have `found` as well."""
+        """Include broken images that other processes have `found`.
+
+        Args:
+            others: Values of `found`, one per process.
+        """
         raise NotImplementedError
 
-    def _complaint(self, broken: Any) -> str:
-        """What a broken image is called, and why it is one."""
+    def _describe(self, broken: Any) -> str:
+        """Return the name of a broken image and the reason why it cannot be read."""
         raise NotImplementedError
 
-    def _of(self) -> str:
+    def _describe_total(self) -> str:
         return f'of {len(self)} images'
 
     def check(self) -> None:
-        """Name the images that have turned out broken since last asked.
+        """Log the broken images that have been found since the last check.
 
         Raises:
-            UserError: They have become more than may be.
+            UserError: More images are broken than `limit` allows.
         """
         found = self.found
         new = [broken for broken in found if broken not in self.named]
@@ -61,22 +65,22 @@ class BrokenSampleTracker:
         if new and len(found) > self.limit:
             allowed = f', more than --max-bad-samples {self.limit} allows' if self.limit else ''
             raise UserError(
-                f'{len(found)} {self._of()} cannot be read{allowed}, among them {self._complaint(new[0])}. '
-                f'Mend or remove them, or go on without with --max-bad-samples N.'
+                f'{len(found)} {self._describe_total()} cannot be read{allowed}, among them {self._describe(new[0])}. '
+                f'Fix or remove them, or continue without them with --max-bad-samples N.'
             )
         for broken in new:
-            _logger.warning(f'Left out, because it cannot be read: {self._complaint(broken)}')
+            _logger.warning(f'Left out, because it cannot be read: {self._describe(broken)}')
 
 
 class CheckedImages(BrokenSampleTracker, Dataset):
-    """A timm reader's images; None in the place of one that cannot be read.
+    """Images of a timm reader, with None instead of an image that cannot be read.
 
-    timm's own data set takes the next image instead, says so every time, and counts nothing.
+    timm's ``ImageDataset`` instead takes the next image and logs a warning every time, without counting broken images.
 
     Args:
-        reader: Gives (file, class index), and its names.
-        mode: PIL mode.
-        limit: How many images may be broken.
+        reader: timm reader of files, which returns (file, class index).
+        mode: PIL mode of the images.
+        limit: Number of broken images that are accepted; default 0.
     """
 
     def __init__(self, reader: Any, mode: str, limit: int = 0):
@@ -84,14 +88,14 @@ class CheckedImages(BrokenSampleTracker, Dataset):
         self.mode = mode
         self.limit = limit
         self.transform: Optional[Callable] = None
-        # in memory that the loader's processes share
+        # shared with the worker processes of the loader
         self.broken = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
         self.named: Set[int] = set()
 
     def __getitem__(self, index: int) -> Optional[Tuple[Any, Any]]:
         try:
             image, target = self._read(index)
-        except Exception:  # decoders fail in as many ways as there are files
+        except Exception:  # damaged files raise errors of any type
             self.broken[index] = True
             return None
         return self.transform(image) if self.transform else image, target
@@ -106,34 +110,36 @@ class CheckedImages(BrokenSampleTracker, Dataset):
 
     @property
     def found(self) -> List[int]:
-        # of a copy: nonzero counts first, and other processes write meanwhile
+        """Indices of all known broken images."""
+        # of a copy, because other processes may write while nonzero counts and collects
         return self.broken.clone().nonzero().flatten().tolist()
 
     def merge(self, others: Iterable[List[int]]) -> None:
+        """Include broken images that other processes have `found`; see `BrokenSampleTracker.merge`."""
         for found in others:
             self.broken[found] = True
 
     def name(self, index: int) -> str:
-        """The file of an image, or its number where the reader doesn't tell."""
+        """Return the file of an image, or its number if the reader does not know the file."""
         try:
             return self.reader.filename(index, absolute=True) or f'number {index}'
-        except Exception:  # where even that is unreadable
+        except Exception:  # the name itself may be unreadable
             return f'number {index}'
 
-    def _complaint(self, index: int) -> str:
+    def _describe(self, index: int) -> str:
         name = self.name(index)
         try:
             self._read(index)
         except Exception as e:
             return f'{name} ({one_line(e, 120)})'
-        return f'{name}, which now can be read'
+        return f'{name}, which can be read now'
 
 
 class SubstituteBroken(Dataset):
-    """To train on: the image behind a broken one in its place, so that batches stay full.
+    """Data set for training that returns the next readable image instead of a broken one, so that batches stay full.
 
     Args:
-        dataset: Gives (image, target), or None.
+        dataset: Data set of (image, target), with None for a broken image.
     """
 
     def __init__(self, dataset: Dataset):
@@ -155,11 +161,11 @@ class SubstituteBroken(Dataset):
 
 
 class DropBroken:
-    """To evaluate on: makes batches of what can be read alone; they may be empty.
+    """Collate function for evaluation that leaves out broken images; a batch may be empty.
 
     Args:
-        collate: Makes a batch.
-        channels: Of an image.
+        collate: Collate function for the remaining samples.
+        channels: Number of channels of an image, for empty batches.
     """
 
     def __init__(self, collate: Callable, channels: int):
@@ -167,18 +173,19 @@ class DropBroken:
         self.channels = channels
 
     def __call__(self, samples: Any) -> Any:
-        whole = [sample for sample in samples if sample is not None]
-        if not whole:
+        """Collate the samples that are not None."""
+        readable = [sample for sample in samples if sample is not None]
+        if not readable:
             return torch.zeros(0, self.channels, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
-        return self.collate(whole)
+        return self.collate(readable)
 
 
 def image_name(dataset: Any, index: int) -> str:
-    """The file that an image comes from, or its number where nothing tells more.
+    """Return the file of an image, or its number if the file is unknown.
 
     Args:
-        dataset: A data set, perhaps around others.
-        index: The image's in this one.
+        dataset: Data set, which may wrap others.
+        index: Index of the image in `dataset`.
     """
     while hasattr(dataset, 'dataset'):
         index = dataset.indices[index] if hasattr(dataset, 'indices') else index
@@ -187,7 +194,14 @@ def image_name(dataset: Any, index: int) -> str:
 
 
 def checked_images(dataset: Any) -> Optional[BrokenSampleTracker]:
-    """What a data set's images come from, if that looks for broken ones."""
+    """Find the innermost data set that records broken images.
+
+    Args:
+        dataset: Data set, which may wrap others.
+
+    Returns:
+        Data set that records broken images; None if there is none.
+    """
     while dataset is not None and not isinstance(dataset, BrokenSampleTracker):
         dataset = getattr(dataset, 'dataset', None)
     return dataset
@@ -195,8 +209,10 @@ def checked_images(dataset: Any) -> Optional[BrokenSampleTracker]:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """SIGTERM and Ctrl-C wait, and never end processes that are started meanwhile: where they go to all of a job, the
-    loader's must live until the one that trains has saved."""
+    """Block SIGTERM and SIGINT in this process and in processes that it starts.
+
+    A scheduler may signal all processes of a job; the workers of the loader must live until the trainer has saved.
+    """
     if not hasattr(signal, 'pthread_sigmask'):  # Windows
         yield
         return
@@ -208,13 +224,14 @@ def _signals_blocked() -> Iterator[None]:
 
 
 class CheckedLoader:
-    """A loader that looks for broken images behind every batch, and says in one line why there is none.
+    """Loader that reports broken images after every batch, and turns errors of the loader into one-line user errors.
 
     Args:
-        loader: timm's.
-        dataset: What it loads.
-        drawn: The indices in its batch of a number, where somebody remembers them.
-        shard: The first of its batches to give, and the distance to the next.
+        loader: timm loader.
+        dataset: Data set of the loader.
+        drawn: Function from the number of a batch in the current epoch to the indices of its images; default None if
+            they are not recorded.
+        shard: First batch to return and step to the next, for several processes; default (0, 1) for all batches.
     """
 
     def __init__(
@@ -231,7 +248,14 @@ class CheckedLoader:
         self.images = checked_images(dataset)
 
     def names(self, batch: int) -> List[str]:
-        """What the images of the batch of that number are called in this epoch, as far as that is known."""
+        """Return the names of the images in a batch.
+
+        Args:
+            batch: Number of the batch in the current epoch.
+
+        Returns:
+            Files or numbers of the images; empty if the indices are not recorded.
+        """
         return [image_name(self.dataset, index) for index in self.drawn(batch)] if self.drawn else []
 
     def __len__(self) -> int:
@@ -240,23 +264,25 @@ class CheckedLoader:
     def __iter__(self) -> Iterator[Any]:
         first, step = self.shard
         with closing(iter(self.loader)) as batches:
-            yield from self._looked_at(islice(batches, first, None, step))
+            yield from self._checked_batches(islice(batches, first, None, step))
 
-    def _looked_at(self, batches: Iterator[Any]) -> Iterator[Any]:
-        is_primary = True
+    def _checked_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield the batches that are not empty, and check for broken images after each."""
+        is_first = True
         while True:
             try:
-                with _signals_blocked() if is_primary else nullcontext():
+                # worker processes may start with the first batch
+                with _signals_blocked() if is_first else nullcontext():
                     batch = next(batches)
-                is_primary = False
+                is_first = False
             except StopIteration:
                 self._check()
                 return
-            except Exception as e:  # of a transform, a decoder, a process that died
-                # it holds itself, and so the loader with its processes
+            except Exception as e:  # from a transform, a decoder or a worker process that died
+                # the traceback would keep the loader and its worker processes alive
                 e.__traceback__ = None
                 self._check()
-                # a loader's process reports its whole traceback
+                # a worker process reports its entire traceback
                 reason = str(e).strip().rpartition('\n')[2] or type(e).__name__
                 raise UserError(f'a batch of images cannot be made: {reason}') from e
             self._check()
@@ -269,10 +295,12 @@ class CheckedLoader:
 
     @property
     def sampler(self) -> Any:
+        """Sampler of the loader."""
         return self.loader.sampler
 
     @property
     def mixup_enabled(self) -> bool:
+        """Whether the loader mixes batches; can be set."""
         return self.loader.mixup_enabled
 
     @mixup_enabled.setter

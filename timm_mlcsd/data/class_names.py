@@ -1,4 +1,4 @@
-"""Names of classes by index: an index may have none, and then goes by its number."""
+"""Names of classes by index; a class without a name is shown by its index."""
 
 import unicodedata
 from collections import defaultdict
@@ -20,16 +20,19 @@ __all__ = [
 
 ClassNames = List[Optional[str]]
 
-# more classes than any data set has; every index costs a row of the classifier
+# larger than any data set, because every index needs a row of the classifier
 MAX_CLASSES = 1_000_000
 _BOM = '\ufeff'
 
 
 def names_by_index(class_to_idx: Mapping[Any, int]) -> ClassNames:
-    """One name per index, None for an index without; names that share an index are joined.
+    """List the class names by index; names with the same index are joined by a slash.
 
     Args:
         class_to_idx: Index of every class name.
+
+    Returns:
+        Name per index, None for an index without a name, [largest index + 1].
     """
     names = defaultdict(list)
     for name, index in class_to_idx.items():
@@ -38,27 +41,39 @@ def names_by_index(class_to_idx: Mapping[Any, int]) -> ClassNames:
 
 
 def class_label(names: Optional[Sequence[Optional[str]]], index: int) -> str:
-    """The name of a class, its number where it has none."""
+    """Return the name of a class, or its index as text if it has no name."""
     name = names[index] if names is not None and index < len(names) else None
     return str(index) if name is None else name
 
 
 def pad_names(names: Optional[ClassNames], num_classes: int) -> Optional[ClassNames]:
-    """Names for all classes of a network that has more of them than the data."""
+    """Append None to `names` for the classes that a network has in addition to those of the data.
+
+    Args:
+        names: Name per index; None if the names are unknown.
+        num_classes: Number of classes C of the network.
+
+    Returns:
+        Name per index, [C]; None if the names are unknown.
+    """
     return None if names is None else [*names, *[None] * (num_classes - len(names))]
 
 
 def same_names(names: Sequence[Optional[str]], others: Sequence[Optional[str]]) -> bool:
-    """Whether two lists name the same indices alike, whatever number of classes without a name they end with."""
+    """Whether two lists have equal names for all indices, apart from classes without a name at their end."""
     length = max(len(names), len(others))
     return pad_names(list(names), length) == pad_names(list(others), length)
 
 
 def check_look_alikes(names: Iterable[str], what: str) -> None:
-    """Refuse names of different classes that look the same: in Unicode, by spaces or invisible characters.
+    """Refuse names of different classes that differ only in Unicode form, outer spaces or invisible characters.
+
+    Args:
+        names: Names of classes.
+        what: Source of the names, for the error message.
 
     Raises:
-        UserError: Two names look alike, or one is empty.
+        UserError: Two names look the same, or a name has no visible characters.
     """
     seen: Dict[str, str] = {}
     for name in names:
@@ -68,36 +83,39 @@ def check_look_alikes(names: Iterable[str], what: str) -> None:
         if form in seen and seen[form] != name:
             raise UserError(
                 f'{what}: {seen[form]!r} and {name!r} look the same and would be two classes; rename one of them, or '
-                f'put them together.'
+                f'merge them.'
             )
         seen[form] = name
 
 
 def _visible(name: str) -> str:
-    """A name without what cannot be seen: byte-order marks, characters of no width, outer spaces."""
+    """Normalise a name and remove byte-order marks, zero-width characters and outer spaces."""
     text = ''.join(c for c in unicodedata.normalize('NFC', name) if unicodedata.category(c) != 'Cf')
     return text.strip()
 
 
 def load_class_map(path: Union[str, Path], root: Union[str, Path, None] = None) -> Dict[Any, int]:
-    """Read a class map: a text file with one name per line, or a pickled dict of plain values, as timm has them.
+    """Read a class map in timm's format: a text file with one name per line, or a pickled dict of plain values.
 
     Args:
-        path: The file, ``.txt`` or ``.pkl``.
-        root: Folder in which a relative path is looked for as well.
+        path: File with the extension ``.txt`` or ``.pkl``.
+        root: Folder in which a relative path is searched too; default None for the working folder only.
+
+    Returns:
+        Index of every class name.
 
     Raises:
-        UserError: There is no such file, or it doesn't give every class one index.
+        UserError: The file does not exist, cannot be read, or does not assign one index to every class.
     """
     flag = f'--class-map {str(path)!r}'
-    place = next((p for p in (Path(path), Path(root or '') / path) if p.is_file()), None)
-    if place is None:
+    file = next((p for p in (Path(path), Path(root or '') / path) if p.is_file()), None)
+    if file is None:
         raise UserError(f'{flag}: expected a file, got nothing there; give the path of a .txt or .pkl file.')
-    kind = place.suffix.lower()
+    kind = file.suffix.lower()
     if kind not in ('.txt', '.pkl'):
         raise UserError(f'{flag}: expected a .txt or .pkl file, got {kind or "no ending"}; write one name per line.')
     try:
-        mapping = _from_text(place, flag) if kind == '.txt' else _from_pickle(place, flag)
+        mapping = _from_text(file, flag) if kind == '.txt' else _from_pickle(file, flag)
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'{flag} cannot be read: {e}') from e
     if not mapping:
@@ -127,13 +145,13 @@ def _from_text(path: Path, flag: str) -> Dict[str, int]:
 def _from_pickle(path: Path, flag: str) -> Dict[Any, int]:
     try:
         mapping = class_map.load_class_map(str(path))  # timm's unpickler runs no code
-    except Exception as e:  # damaged pickles fail in as many ways as there are instructions
+    except Exception as e:  # damaged pickles raise errors of any type
         raise UserError(f'{flag} cannot be read: {one_line(e)}') from e
-    right = isinstance(mapping, dict) and all(
+    is_valid = isinstance(mapping, dict) and all(
         isinstance(name, (str, int)) and type(index) is int and 0 <= index < MAX_CLASSES
         for name, index in mapping.items()
     )
-    if not right:
+    if not is_valid:
         raise UserError(f'{flag}: expected a dict from names to indices below {MAX_CLASSES}, got something else.')
     if any(isinstance(name, str) and _BOM in name for name in mapping):
         raise UserError(f'{flag}: a name has a byte-order mark; remove it.')

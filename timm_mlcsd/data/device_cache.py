@@ -1,4 +1,4 @@
-"""Small images kept on the training device: decoded once, cropped, flipped and normalised there, a batch at a time."""
+"""Cache small images on the training device, and crop, flip and normalise them there, batch by batch."""
 
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
@@ -10,12 +10,13 @@ __all__ = ['CachedLoader', 'cache_images']
 
 
 def cache_images(dataset: Dataset, device: torch.device, workers: int = 0) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Decode a whole data set.
+    """Decode all images of a data set.
 
     Args:
-        dataset: Gives (image, target), images of one size: PIL's, or uint8 tensors [C, H, W]; None is left out.
-        device: Where they go.
-        workers: Processes that decode.
+        dataset: Data set of (image, target) with images of one size, PIL images or uint8 tensors [C, H, W]; samples
+            that are None are left out.
+        device: Device of the cache.
+        workers: Number of processes that decode; default 0 for the calling process.
 
     Returns:
         Images, uint8 [N, H, W, C], and targets [N, ...].
@@ -41,26 +42,26 @@ def _as_hwc(image: Any) -> torch.Tensor:
 
 
 class CachedLoader:
-    """Batches [B, C, H, W] from images on the device.
+    """Loader of batches [B, C, H, W] from images on the device.
 
-    To train, it does what `PadCrop` and timm's flips do image by image, drawing an offset and a flip for every image
-    of the batch at once: the same distribution, other random numbers. Its only state are the default random generators:
-    PyTorch's, for mixing NumPy's and for erasing Python's too.
+    In training it augments as `PadCrop` and timm's flips do, but draws the offsets and flips of all images of a batch
+    at once. The distribution is the same, the random numbers differ. The random state of the loader is that of the
+    default generators: PyTorch's, also NumPy's with `mixup`, and Python's with `erase`.
 
     Args:
-        images: uint8 [N, H, W, C].
-        targets: [N, ...].
-        batch_size: B.
-        mean: [C], of values from 0 to 1.
-        std: [C], likewise.
-        training: Shuffle, and drop the last batch if it isn't full.
-        padding: Black pixels at every side before a random crop to the old size; 0 for no crop.
-        hflip: Probability of a horizontal flip.
-        vflip: Probability of a vertical flip.
-        erase: timm's ``RandomErasing``, on normalised batches.
-        mixup: timm's ``Mixup``, on batches and targets.
-        channels_last: Leave the batches in that memory order, which the images are kept in.
-        sampler: Which images come in which order, instead of all.
+        images: Images, uint8 [N, H, W, C].
+        targets: Targets, [N, ...].
+        batch_size: Number of images B in a batch.
+        mean: Mean per channel of pixel values scaled to 0 to 1, [C].
+        std: Standard deviation per channel of pixel values scaled to 0 to 1, [C].
+        training: Whether to shuffle, and to drop the last batch if it is not full; default False.
+        padding: Black pixels added at every side before a random crop to the original size; default 0 for no crop.
+        hflip: Probability of a horizontal flip; default 0.
+        vflip: Probability of a vertical flip; default 0.
+        erase: timm's ``RandomErasing`` for normalised batches; default None.
+        mixup: timm's ``Mixup`` for batches and targets; default None.
+        channels_last: Whether batches stay in the channels-last memory format of the cache; default False.
+        sampler: Indices of the images in the order of an epoch; default all images.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class CachedLoader:
         self.images = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
         self.targets = targets
         self.batch_size = batch_size
-        # in float64, or the rounding would be another than that of timm's loaders
+        # computed in float64, to round as timm's loaders do
         self.mean, self.std = ((255 * v.double()).float().to(images.device) for v in (mean, std))
         self.training = training
         self.padding = padding
@@ -97,7 +98,7 @@ class CachedLoader:
 
     @property
     def mixup_enabled(self) -> bool:
-        """Whether batches are mixed; switched off, targets keep the form that mixing gives them, as in timm."""
+        """Whether batches are mixed; can be set. If it is off, targets are still soft labels, as in timm."""
         return self.mixup is not None and self.mixup.mixup_enabled
 
     @mixup_enabled.setter
@@ -131,18 +132,18 @@ class CachedLoader:
             yield images, targets
 
     def batch(self, number: int) -> List[int]:
-        """Which images are in the batch of that number of this epoch."""
+        """Return the indices of the images in batch `number` of the current epoch."""
         return self.order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
 
     def _crop(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Every chosen image, cropped and flipped on its own."""
+        """Crop and flip each chosen image independently."""
         rows, cols = (
             self._lines(len(chosen), length, flip) for length, flip in zip(self.size, (self.vflip, self.hflip))
         )
         return self.images[chosen[:, None, None], rows[:, :, None], cols[:, None, :]]
 
     def _lines(self, count: int, length: int, flip: float) -> torch.Tensor:
-        """Which rows, or columns, of the padded images to take: [count, length]."""
+        """Draw the rows or columns of the padded images to take, [count, length]."""
         device = self.images.device
         lines = torch.arange(length, device=device).expand(count, -1)
         if flip:

@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that ship inside scikit-learn: real images with no download."""
+"""Data set of the 1,797 handwritten digits included in scikit-learn, available without a download."""
 
 from typing import Callable, Optional, Tuple
 
@@ -10,7 +10,7 @@ from ..errors import install_hint
 
 __all__ = ['DigitsDataset']
 
-# fixed shares of a fixed shuffle, so that every user's test images are the same
+# fixed ranges of a fixed shuffle, so that the splits are the same everywhere
 _SPLITS = {'train': (0, 1197), 'validation': (1197, 1437), 'test': (1437, 1797)}
 
 
@@ -18,20 +18,20 @@ class DigitsDataset(Dataset):
     """Optical recognition of handwritten digits (Alpaydin and Kaynak, UCI, 1998) as 32x32 images.
 
     Args:
-        split: ``train`` (1,197 images), ``validation`` (240) or ``test`` (360).
-        transform: Applied to the PIL image.
-        image_mode: PIL mode, ``RGB`` or ``L``.
+        split: ``train`` (1,197 images, default), ``validation`` (240) or ``test`` (360).
+        transform: Transform of the PIL image; default None.
+        image_mode: PIL mode, ``RGB`` (default) or ``L``.
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: There is no such split.
+        ValueError: The split is unknown.
     """
 
     def __init__(self, split: str = 'train', transform: Optional[Callable] = None, image_mode: str = 'RGB'):
         try:
             from sklearn.datasets import load_digits
         except ImportError:
-            raise ImportError(f'the digits data set ships inside scikit-learn; {install_hint("digits")}.') from None
+            raise ImportError(f'the digits data set is part of scikit-learn; {install_hint("digits")}.') from None
         if split not in _SPLITS:
             raise ValueError(f'digits has no split {split!r}; choose one of {", ".join(_SPLITS)}.')
         digits = load_digits()

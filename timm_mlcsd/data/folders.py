@@ -1,4 +1,4 @@
-"""Folders and tar files of images: what in them is data, what is left out, which splits they have."""
+"""Check folders and tar files of images: exclude files that are not images, and find the splits."""
 
 import contextlib
 import logging
@@ -22,28 +22,28 @@ __all__ = [
     'SPLIT_FOLDERS',
     'check_class_folders',
     'check_folder_has_split',
+    'exclude_hidden_folders',
+    'exclude_non_images',
+    'has_split_folders',
     'image_endings',
-    'is_divided',
     'is_hidden',
-    'leave_hidden_folders_out',
-    'leave_out_what_is_no_data',
 ]
 
 _logger = logging.getLogger(__name__)
 
-# what timm takes for one another
+# names of split folders that timm treats as equal
 SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'), ('test',))
 _KNOWN_SPLITS = {name for names in SPLIT_FOLDERS for name in names}
 IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
-# images too, as far as people are concerned, which need a package or a program of their own
+# other image formats, which Pillow does not read without a further package
 _OTHER_IMAGE_ENDINGS = {'.heic', '.heif', '.jxl', '.svg', '.raw', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.npy'}
-# what file managers and archivers leave behind
+# files and folders that file managers and archivers create
 _SYSTEM_NAMES = {'__macosx', '@eadir', 'thumbs.db', 'desktop.ini', '$recycle.bin', 'system volume information'}
 
 
 @contextlib.contextmanager
 def image_endings() -> Iterator[None]:
-    """Let timm's readers that are made inside look for files with `IMAGE_ENDINGS`; timm's own are PNG and JPEG."""
+    """Let timm readers that are created in this context read all `IMAGE_ENDINGS`; timm reads PNG and JPEG only."""
     before = get_img_extensions()
     set_img_extensions(IMAGE_ENDINGS)
     try:
@@ -53,21 +53,21 @@ def image_endings() -> Iterator[None]:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a path below a data folder is no data: hidden files and folders, macOS twins (``._0.png``)."""
+    """Whether a path below a data folder is hidden or a system file, such as ``._0.png`` of macOS."""
     parts = [part for part in path.replace('\\', '/').split('/') if part not in ('', '.', '..')]
     return any(part.startswith('.') or part.lower() in _SYSTEM_NAMES for part in parts)
 
 
-def leave_out_what_is_no_data(reader: Any, class_map: bool = False) -> None:
-    """Take hidden files out of a reader, and say in one warning what else lies there and is not read.
+def exclude_non_images(reader: Any, class_map: bool = False) -> None:
+    """Remove hidden files from a reader, and log one warning about all files that are not read.
 
     Args:
-        reader: timm's, of a folder or a tar file, made inside `image_endings`.
-        class_map: Whether a class map gave the classes their indices, which stay.
+        reader: timm reader of a folder or a tar file, created in the context of `image_endings`.
+        class_map: Whether the class indices come from a class map and are kept; default False.
 
     Raises:
-        UserError: Images lie outside of class folders, a class folder has none that can be read, or two classes look
-            alike.
+        UserError: Images are outside of class folders, a class folder has no readable image, or the names of two
+            classes look the same.
     """
     paths = _image_paths(reader)
     keep = [not is_hidden(path) for path in paths]
@@ -91,12 +91,12 @@ def leave_out_what_is_no_data(reader: Any, class_map: bool = False) -> None:
 
 
 def _classes(reader: Any) -> Dict[str, int]:
-    # timm's reader of tar files has another name for it
+    # timm's tar reader uses another name for the attribute
     return reader.class_to_idx if hasattr(reader, 'class_to_idx') else reader.class_name_to_idx
 
 
 def _image_paths(reader: Any) -> List[str]:
-    """Of every sample its path below the root; a tar file in the tar file counts as a folder."""
+    """List the path of every sample below the root; a tar file inside the tar file counts as a folder."""
     if hasattr(reader, 'class_to_idx'):
         return [os.path.relpath(path, reader.root) for path, _ in reader.samples]
     inner = [child.name.removesuffix('.tar') if child is not None else '' for _, _, child in reader.samples]
@@ -105,7 +105,7 @@ def _image_paths(reader: Any) -> List[str]:
 
 
 def _keep_samples(reader: Any, keep: Sequence[bool], class_map: bool) -> None:
-    """Leave samples out of a reader, and the classes that had no others, so that the indices have no gaps."""
+    """Remove samples from a reader, and classes without remaining samples, so that the indices have no gaps."""
     if all(keep):
         return
     is_folder = hasattr(reader, 'class_to_idx')
@@ -127,11 +127,13 @@ def _keep_samples(reader: Any, keep: Sequence[bool], class_map: bool) -> None:
         reader.class_name_to_idx = classes
         reader.class_idx_to_name = {index: name for name, index in classes.items()}
     if not len(reader.samples):
-        raise UserError(f'{printable(str(reader.root))!r} holds hidden files alone (._*, .*, __MACOSX), and no image.')
+        raise UserError(
+            f'{printable(str(reader.root))!r} contains hidden files only (._*, .*, __MACOSX), and no image.'
+        )
 
 
 def _all_files(reader: Any) -> List[str]:
-    """All files below the root of a reader, or in its tar file; empty folders, with a slash at the end."""
+    """List all files of a reader's folder or tar file, and empty folders with a slash at the end."""
     if hasattr(reader, 'class_to_idx'):
         return _walk(str(reader.root))
     with tarfile.open(reader.root) as tar:
@@ -140,19 +142,22 @@ def _all_files(reader: Any) -> List[str]:
 
 
 def _walk(root: str) -> List[str]:
-    """All files below a folder, and empty folders with a slash at the end.
+    """List all files below a folder, and empty folders with a slash at the end.
+
+    Args:
+        root: Folder to search.
 
     Raises:
-        UserError: A symbolic link leads to a folder that it lies in, or a file to another one there: images would
-            count twice, and might be trained on and held out.
+        UserError: A symbolic link leads to a folder that contains it, or to a file below `root`. Its images would be
+            counted twice, possibly both for training and held out.
     """
     found, links, plain, folders_seen = [], [], {}, {}
     for place, folders, files in os.walk(root, followlinks=True):
         below, real = os.path.normpath(os.path.relpath(place, root)), os.path.realpath(place)
         if os.path.islink(place) and f'{os.path.realpath(os.path.dirname(place))}/'.startswith(f'{real}/'):
-            raise UserError(_twice(place, real))
+            raise UserError(_duplicate_message(place, real))
         if real in folders_seen:
-            _logger.warning(_twice(place, folders_seen[real]))
+            _logger.warning(_duplicate_message(place, folders_seen[real]))
         folders_seen[real] = place
         for name in files:
             path = os.path.join(place, name)
@@ -165,19 +170,19 @@ def _walk(root: str) -> List[str]:
     for link in links:
         other = plain.setdefault(os.path.realpath(link), link)
         if other != link:
-            raise UserError(_twice(link, other))
+            raise UserError(_duplicate_message(link, other))
     return found
 
 
-def _twice(link: str, other: str) -> str:
+def _duplicate_message(link: str, other: str) -> str:
     return (
         f'{printable(link)!r} is {printable(other)!r} by a symbolic link: the same images would be there twice; remove '
         f'the link.'
     )
 
 
-def leave_hidden_folders_out(dataset: Any) -> None:
-    """Take hidden files, and folders that would be classes, out of torchvision's ``ImageFolder``."""
+def exclude_hidden_folders(dataset: Any) -> None:
+    """Remove hidden files and hidden class folders from torchvision's ``ImageFolder``."""
     root = dataset.root
     keep = [not is_hidden(os.path.relpath(path, root)) for path, _ in dataset.samples]
     names = [name for name in dataset.classes if not is_hidden(name)]
@@ -191,21 +196,20 @@ def leave_hidden_folders_out(dataset: Any) -> None:
 
 
 def _check_flat(paths: Sequence[str], reader: Any) -> None:
-    """Refuse images outside of class folders; the folder itself would be their class, without a name."""
+    """Refuse images outside of class folders, which would form a class without a name."""
     flat = [path for path in paths if not os.path.dirname(path)]
     if flat:
         root = printable(str(reader.root))
-        beside = f'{len(flat)} images lie' if len(flat) < len(paths) else 'images lie'
+        count = f'{len(flat)} images lie' if len(flat) < len(paths) else 'images lie'
         is_split = _is_split(os.path.basename(os.path.normpath(str(reader.root))))
-        hint = ' If it is a class, rename it: folders of this name are taken for a split.' if is_split else ''
+        hint = ' If it is a class, rename it: folders of this name are treated as a split.' if is_split else ''
         raise UserError(
-            f'{beside} in {root} itself ({printable(flat[0])} first); put them into one folder per class.{hint}'
+            f'{count} in {root} itself ({printable(flat[0])} first); put them into one folder per class.{hint}'
         )
 
 
 def _check_empty_classes(reader: Any, files: Sequence[str], unread: Sequence[str]) -> None:
-    """Refuse folders that hold no image that is read where they seem to be classes: empty ones, and ones with images
-    of other formats."""
+    """Refuse class folders without a readable image: empty ones, and ones with images of other formats only."""
     images = _image_endings_of_pillow()
     has_images = {os.path.dirname(path) for path in _image_paths(reader)}
     above = {os.path.dirname(folder) for folder in has_images}
@@ -221,9 +225,9 @@ def _check_empty_classes(reader: Any, files: Sequence[str], unread: Sequence[str
         found = ', '.join(f'{count} {ending}' for ending, count in endings.items()) if 'no file' not in endings else ''
         name = printable(os.path.join(str(reader.root), folder))
         raise UserError(
-            f'{name!r} holds {found or "no file"}, and no image that can be read: the class would be lost; '
-            + (f'convert them to one of {", ".join(IMAGE_ENDINGS)}, or' if found else 'fill it, or')
-            + ' take the folder away.'
+            f'{name!r} contains {found or "no file"}, and no image that can be read: the class would be lost; '
+            + (f'convert them to one of {", ".join(IMAGE_ENDINGS)}, or' if found else 'add images, or')
+            + ' remove the folder.'
         )
 
 
@@ -232,8 +236,8 @@ def _image_endings_of_pillow() -> Set[str]:
     return {ending for ending, format in Image.EXTENSION.items() if format in Image.OPEN} | _OTHER_IMAGE_ENDINGS
 
 
-def is_divided(root: str) -> bool:
-    """Whether a folder of images has folders for splits."""
+def has_split_folders(root: str) -> bool:
+    """Whether a folder of images contains folders for splits, such as ``train`` or ``val``."""
     return bool(_folders_in(root) & _KNOWN_SPLITS)
 
 
@@ -242,29 +246,39 @@ def _folders_in(root: str) -> Set[str]:
 
 
 def check_folder_has_split(root: str, split: str, needs_folder: bool) -> None:
-    """Refuse a split that a folder of splits doesn't have; timm would take all its images, whatever their split."""
+    """Check that a folder of images has a split, because timm would otherwise use the images of all splits.
+
+    Args:
+        root: Folder of images.
+        split: Name of the split.
+        needs_folder: Whether to refuse a folder without any splits too.
+
+    Raises:
+        UserError: The folder does not have the split.
+    """
     folders = _folders_in(root)
     accepted = next((names for names in SPLIT_FOLDERS if split in names), (split,))
-    if not folders.intersection(accepted) and (needs_folder or is_divided(root)):
-        if is_divided(root):
+    if not folders.intersection(accepted) and (needs_folder or has_split_folders(root)):
+        if has_split_folders(root):
             raise UserError(f'{root!r} has no split {split!r}; it has {", ".join(sorted(folders))}.')
         raise UserError(
-            f'{root!r} is not divided into splits: as split {split!r} it would give the images that are trained on. '
+            f'{root!r} is not divided into splits: split {split!r} would contain the training images. '
             f'Leave --val-split out to hold images out of it; validate.py --held-out evaluates those, with --adaptive '
             f'too.'
         )
 
 
 def check_class_folders(reader: Any, class_map: str) -> None:
-    """Refuse splits that timm has mixed, because their folders have other names or lie in a tar file: it calls a class
-    by its innermost folder alone. Say which classes a class map leaves out.
+    """Refuse a reader that mixes the images of several splits, and log the classes that a class map leaves out.
+
+    timm names a class by its innermost folder only, so it mixes splits in a tar file or in folders of unusual names.
 
     Args:
-        reader: timm's, of a folder or a tar file.
-        class_map: ``--class-map``, empty without one.
+        reader: timm reader of a folder or a tar file.
+        class_map: Path of ``--class-map``; empty without one.
 
     Raises:
-        UserError: Training and test images are mixed.
+        UserError: Images of several splits are mixed.
     """
     folders = _class_folders(reader)
     above = os.path.commonpath(folders) if len(folders) > 1 else ''
@@ -275,12 +289,12 @@ def check_class_folders(reader: Any, class_map: str) -> None:
     mixed = [sorted(filter(_is_split, tops)) for tops in places.values()]
     mixed = next((splits for splits in (*mixed, sorted(filter(_is_split, places))) if len(splits) > 1), None)
     if mixed:
-        way_out = (
-            'give one of them as DIR, or let it hold train, val and test with a folder per class in each'
+        advice = (
+            'use one of them as DIR, or rename them to train, val and test, with one folder per class in each'
             if os.path.isdir(reader.root)
-            else 'unpack it, or make a tar file of each'
+            else 'unpack it, or make one tar file per split'
         )
-        raise UserError(f'{reader.root!r} has images in {", ".join(mixed)}, which would be mixed: {way_out}.')
+        raise UserError(f'{reader.root!r} has images in {", ".join(mixed)}, which would be mixed; {advice}.')
     if class_map and os.path.isdir(reader.root) and hasattr(reader, 'class_to_idx'):
         left_out = sorted(_folders_with_images(reader.root) - reader.class_to_idx.keys())
         if left_out:
@@ -290,7 +304,7 @@ def check_class_folders(reader: Any, class_map: str) -> None:
 
 
 def _class_folders(reader: Any) -> Set[str]:
-    """Where images lie, as paths from the root; of tar files in a folder nothing: each is a class."""
+    """Collect the folders of the images as paths from the root; empty for a folder of tar files, one per class."""
     if getattr(reader, 'root_is_tar', False):
         return {os.path.dirname(os.path.normpath(info.path)).lstrip('/') for info, _, _ in reader.samples}
     if not hasattr(reader, 'class_to_idx'):
@@ -305,7 +319,7 @@ def _is_split(folder: str) -> bool:
 
 
 def _folders_with_images(root: str) -> Set[str]:
-    """Names of the folders that hold images, at any depth."""
+    """Collect the names of the folders that contain images, at any depth."""
     return {
         os.path.basename(place)
         for place, _, files in os.walk(root, followlinks=True)

@@ -1,4 +1,4 @@
-"""The one way in which an image becomes pixels: training, evaluation, prediction and exported runners read alike."""
+"""Decode image files in the same way for training, evaluation, prediction and exported networks."""
 
 from typing import Any
 
@@ -7,38 +7,44 @@ from PIL import Image, ImageOps
 
 __all__ = ['IMAGE_MODES', 'MAX_ASPECT_RATIO', 'convert_image', 'read_image']
 
-# modes of Pillow with 8 bits per channel that other modes can be converted to
+# Pillow modes with 8 bits per channel that other modes can be converted to
 IMAGE_MODES = ('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV')
-# a longer image would be resized to gigabytes before it is cropped
+# a more elongated image would need gigabytes when it is resized before the crop
 MAX_ASPECT_RATIO = 256
 
 
 def read_image(file: Any, mode: str = 'RGB') -> Image.Image:
-    """Decode an image file, the first frame where it has several.
+    """Decode an image file, or the first frame of an animation.
 
     Args:
         file: Path or binary file object.
-        mode: One of `IMAGE_MODES`.
+        mode: Mode of the result, one of `IMAGE_MODES`; default ``RGB``.
+
+    Returns:
+        Upright image in `mode`.
 
     Raises:
-        ValueError: Its pixels have no known range, or it is too long for its width.
-        OSError: It cannot be decoded; other errors of Pillow's decoders are possible.
+        ValueError: The range of the pixel values is unknown, or the aspect ratio exceeds `MAX_ASPECT_RATIO`.
+        OSError: The file cannot be decoded; Pillow's decoders may raise other errors too.
     """
     with Image.open(file) as image:
         return convert_image(image, mode)
 
 
 def convert_image(image: Image.Image, mode: str = 'RGB') -> Image.Image:
-    """Turn an image upright as its EXIF orientation says, scale 16 bits to 8, and convert it.
+    """Apply the EXIF orientation of an image, scale 16 bits per channel to 8, and convert it to a mode.
 
-    timm's own loaders ignore the orientation and clip 16 bits at 255.
+    timm's loaders ignore the orientation and clip 16-bit values at 255.
 
     Args:
-        image: As Pillow opened it.
-        mode: One of `IMAGE_MODES`.
+        image: Image as opened by Pillow.
+        mode: Mode of the result, one of `IMAGE_MODES`; default ``RGB``.
+
+    Returns:
+        Upright image in `mode`.
 
     Raises:
-        ValueError: Its pixels have no known range, or it is too long for its width.
+        ValueError: The range of the pixel values is unknown, or the aspect ratio exceeds `MAX_ASPECT_RATIO`.
     """
     width, height = image.size
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
@@ -46,7 +52,7 @@ def convert_image(image: Image.Image, mode: str = 'RGB') -> Image.Image:
             f'its size is {width}x{height}; expected sides that differ by a factor of at most {MAX_ASPECT_RATIO}; '
             f'crop or split it'
         )
-    # releases of Pillow before 11 open a 16-bit PNG as 32-bit integers
+    # Pillow before release 11 opens a 16-bit PNG as 32-bit integers
     is_16_bit = image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG')
     if image.mode in ('I', 'F') and not is_16_bit:
         kind = 'integers' if image.mode == 'I' else 'floating point numbers'

@@ -1,4 +1,4 @@
-"""Labels that no class has: found in the loader's processes, where telling costs a GPU nothing."""
+"""Check labels in the worker processes of the loader, where the check does not delay the GPU."""
 
 from typing import Any, Callable, Iterable, Sequence
 
@@ -10,14 +10,14 @@ __all__ = ['CheckedCollate', 'CheckedMixup', 'check_labels']
 
 
 def check_labels(labels: Iterable[Any], num_classes: int) -> None:
-    """Refuse what is no index of a class.
+    """Refuse labels that are not class indices.
 
     Args:
-        labels: Numbers, tensors, or with an image's index behind it in a tensor.
-        num_classes: How many classes there are.
+        labels: Labels as numbers or tensors; the first element of a tensor is the label.
+        num_classes: Number of classes C.
 
     Raises:
-        ValueError: A label is text, below 0 or too large.
+        ValueError: A label is text, not a whole number, or not from 0 to C - 1.
     """
     for label in labels:
         if isinstance(label, str):
@@ -25,20 +25,20 @@ def check_labels(labels: Iterable[Any], num_classes: int) -> None:
         if isinstance(label, torch.Tensor):
             label = label.flatten()[0].item()
         if not isinstance(label, (int, np.integer)):
-            raise ValueError(f'the label {label!r} is no whole number, the index of one class')
+            raise ValueError(f'the label {label!r} is not a whole number: expected the index of one class')
         if not 0 <= label < num_classes:
             raise ValueError(
-                f'a label is {label}, and {num_classes} classes have 0 to {num_classes - 1}: --num-classes is too '
-                f'small, the labels begin with 1, or the images have none'
+                f'a label is {label}: expected 0 to {num_classes - 1} for {num_classes} classes; --num-classes is too '
+                f'small, the labels begin with 1, or the images have no labels'
             )
 
 
 class CheckedCollate:
-    """Makes a batch of samples whose labels are right.
+    """Collate function that checks the labels first.
 
     Args:
-        collate: Makes it.
-        num_classes: How many classes there are.
+        collate: Collate function for the samples.
+        num_classes: Number of classes C.
     """
 
     def __init__(self, collate: Callable, num_classes: int):
@@ -46,13 +46,15 @@ class CheckedCollate:
         self.num_classes = num_classes
 
     def __call__(self, samples: Sequence[Any]) -> Any:
+        """Check the labels, then collate the samples."""
         check_labels((sample[1] for sample in samples), self.num_classes)
         return self.collate(samples)
 
 
 class CheckedMixup(FastCollateMixup):
-    """timm's mixing of a batch; a label that no class has would be the label of another."""
+    """timm's collate function with mixup that checks the labels first, as mixing would hide a wrong label."""
 
     def __call__(self, batch: Sequence[Any], _: Any = None) -> Any:
+        """Check the labels, then collate and mix the batch."""
         check_labels((sample[1] for sample in batch), self.num_classes)
         return super().__call__(batch)

@@ -1,4 +1,4 @@
-"""The augmentation of the CIFAR literature, which timm lacks: pad every side, then crop at random."""
+"""Standard augmentation for CIFAR, which timm does not provide: pad every side, then crop at random."""
 
 from typing import Sequence
 
@@ -9,11 +9,11 @@ __all__ = ['PadCrop']
 
 
 class PadCrop:
-    """Resize where needed, pad with black, crop at random to the input size (paper, section "Datasets").
+    """Resize if needed, pad with black and crop at random to the input size (paper, section "Datasets").
 
     Args:
-        size: (H, W) of the crop.
-        padding: Pixels added at every side.
+        size: (H, W) of the crop in pixels.
+        padding: Pixels added at every side; default 4.
     """
 
     def __init__(self, size: Sequence[int], padding: int = 4):
@@ -22,10 +22,11 @@ class PadCrop:
         self.crop = transforms.RandomCrop(self.size, padding=padding)
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        """Return an augmented copy of the image, in the size of the crop."""
         return self.crop(self.resize(image))
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """The image in the size of the crop."""
+        """Resize an image to the size of the crop, without padding or cropping."""
         if image.size == self.size[::-1]:
             return image
         return image.resize(self.size[::-1], Image.Resampling.BICUBIC)

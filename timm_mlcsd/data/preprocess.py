@@ -1,4 +1,4 @@
-"""From one image file to what a network takes, with the arithmetic of the loaders that evaluate."""
+"""Preprocess one image file for a network, with the same arithmetic as the evaluation loaders."""
 
 from typing import Any, Dict, Optional
 
@@ -9,32 +9,35 @@ from .image import read_image
 
 __all__ = ['IMAGE_MODE', 'Preprocessing', 'default_image_mode']
 
-# beside timm's keys in a network's preprocessing, where images are not read as their channels suggest
+# key in addition to timm's in the preprocessing of a network, if the mode is not the default for its channels
 IMAGE_MODE = 'input_img_mode'
 _MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 
 
 def default_image_mode(channels: Optional[int]) -> str:
-    """The mode in which images are read for a number of channels, 3 by default.
+    """Return the PIL mode of images with a number of channels.
+
+    Args:
+        channels: Number of channels, 1 to 4; None for 3.
 
     Raises:
-        ValueError: No mode has so many.
+        ValueError: No mode has this number of channels.
     """
     mode = _MODES.get(3 if channels is None else channels)
     if mode is None:
-        raise ValueError(f'image files have 1 to 4 channels, not {channels}; images of that kind cannot be read')
+        raise ValueError(f'images with {channels} channels cannot be read from files: expected 1 to 4 channels')
     return mode
 
 
 class Preprocessing:
-    """Reads, resizes, crops and normalises an image as evaluation does, bit for bit on the CPU.
+    """Read, resize, crop and normalise an image as evaluation does, with bit for bit the same result on the CPU.
 
     Args:
-        data_config: ``input_size`` (C, H, W), ``interpolation``, ``mean``, ``std``, ``crop_pct``, ``crop_mode``, and
-            perhaps ``input_img_mode``.
+        data_config: Preprocessing of the network: ``input_size`` (C, H, W), ``interpolation``, ``mean``, ``std``,
+            ``crop_pct``, ``crop_mode``, and optionally ``input_img_mode``.
 
     Raises:
-        ValueError: Image files don't have so many channels.
+        ValueError: No image mode has C channels.
     """
 
     def __init__(self, data_config: Dict[str, Any]):
@@ -47,13 +50,16 @@ class Preprocessing:
         )
 
     def __call__(self, file: Any) -> torch.Tensor:
-        """The image in a file as a batch [1, C, H, W].
+        """Preprocess the image in a file.
 
         Args:
             file: Path or binary file object.
 
+        Returns:
+            Batch of one image, float32 [1, C, H, W].
+
         Raises:
-            Exception: Pillow cannot read it, in as many ways as there are broken files.
+            Exception: The file cannot be decoded; Pillow raises errors of any type for broken files.
         """
         pixels = torch.as_tensor(self.transform(read_image(file, self.mode)))
         return pixels.float().sub_(self.mean).div_(self.std)[None]

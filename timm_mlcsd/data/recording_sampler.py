@@ -1,4 +1,4 @@
-"""Which images are in which batch, for whoever must name them."""
+"""Record the images of each batch, so that error messages can name them."""
 
 from array import array
 from typing import Iterator, List
@@ -9,10 +9,13 @@ __all__ = ['RecordingSampler']
 
 
 class RecordingSampler(Sampler):
-    """The same indices, remembered until the next epoch draws others.
+    """Sampler that returns the indices of another sampler and records them until the next epoch.
 
     Args:
-        sampler: Gives them.
+        sampler: Sampler of the indices.
+
+    Attributes:
+        drawn: Indices drawn in the current epoch.
     """
 
     def __init__(self, sampler: Sampler):
@@ -29,5 +32,10 @@ class RecordingSampler(Sampler):
             yield index
 
     def batch(self, number: int, size: int) -> List[int]:
-        """What was drawn for the batch of that number."""
+        """Return the indices of a batch.
+
+        Args:
+            number: Number of the batch in the current epoch, from 0.
+            size: Batch size.
+        """
         return list(self.drawn[number * size : (number + 1) * size])

@@ -1,4 +1,4 @@
-"""What tells the samples of a data set apart, so that a checkpoint knows which ones it was not trained on."""
+"""Keys that identify the samples of a data set, so that a checkpoint can record which ones were held out."""
 
 import hashlib
 import os
@@ -13,25 +13,29 @@ PROBE = 64
 
 
 def sample_keys(dataset: Any, indices: Iterable[int], of_content: bool = False) -> torch.Tensor:
-    """A number per sample: of its file's path below the data folder, or, where there are no files, of its content.
+    """Compute a key per sample, from the path of its file below the data folder, or from its content without files.
 
     Args:
-        dataset: Gives (PIL image, class index) without a transform of its own, or has timm's reader of files.
-        indices: Which samples.
-        of_content: Whether files are told apart by their content too, not by their paths.
+        dataset: Data set of (PIL image, class index) without a transform, or with a timm reader of files.
+        indices: Indices of the samples, [N].
+        of_content: Whether to use the content of files instead of their paths; default False.
 
     Returns:
-        The first 64 bits of SHA-256, int64 [len(indices)]; the class of the image is part of what is hashed.
+        First 64 bits of the SHA-256 of path or content, int64 [N]. Both include the class: the folder of a file, or
+        the class index.
     """
     keys = [hashlib.sha256(_identity(dataset, index, of_content)).digest()[:8] for index in indices]
     return torch.from_numpy(np.frombuffer(b''.join(keys), dtype='<i8').astype(np.int64))
 
 
 def probe_keys(dataset: Any) -> torch.Tensor:
-    """Keys of the content of up to 64 samples from everywhere in a data set, to know it again in another place.
+    """Compute content keys of up to 64 evenly spaced samples, to recognise a data set that has been moved.
 
     Args:
-        dataset: As for `sample_keys`.
+        dataset: Data set as for `sample_keys`.
+
+    Returns:
+        Keys, int64 [min(64, number of samples)].
     """
     indices = np.linspace(0, len(dataset) - 1, min(len(dataset), PROBE)).astype(int).tolist()
     return sample_keys(dataset, indices, of_content=True)
@@ -39,12 +43,12 @@ def probe_keys(dataset: Any) -> torch.Tensor:
 
 def _identity(dataset: Any, index: int, of_content: bool) -> bytes:
     reader = getattr(dataset, 'reader', None)
-    if hasattr(reader, 'samples') and not of_content:  # files, whose folder is their class
+    if hasattr(reader, 'samples') and not of_content:  # files; the path includes the class folder
         return os.fsencode(os.path.normpath(reader.filename(index, absolute=False)).replace(os.sep, '/'))
     if reader is not None:
         try:
             file, target = reader[index]
-        except Exception:  # a sample that cannot be read has no other mark than its place
+        except Exception:  # a broken sample can be identified only by its index
             return f'number {index}'.encode()
         with file:
             return file.read() + f' {target}'.encode()

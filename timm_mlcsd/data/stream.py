@@ -1,4 +1,4 @@
-"""Streams whose images may be broken: counted over all of a loader's processes, named once, left out."""
+"""Handle broken images in streams: count them over all worker processes, report each once, and skip them."""
 
 import hashlib
 import json
@@ -23,15 +23,15 @@ __all__ = ['CheckedStream']
 
 
 class CheckedStream(BrokenSampleTracker, IterableImageDataset):
-    """A timm reader's stream without the images that cannot be read.
+    """Stream of a timm reader without the images that cannot be read.
 
-    In training the stream goes on until it has given as many images as without them.
+    In training the stream continues until it has returned as many images as it would without broken ones.
 
     Args:
-        reader: timm's, of ``hfids``, ``tfds`` or ``wds``, not read from yet.
-        source: Which of these.
-        mode: PIL mode.
-        limit: How many images may be broken.
+        reader: timm reader of ``hfids``, ``tfds`` or ``wds``, which has not been opened yet.
+        source: Type of the reader: ``hfids``, ``tfds`` or ``wds``.
+        mode: PIL mode of the images.
+        limit: Number of broken images that are accepted; default 0.
     """
 
     def __init__(self, reader: Any, source: str, mode: str, limit: int = 0):
@@ -39,7 +39,7 @@ class CheckedStream(BrokenSampleTracker, IterableImageDataset):
         self.source = source
         self.mode = mode
         self.limit = limit
-        # what each broken image is called, and why it is one; to tell them apart over the epochs
+        # error by name of the broken image; the names identify images over the epochs
         self._found: Dict[str, str] = {}
         self.named: Set[str] = set()
         self._seen: Set[str] = set()
@@ -58,22 +58,24 @@ class CheckedStream(BrokenSampleTracker, IterableImageDataset):
 
     @property
     def found(self) -> Dict[str, str]:
+        """Errors of all known broken images, by the names of the images."""
         self.merge(dict([line]) for line in self._log.new())
         return self._found
 
     def merge(self, others: Iterable[Dict[str, str]]) -> None:
+        """Include broken images that other processes have `found`; see `BrokenSampleTracker.merge`."""
         for found in others:
             self._found.update(found)
 
-    def _complaint(self, broken: str) -> str:
+    def _describe(self, broken: str) -> str:
         return f'{broken} ({self._found[broken]})'
 
-    def _of(self) -> str:  # its length counts repeats
+    def _describe_total(self) -> str:  # the length is unknown, as it counts repeated images
         return 'images of the stream'
 
 
 class _SharedLog:
-    """A temporary file to which several processes append what one of them reads."""
+    """Temporary file to which several processes append entries, and from which one of them reads."""
 
     def __init__(self) -> None:
         handle, self.path = tempfile.mkstemp(prefix='mlcsd-broken-')
@@ -82,13 +84,13 @@ class _SharedLog:
         weakref.finalize(self, _remove, self.path, os.getpid())
 
     def add(self, entry: Any) -> None:
-        # one write to the end of a file is never mixed with another's
+        # a single write in append mode is not interleaved with writes of other processes
         with open(self.path, 'ab', buffering=0) as f:
             f.write(json.dumps(entry).encode() + b'\n')
 
     def new(self) -> List[Any]:
-        """What has been added since last asked."""
-        if not os.path.exists(self.path):  # somebody tidied up
+        """Return the entries added since the last call."""
+        if not os.path.exists(self.path):  # temporary files may be cleaned up by the system
             self.read = 0
             return []
         with open(self.path, 'rb') as f:
@@ -104,15 +106,15 @@ def _remove(path: str, owner: int) -> None:
 
 
 class _Readable:
-    """The samples of a reader whose images can be decoded.
+    """Iterable over the samples of a reader whose images can be decoded.
 
     Args:
-        samples: Dictionaries.
-        key: Where they have the image, encoded.
-        decode: Makes an image of that.
-        name: Tells what the image of a sample is called.
-        leave_out: Told the names of the broken ones, and what is wrong with them.
-        most: So many broken ones in a row are all that there are.
+        samples: Iterable of samples, each a dict.
+        key: Key of the encoded image in a sample.
+        decode: Function from the encoded image to a PIL image.
+        name: Function from (sample, encoded image, counts of earlier names) to the name of the image.
+        leave_out: Function called with the name and the error of every broken image.
+        most: Largest number of broken images in a row before an error is raised; default unlimited.
     """
 
     def __init__(
@@ -132,14 +134,14 @@ class _Readable:
             encoded = get_field(sample, self.key)
             try:
                 image = self.decode(encoded)
-            except Exception as e:  # decoders fail in as many ways as there are files
+            except Exception as e:  # damaged files raise errors of any type
                 self.leave_out(self.name(sample, encoded, names), e)
                 in_a_row += 1
                 if in_a_row > self.most:
                     raise ValueError('no image of the stream can be read') from e
                 continue
             in_a_row = 0
-            # timm looks for a key with a slash at the top first
+            # timm looks up a key with a slash at the top level first
             yield {**sample, self.key: image}
 
     def set_epoch(self, epoch: int) -> None:
@@ -157,7 +159,7 @@ def _prepare_hfids(reader: Any, open_reader: Callable, mode: str, leave_out: Cal
 
     def decode(encoded: Any) -> Image.Image:
         if encoded is None:
-            raise ValueError('there is none')
+            raise ValueError('there is no image')
         if isinstance(encoded, dict) and encoded.get('bytes'):
             return read_image(BytesIO(encoded['bytes']), mode)
         return convert_image(decode_example(encoded), mode)  # a path, perhaps on another machine
@@ -167,7 +169,7 @@ def _prepare_hfids(reader: Any, open_reader: Callable, mode: str, leave_out: Cal
             (encoded['path'], encoded['bytes']) if isinstance(encoded, dict) else (None, repr(encoded).encode())
         )
         called = f'{path or "an image without a name"}, SHA-1 {hashlib.sha1(data or b"").hexdigest()}'
-        # a pass has every row once: what looks the same is another
+        # a pass has every row once, so equal names belong to different rows
         names[called] += 1
         return called if names[called] == 1 else f'{called}, number {names[called]}'
 
@@ -191,9 +193,9 @@ def _prepare_tfds(reader: Any, open_reader: Callable, mode: str, leave_out: Call
 
     input_decoders(reader, undecoded)
     reader.builder.as_dataset = with_ids
-    reader.input_img_mode = ''  # or timm would make an image of it
+    reader.input_img_mode = ''  # prevents timm from decoding the image
     open_reader()
-    # to train on, TFDS repeats its samples without end
+    # TFDS repeats training samples without end
     most = reader.num_samples if reader.is_training else math.inf
     reader.ds = _Readable(
         reader.ds, reader.input_key, decode, lambda sample, *_: sample['tfds_id'].decode(), leave_out, most
@@ -205,7 +207,7 @@ def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Calla
     shards = {os.path.join(reader.root, name) for name in reader.split_info.filenames}
 
     def broken_shard(error: Exception) -> bool:
-        # webdataset asks inside of a shard, and then again with the shard's name; it has none for files of one name
+        # webdataset calls this inside a shard, then again with the shard's name; a duplicate file name has no shard
         where = error.args[-1] if error.args else ''
         if where is not None and where not in shards:
             raise error
@@ -219,12 +221,12 @@ def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Calla
             called = f'{sample["__url__"]}/{sample["__key__"]}'
             if not sample.keys() & keys:
                 has = ', '.join(key for key in sample if not key.startswith('__'))
-                leave_out(called, ValueError(f'it has {has}, and no --input-key {reader.input_key}'))
+                leave_out(called, ValueError(f'it has {has}, but no --input-key {reader.input_key}'))
                 continue
             try:
                 decoded = decode(sample)
                 image = None if decoded is None else convert_image(decoded['jpg'], mode)
-            except (TypeError, wds_target_error()):  # the flags' fault, not the sample's
+            except (TypeError, wds_target_error()):  # caused by wrong flags, not by the sample
                 raise
             except Exception as e:
                 leave_out(called, e)
@@ -233,16 +235,18 @@ def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Calla
                 given += 1
                 yield dict(image=image, target=decoded['target'])
         if reader.is_training and not given:
-            # webdataset would end this process's epoch, and leave the others waiting
-            raise ValueError('a process of the loader has no image to read; with fewer --workers each has more shards')
+            # webdataset would end the epoch of this process only, and the others would wait for it
+            raise ValueError(
+                'a worker process of the loader has no image to read; use fewer --workers, so that each has more shards'
+            )
 
     stages = reader.ds.pipeline
     for stage in stages:
         if 'handler' in getattr(stage, 'kw', {}):
             stage.kw['handler'] = broken_shard
-    # timm's last two decode a sample, and give the image its name
+    # the last two stages of timm decode a sample and rename its image
     decode = stages[-2].args[0]
-    decode.keywords['image_mode'] = ''  # so timm leaves the image as the file has it
+    decode.keywords['image_mode'] = ''  # timm then keeps the mode of the file
     stages[-2:] = [partial(images, decode)]
 
 

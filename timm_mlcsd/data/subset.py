@@ -1,4 +1,4 @@
-"""Data sets made from other data sets."""
+"""Data sets that wrap other data sets."""
 
 from typing import Any, Callable, Optional, Sequence, Tuple
 
@@ -11,11 +11,11 @@ __all__ = ['ConvertedImages', 'IndexedTargets', 'TransformSubset', 'hold_out']
 
 
 class TransformSubset(Dataset):
-    """The samples at `indices`, with a transform that leaves the full data set's alone.
+    """Samples at `indices` of a data set, with their own transform.
 
     Args:
-        dataset: Gives (image, target) without a transform of its own, or None for what cannot be read.
-        indices: Which samples.
+        dataset: Data set of (image, target) without a transform, with None for a broken image.
+        indices: Indices of the samples.
     """
 
     def __init__(self, dataset: Dataset, indices: Sequence[int]):
@@ -35,11 +35,11 @@ class TransformSubset(Dataset):
 
 
 class ConvertedImages(Dataset):
-    """The same images in one PIL mode, with a transform of their own.
+    """Images of a data set converted to one PIL mode, with their own transform.
 
     Args:
-        dataset: Gives (PIL image, target) without a transform of its own.
-        mode: PIL mode, such as ``RGB`` or ``L``.
+        dataset: Data set of (PIL image, target) without a transform.
+        mode: PIL mode, one of `IMAGE_MODES`.
     """
 
     def __init__(self, dataset: Dataset, mode: str):
@@ -57,10 +57,10 @@ class ConvertedImages(Dataset):
 
 
 class IndexedTargets(Dataset):
-    """The same images, each target a tensor [2]: the class and the image's index.
+    """Images of a data set with targets that contain the class and the index of the image, [2].
 
     Args:
-        dataset: Gives (image, class) without a transform of its own, or None for what cannot be read.
+        dataset: Data set of (image, class) without a transform, with None for a broken image.
     """
 
     def __init__(self, dataset: Dataset):
@@ -79,15 +79,15 @@ class IndexedTargets(Dataset):
 
 
 def hold_out(num_samples: int, fraction: float, seed: int) -> Tuple[Sequence[int], Sequence[int]]:
-    """Split range(num_samples) at random.
+    """Split the indices of samples at random.
 
     Args:
-        num_samples: How many there are.
-        fraction: Share that is held out, at least one sample and never all.
-        seed: Of this split alone, so that runs with other seeds share it.
+        num_samples: Number of samples.
+        fraction: Share of the samples to hold out; at least one sample is held out and one remains.
+        seed: Seed of the split, independent of the seed of the run.
 
     Returns:
-        Indices that stay and indices that are held out, both sorted.
+        Indices that remain and indices that are held out, both sorted.
     """
     held = min(max(round(num_samples * fraction), 1), num_samples - 1)
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))

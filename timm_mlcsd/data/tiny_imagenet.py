@@ -1,11 +1,11 @@
-"""Tiny-ImageNet as folders of images, from the official zip file.
+"""Unpack the official zip file of Tiny-ImageNet to folders of images.
 
     python -m timm_mlcsd.data.tiny_imagenet FOLDER              # downloads 248 MB
     python -m timm_mlcsd.data.tiny_imagenet FOLDER --zip FILE
 
-leaves ``FOLDER/train`` and ``FOLDER/test``, a folder per class in each, so that ``./train.py FOLDER`` and
-``./validate.py FOLDER --split test`` find them. The images published as its test set have no labels; as is usual, the
-labelled validation images are the test split.
+creates ``FOLDER/train`` and ``FOLDER/test`` with one folder per class, for ``./train.py FOLDER`` and
+``./validate.py FOLDER --split test``. The published test images have no labels; as is usual, the labelled validation
+images are used as the test split.
 """
 
 import argparse
@@ -30,24 +30,24 @@ _LABELS = 'tiny-imagenet-200/val/val_annotations.txt'
 
 
 def unpack(folder: Path, archive: Optional[Path] = None, url: str = URL, md5: Optional[str] = MD5) -> Dict[str, int]:
-    """Make the folder, whole or not at all.
+    """Create the folder; on any error it is not created.
 
     Args:
-        folder: Where to; it must not exist, or be empty.
-        archive: The zip file; None to download it.
-        url: Where from.
-        md5: Its checksum; None not to check, which is also not done with a given `archive`.
+        folder: Folder to create; it must not exist, or be empty.
+        archive: Zip file; default None to download it.
+        url: Address of the download.
+        md5: MD5 checksum of the download; None for no check. A given `archive` is not checked.
 
     Returns:
         Number of images per split.
 
     Raises:
-        ValueError: The folder holds something, or the file is not Tiny-ImageNet, is damaged or can't be had.
+        ValueError: The folder is not empty, the download failed, or the file is damaged or not Tiny-ImageNet.
         OSError: The folder cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f'{str(folder)!r} is there already; remove it, or name another folder.')
+        raise ValueError(f'{str(folder)!r} exists already; remove it, or name another folder.')
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as temporary:
         if archive is None:
@@ -55,13 +55,13 @@ def unpack(folder: Path, archive: Optional[Path] = None, url: str = URL, md5: Op
             try:
                 download_url(url, temporary, archive.name, md5)
             except (OSError, RuntimeError) as e:
-                raise ValueError(f'{url} cannot be downloaded: {e} With the file at hand, use --zip FILE.') from e
-        whole = Path(temporary) / 'whole'
+                raise ValueError(f'{url} cannot be downloaded: {e}; to use a local file, pass --zip FILE.') from e
+        complete = Path(temporary) / 'complete'
         counts = {'train': 0, 'test': 0}
         try:
             with zipfile.ZipFile(archive) as source:
                 for split, label, name, member in _images(source):
-                    path = whole / split / label / name
+                    path = complete / split / label / name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with source.open(member) as image, open(path, 'wb') as f:
                         shutil.copyfileobj(image, f)
@@ -70,12 +70,12 @@ def unpack(folder: Path, archive: Optional[Path] = None, url: str = URL, md5: Op
             raise ValueError(f'{str(archive)!r} cannot be read as the zip file of Tiny-ImageNet: {e}') from e
         if not all(counts.values()):
             raise ValueError(f'{str(archive)!r} is not Tiny-ImageNet: it has {counts} labelled images.')
-        whole.replace(folder)
+        complete.replace(folder)
     return counts
 
 
 def _images(source: zipfile.ZipFile) -> Iterator[Tuple[str, str, str, str]]:
-    """Split, class, file name and member of every labelled image; whatever else the file holds stays there."""
+    """Yield split, class, file name and zip member of every labelled image."""
     lines = source.read(_LABELS).decode('ascii', 'replace').splitlines()
     labels = dict(line.split('\t')[:2] for line in lines if '\t' in line)
     for member in source.namelist():
@@ -87,15 +87,17 @@ def _images(source: zipfile.ZipFile) -> Iterator[Tuple[str, str, str, str]]:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Entry point of ``python -m timm_mlcsd.data.tiny_imagenet``."""
-    parser = argparse.ArgumentParser(prog='timm_mlcsd.data.tiny_imagenet', description='Tiny-ImageNet as folders')
-    parser.add_argument('folder', type=Path, help='where to put train and test')
-    parser.add_argument('--zip', type=Path, metavar='FILE', help='the official file (default: download it)')
+    parser = argparse.ArgumentParser(
+        prog='timm_mlcsd.data.tiny_imagenet', description='Unpack Tiny-ImageNet to folders of images.'
+    )
+    parser.add_argument('folder', type=Path, help='folder to create, with train and test')
+    parser.add_argument('--zip', type=Path, metavar='FILE', help='official zip file (default: download it)')
     args = parser.parse_args(argv)
     try:
         counts = unpack(args.folder, args.zip)
     except (ValueError, OSError) as e:
         parser.error(str(e))
-    print(f'{args.folder}: {counts["train"]} images to train on, {counts["test"]} to test')
+    print(f'{args.folder}: {counts["train"]} training images, {counts["test"]} test images')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What an exit policy does to the images to report on, run beside the plain backbone."""
+"""Speed and accuracy of an exit policy, measured beside the plain backbone."""
 
 import math
 import time
@@ -19,14 +19,14 @@ LATENCY_IMAGES = 200
 
 
 class PolicyBenchmark(NamedTuple):
-    """What the runtime did, beside the plain backbone on the same images in turn.
+    """Measurements of a policy and of the plain backbone on the same images.
 
     Attributes:
-        exit_index: Where each image left, [N].
-        top1: Accuracy in %.
-        backbone_top1: Of the plain backbone.
-        images_per_second: Of both.
-        latencies: Milliseconds per image at batch 1: 50th, 90th and 99th percentile, of both.
+        exit_index: Exit of each image, [N].
+        top1: Accuracy of the policy in %.
+        backbone_top1: Accuracy of the plain backbone in %.
+        images_per_second: Throughput of policy and backbone.
+        latencies: Milliseconds per image at batch 1 of policy and backbone: 50th, 90th and 99th percentile.
     """
 
     exit_index: torch.Tensor
@@ -44,7 +44,7 @@ def benchmark_policy(
     num_images: int,
     collect: Optional[Callable[[int, torch.Tensor], None]] = None,
 ) -> PolicyBenchmark:
-    """Run the policy and the plain network over a loader, batch by batch in turn, the clock on the networks alone.
+    """Run the policy and the plain network alternately on each batch of a loader; only the networks are timed.
 
     Args:
         evaluator: Evaluator of the network.
@@ -68,12 +68,15 @@ def benchmark_policy(
             torch.cuda.synchronize(device)
         return result, time.perf_counter() - start
 
-    exits, right, plain_right, seconds, latencies, count = [], 0, 0, [], [], 0
+    exits: List[torch.Tensor] = []
+    seconds: List[Tuple[float, float]] = []
+    latencies: List[Tuple[float, float]] = []
+    right, plain_right, count = 0, 0, 0
     for images, target in loader:
         if collect is not None:
             collect(count, images)
         images, target = evaluator.prepared(images), target.to(device)
-        if not seconds:  # neither clock pays for what is set up on a first call
+        if not seconds:  # first calls include set-up, which is not timed
             for some in (images, images[:1]):
                 timed(lambda x: list(adaptive.iter_exits(x)), some)
                 timed(model, some)
@@ -93,7 +96,7 @@ def benchmark_policy(
         100 * right / count,
         100 * plain_right / count,
         (count / total, count / plain_total),
-        [tuple(pair) for pair in quantiles.tolist()],
+        [(adaptive_ms, plain_ms) for adaptive_ms, plain_ms in quantiles.tolist()],
     )
 
 
@@ -105,7 +108,7 @@ def tables(
     costs: Sequence[ExitCost],
     batch_size: int,
 ) -> Tuple[str, Dict[str, Any]]:
-    """What to print, and the same for the results file."""
+    """The tables to print, and the same values for the results file."""
     right = result.prediction == test.targets
     before = expected_calibration_error(*test)
     after = expected_calibration_error(test.answers(policy), test.targets)

@@ -15,8 +15,9 @@ from ..data import IMAGE_MODE, default_image_mode
 from ..errors import UserError, as_user_error
 from ..losses import MLCSDLoss
 from ..models import MultiExitModel, create_named, load_backbone
+from ..registered import registered
 from ..task import MLCSDTask
-from .datasets import DataConfig
+from .data_config import DataConfig
 from .loaders import AugmentConfig, mixup_active
 
 __all__ = [
@@ -131,17 +132,18 @@ def model_kwargs(config: ModelConfig, num_classes: int, in_chans: Optional[int] 
 
 
 def build_model(name: str, **model_args: Any) -> MultiExitModel:
-    """`create_named`, its errors the user's."""
+    """`create_named`, with its errors as `UserError`."""
     with as_user_error('--model'):
         return create_named(name, **model_args)
 
 
 def model_identity(model: MultiExitModel, name: str, model_args: Dict[str, Any]) -> Dict[str, Any]:
-    """Registered name and arguments that make the same network again, also where it came from the Hub or a folder."""
+    """Registered name and arguments that make the same network again, also for a network of the Hub or a folder."""
     if ':' in name:
         # timm keeps the arguments stored with a model together with those given
-        model_args = {k: v for k, v in model._model_args.items() if k != 'pretrained_backbone'}
-    return dict(arch=model.default_cfg['architecture'], model_args={**model_args, **model.exit_args})
+        model_args = {k: v for k, v in getattr(model, '_model_args', {}).items() if k != 'pretrained_backbone'}
+    attributes = registered(model)
+    return dict(arch=attributes.default_cfg['architecture'], model_args={**model_args, **attributes.exit_args})
 
 
 def resolve_data_config(
@@ -150,7 +152,7 @@ def resolve_data_config(
     """Input size, normalisation and crop of the images.
 
     Args:
-        data: What the user has set.
+        data: Settings of the user.
         model: The network, whose own values come last.
         stored: Preprocessing stored with a checkpoint, which comes second.
 
@@ -158,11 +160,11 @@ def resolve_data_config(
         UserError: The values do not fit the network.
     """
     # timm's name for networks that are made for one size
-    fixed = data.img_size and getattr(model, 'backbone', model).pretrained_cfg.get('fixed_input_size')
+    fixed = data.img_size and registered(getattr(model, 'backbone', model)).pretrained_cfg.get('fixed_input_size')
     hint = f' (--model-kwargs img_size={data.img_size} makes it for that size)' if fixed else ''
     with as_user_error(f'the data flags do not fit the model{hint}'):
         config = resolve_input_data_config(model, vars(data), pretrained_cfg=stored)
-        model.check_input_size(*config['input_size'][1:])
+        registered(model).check_input_size(*config['input_size'][1:])
         mode = data.input_img_mode or (stored or {}).get(IMAGE_MODE)
         if mode and mode != default_image_mode(config['input_size'][0]):
             config[IMAGE_MODE] = mode
@@ -170,7 +172,7 @@ def resolve_data_config(
 
 
 def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:
-    """Start from the weights in `path`: of a multi-exit network like this one, or of its plain backbone."""
+    """Load weights of a multi-exit network like this one, or of its plain backbone."""
     if not os.path.isfile(path):
         raise UserError(f'--initial-checkpoint {path!r}: there is no such file.')
     with as_user_error(f'--initial-checkpoint {path!r} cannot be read'):
@@ -184,7 +186,7 @@ def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:
 
 
 def check_heads_only(config: ModelConfig, model: MultiExitModel, resumed: bool) -> None:
-    """Refuse to leave alone what has not been trained, or cannot be told from the exits."""
+    """Refuse to freeze a backbone that is untrained, or that has no exits apart from it."""
     if not hasattr(model, 'freeze_backbone'):
         raise UserError(f'--heads-only: {config.model} was made with its exits, it has no backbone of its own.')
     if model.num_exits == 1:
@@ -196,7 +198,8 @@ def check_heads_only(config: ModelConfig, model: MultiExitModel, resumed: bool) 
             '--heads-only leaves the backbone as it is, which is random so far: name its weights with '
             '--initial-checkpoint FILE, or take those of --model with --pretrained-backbone or --pretrained.'
         )
-    classes = (model.backbone if config.pretrained_backbone else model).pretrained_cfg.get('num_classes')
+    source = getattr(model, 'backbone', model) if config.pretrained_backbone else model
+    classes = registered(source).pretrained_cfg.get('num_classes')
     if classes != model.num_classes:
         raise UserError(
             f'--heads-only: these weights know {classes} classes and the data has {model.num_classes}, so the last '

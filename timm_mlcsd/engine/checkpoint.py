@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash: written beside their place, flushed to disk, then renamed."""
+"""Checkpoints that survive a crash: written to a temporary file, flushed to disk, then renamed."""
 
 import contextlib
 import logging
@@ -71,12 +71,12 @@ class CheckpointSaver:
         return is_best
 
     def save_last(self, state: Dict[str, Any]) -> None:
-        """Save the state of an unfinished epoch, as the last checkpoint alone; the one before stays as its stand-in."""
+        """Save the state of an unfinished epoch as the last checkpoint; the previous one is kept as a substitute."""
         path, previous = self.folder / LAST, self.folder / PREVIOUS
         with _as_disk_error(path):
             with atomic_write(path) as temporary:
                 _dump(state, temporary)
-                # one that another process wrote may be damaged, and the stand-in what the run has come back from
+                # a file of another process may be damaged, and the substitute what this run was resumed from
                 if path.exists() and (self._wrote_last or not previous.exists()):
                     self._also_as(path, PREVIOUS)
             self._wrote_last = True
@@ -99,10 +99,10 @@ class CheckpointSaver:
 
 
 def load_newest(source: Union[str, Path]) -> Dict[str, Any]:
-    """The last checkpoint of a run; where that one is damaged, the newest that isn't, with a warning.
+    """Load the last checkpoint of a run or, if it is damaged, the newest intact one, with a warning.
 
     Args:
-        source: The folder of a run or its last checkpoint; or another checkpoint, which has no stand-in.
+        source: Folder of a run or its last checkpoint; or another checkpoint, which has no substitute.
 
     Raises:
         UserError: There is none.
@@ -133,7 +133,7 @@ def _dump(state: Dict[str, Any], path: Path) -> None:
 
 @contextlib.contextmanager
 def _as_disk_error(path: Path) -> Iterator[None]:
-    """A full disk, or one that is gone, as a `UserError`; what was there before stays."""
+    """Turn the errors of a full or missing disk into a `UserError`; earlier files are kept."""
     try:
         yield
     except (OSError, RuntimeError) as e:  # PyTorch makes a RuntimeError of a full disk

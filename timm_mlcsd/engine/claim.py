@@ -1,4 +1,4 @@
-"""A run's folder belongs to one living run: made exclusively, and locked until the process ends."""
+"""Exclusive use of a run's folder: created exclusively, and locked until the process ends."""
 
 import contextlib
 import importlib.util
@@ -15,7 +15,7 @@ LOCK = '.lock'
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Make a folder that was not there: with `name`, or with the first of -1, -2, ... behind it that is free.
+    """Create a new folder with the given name, or with the first free suffix of -1, -2, ...
 
     Raises:
         UserError: It cannot be written.
@@ -35,14 +35,13 @@ def new_folder(parent: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def claimed(folder: Path, is_new: bool = False) -> Iterator[None]:
-    """Keep a folder to this process. It is made if it is not there; one that is new is removed again where nothing came
-    into it.
+    """Lock a folder for this process; a missing folder is created, and a new one is removed again if it stays empty.
 
-    The lock is the kernel's, so that it ends with the process, however that ends; the loader's processes do not inherit
-    it. Where there are no such locks (Windows, some network file systems) any process may have the folder.
+    The lock is one of the kernel, so that it ends with the process, however that ends; loader processes do not inherit
+    it. Without such locks (Windows, some network file systems) the folder is not protected.
 
     Raises:
-        UserError: Another process has it, or it cannot be written.
+        UserError: Another process has locked it, or it cannot be written.
     """
     path = folder / LOCK
     is_new = is_new or not folder.exists()
@@ -61,7 +60,7 @@ def claimed(folder: Path, is_new: bool = False) -> Iterator[None]:
 
 
 def _locked(path: Path) -> Optional[int]:
-    """The open file, locked; None where there are no locks."""
+    """The open, locked file; None if the system has no locks."""
     if importlib.util.find_spec('fcntl') is None:
         return None
     import fcntl
@@ -80,7 +79,7 @@ def _locked(path: Path) -> Optional[int]:
         except OSError:  # a file system without locks
             os.close(file)
             return None
-        # the one who had it may have removed the file meanwhile
+        # the previous owner may have removed the file since
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 os.truncate(file, 0)

@@ -1,11 +1,11 @@
-"""Settings that contradict each other, though each is right alone."""
+"""Checks of settings that are valid each, but contradict each other."""
 
 from typing import Any, Dict, Sequence
 
 from ..distributed import DistributedContext
 from ..errors import UserError
 from .config import TrainConfig
-from .datasets import DataConfig
+from .data_config import DataConfig
 from .loaders import AugmentConfig
 from .optimizer import SchedulerConfig
 
@@ -105,14 +105,14 @@ def check_fsdp(config: TrainConfig, dist_context: DistributedContext) -> None:
     """Refuse what does not go together with ``--fsdp``."""
     if dist_context.size == 1:
         raise UserError('--fsdp shares a network out among processes: start several with torchrun.')
-    others = dict(
+    switches = dict(
         model_ema=config.trainer.model_ema,
         torchcompile=config.device.torchcompile,
         heads_only=config.model.heads_only,
         sync_bn=config.trainer.sync_bn,
         grad_checkpointing=config.model.grad_checkpointing,
     )
-    others = [f'--{name.replace("_", "-")}' for name, given in others.items() if given]
+    others = [f'--{name.replace("_", "-")}' for name, given in switches.items() if given]
     if config.loop.clip_grad is not None and config.loop.clip_mode == 'agc':
         others.append('--clip-mode agc (take norm)')
     if config.device.amp and config.device.amp_dtype == 'float16':

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Dict
 
 from .build import LossConfig, ModelConfig
-from .datasets import TrainDataConfig
+from .data_config import TrainDataConfig
 from .device import DeviceConfig
 from .epoch import LoopConfig
 from .loaders import AugmentConfig
@@ -75,15 +75,15 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, settings: Dict[str, Any]) -> 'TrainConfig':
-        """Create a configuration from settings by the names of the flags; what is missing has its default.
+        """Create a configuration from settings by the names of the flags; missing ones have their default.
 
         Raises:
             ValueError: A name is unknown.
         """
         parts, left = {}, dict(settings)
-        for part in fields(cls):
-            names = [f.name for f in fields(part.default_factory)]
-            parts[part.name] = part.default_factory(**{name: left.pop(name) for name in names if name in left})
+        for part, default in vars(cls()).items():
+            names = [f.name for f in fields(default)]
+            parts[part] = type(default)(**{name: left.pop(name) for name in names if name in left})
         if left:
             raise ValueError(f'unknown settings: {", ".join(sorted(left))}.')
         return cls(**parts)

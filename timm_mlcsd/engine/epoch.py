@@ -16,7 +16,7 @@ from ..task import MLCSDTask
 from .device import to_channels_last
 from .finite import NonFiniteError, NonFiniteMonitor
 from .rng import isolated_rng, rng_state, set_rng_state
-from .signals import SigtermHandler, StopRequested
+from .signals import StopRequested, StopSource
 
 __all__ = ['EpochLoop', 'LoopConfig', 'Progress', 'mean_losses']
 
@@ -161,7 +161,7 @@ class EpochLoop:
         num_updates: int = 0,
         start: Optional[Progress] = None,
         save: Optional[Callable[[Progress], None]] = None,
-        handler: Optional[SigtermHandler] = None,
+        handler: Optional[StopSource] = None,
     ) -> Progress:
         """Train for an epoch, or for the rest of it.
 
@@ -210,7 +210,7 @@ class EpochLoop:
         return self._progress(len(self.batches))
 
     def _begin(self, epoch: int, num_updates: int, start: Optional[Progress]) -> None:
-        """Reset what is counted over an epoch, or set it to what `start` says."""
+        """Reset the counters of an epoch, or set them to those of `start`."""
         self.epoch = epoch
         self.num_updates = num_updates
         self.meters = EpochMeters(self.task.device, start)
@@ -222,7 +222,7 @@ class EpochLoop:
             for buffer, before in zip(_model_buffers(self.task), start.statistics):
                 buffer.copy_(before)
 
-    def _replay(self, i: int, start: Progress, handler: Optional[SigtermHandler]) -> None:
+    def _replay(self, i: int, start: Progress, handler: Optional[StopSource]) -> None:
         """Pass over a batch that was trained on before the run was resumed."""
         if i + 1 == start.step:
             set_rng_state(start.generators)
@@ -251,7 +251,7 @@ class EpochLoop:
         # gradients are exchanged once per update
         with contextlib.nullcontext() if self._ends_update(i) else self.task.no_sync():
             with self.autocast:
-                result = self.task(images, target, indices)
+                result: Dict[str, Any] = self.task(images, target, indices)
             loss = result['loss'] / self._batches_of_update(i)
             self.monitor.update(i, result['loss'].detach())
             finite = not may_skip or not self.dist_context.any_rank(not loss.isfinite())
@@ -283,6 +283,7 @@ class EpochLoop:
         count = self.nonfinite_in_a_row
         too_many = count > self.config.skip_nonfinite
         error = self.monitor.pop(self.epoch, f', as in the {count - 1} batches before' if too_many else '')
+        assert error is not None  # the monitor has noted this batch
         if too_many:
             raise error
         rest = ', with the other batches of its update' if self._batches_of_update(i) > 1 else ''
@@ -311,7 +312,7 @@ class EpochLoop:
         if self.scaler and self.scaler.state_dict()['scale'] < SMALLEST_SCALE:
             raise NonFiniteError('no gradients are finite in float16, whatever they are scaled with', self.epoch, i)
 
-    def _save_or_stop(self, i: int, save: Callable[[Progress], None], handler: Optional[SigtermHandler]) -> None:
+    def _save_or_stop(self, i: int, save: Callable[[Progress], None], handler: Optional[StopSource]) -> None:
         stop = self.dist_context.any_rank(handler is not None and handler.stop_requested)
         every = self.config.checkpoint_every_steps
         if stop or (every and not self._is_last(i) and self.num_updates % every == 0):

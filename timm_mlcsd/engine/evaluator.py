@@ -10,7 +10,7 @@ from ..adaptive import ExitPolicy
 from ..errors import UserError, as_user_error
 from ..losses import MLCSDLoss
 from ..models import MultiExitModel, MultiExitOutput
-from .datasets import DataConfig
+from .data_config import DataConfig
 from .device import DeviceConfig, compile_forward, make_autocast, resolve_device, to_channels_last
 from .loaders import eval_loader
 
@@ -178,12 +178,12 @@ class Evaluator:
         pairs = [(z.cpu(), y.cpu()) for z, y in self.batches(data)]
         if not pairs:
             raise UserError('there are no images to evaluate on.')
-        logits, targets = zip(*pairs)
-        logits = torch.cat(logits, dim=1)
+        logits = torch.cat([z for z, _ in pairs], dim=1)
+        targets = torch.cat([y for _, y in pairs])
         if logits.isnan().any():
             count = int(logits.isnan().any(-1).any(0).sum())
             raise UserError(f'the network answers NaN for {count} images; thresholds cannot be compared with that.')
-        return LabelledLogits(logits, torch.cat(targets))
+        return LabelledLogits(logits, targets)
 
     @torch.no_grad()
     def mean_mixing_weights(
@@ -201,7 +201,7 @@ class Evaluator:
         modes = self.model.training, criterion.training
         self.model.eval()
         criterion.eval()
-        total, count = 0.0, 0
+        total, count = torch.zeros(self.model.num_exits, self.model.num_exits, device=self.device), 0
         for number, (images, target) in enumerate(loader):
             if number == max_batches:
                 break
@@ -216,15 +216,15 @@ class Evaluator:
 @torch.no_grad()
 def accumulate(batches: Iterable[Tuple[torch.Tensor, torch.Tensor]]) -> Optional[torch.Tensor]:
     """Sums over batches of logits [K, B, C] and targets [B], [5, K] on the CPU; None without batches."""
-    totals = None
+    totals: Optional[torch.Tensor] = None
     for logits, target in batches:
         ranked = logits.topk(min(5, logits.shape[-1])).indices == target[:, None]
         right = ranked[..., 0]
         losses = torch.stack([F.cross_entropy(z, target, reduction='sum') for z in logits])
         seen = torch.full_like(losses, len(target))
-        counts = (right.sum(dim=1), ranked.any(dim=-1).sum(dim=1), losses, (right & ~right[-1]).sum(dim=1), seen)
+        sums = (right.sum(dim=1), ranked.any(dim=-1).sum(dim=1), losses, (right & ~right[-1]).sum(dim=1), seen)
         precise = torch.float32 if logits.device.type == 'mps' else torch.float64  # mps has no float64
-        counts = torch.stack(counts).to(precise)
+        counts = torch.stack(sums).to(precise)
         totals = counts if totals is None else totals + counts
     return None if totals is None else totals.cpu().double()
 

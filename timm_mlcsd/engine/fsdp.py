@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from ..distributed import DistributedContext
 from ..models import MultiExitModel
+from ..registered import registered
 from ..task import MLCSDTask
 
 __all__ = ['load_sharded', 'shard_task', 'sharded_state']
@@ -23,18 +24,19 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def shard_task(task: MLCSDTask, model: MultiExitModel, dist_context: DistributedContext) -> None:
-    """Share network and loss out, block by block, before the optimizer is made.
+    """Shard network and loss block by block, before the optimizer is created.
 
     Args:
-        task: Network and loss; their parameters go to its device.
+        task: Task that owns network and loss; their parameters move to its device.
         model: The network.
-        dist_context: The processes.
+        dist_context: Processes that train together.
     """
     mesh = init_device_mesh(task.device.type, (dist_context.size,))
-    names = {place.name for place in model.plan.places} if hasattr(model, 'plan') else set()
+    plan = getattr(model, 'plan', None)
+    names = set() if plan is None else {module.name for module in plan.modules}
     wrapped = getattr(model, 'backbone', model)
     blocks = [module for name, module in wrapped.named_modules() if name in names]
-    for module in [*blocks, *model.heads, task.criterion]:
+    for module in [*blocks, *registered(model).heads, task.criterion]:
         if next(module.parameters(), None) is not None:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -46,7 +48,7 @@ def shard_task(task: MLCSDTask, model: MultiExitModel, dist_context: Distributed
 
 
 def sharded_state(task: MLCSDTask, optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
-    """What a checkpoint holds of task and optimizer, put together on the CPU; all processes call it."""
+    """The unsharded state of task and optimizer for a checkpoint, on the CPU; all processes call it."""
     state = get_model_state_dict(task.trainable_module, options=WHOLE)
     optimizer_state = get_optimizer_state_dict(task.trainable_module, optimizer, options=WHOLE)
     parts = {
@@ -61,7 +63,7 @@ def sharded_state(task: MLCSDTask, optimizer: torch.optim.Optimizer) -> Dict[str
 def load_sharded(
     task: MLCSDTask, checkpoint: Dict[str, Any], optimizer: torch.optim.Optimizer, weights_only: bool
 ) -> None:
-    """Share out what `sharded_state` has put together, perhaps without the optimizer's part."""
+    """Load a state of `sharded_state`, optionally without that of the optimizer."""
     criterion = checkpoint.get('task_state', {}).get('criterion', {})
     state = {f'model.{name}': t for name, t in checkpoint['state_dict'].items()}
     state.update({f'criterion.{name}': t for name, t in criterion.items()})

@@ -31,13 +31,13 @@ BUDGETS = 16
 
 
 class ExampleGallery:
-    """Pictures of the images that leave first and of those that go all the way.
+    """Pictures of the images that leave first and of those that reach the last exit.
 
     Args:
-        result: Where the images leave.
-        test: What the exits say of them.
+        result: Exits of the images under the policy.
+        test: Logits of the images.
         policy: The policy.
-        data_config: Preprocessing, to turn what the network sees back into colours.
+        data_config: Preprocessing, which is undone for the pictures.
     """
 
     def __init__(self, result: PolicyResult, test: LabelledLogits, policy: ExitPolicy, data_config: Dict[str, Any]):
@@ -54,7 +54,12 @@ class ExampleGallery:
         self.mean, self.std = (torch.tensor(data_config[key])[:, None, None] for key in ('mean', 'std'))
 
     def collect(self, before: int, images: torch.Tensor) -> None:
-        """Take the pictures that are wanted out of a batch, before which there were so many images."""
+        """Keep the pictures of a batch that are shown.
+
+        Args:
+            before: Number of images before the batch.
+            images: Prepared images, [B, C, H, W].
+        """
         for i in self.images:
             if before <= i < before + len(images):
                 pixels = images[i - before].float().cpu() * self.std + self.mean
@@ -67,12 +72,12 @@ class ExampleGallery:
 
 
 def _settings(policy: ExitPolicy) -> Dict[str, Any]:
-    """All of a policy but its thresholds."""
+    """All fields of a policy except its thresholds."""
     return {field.name: getattr(policy, field.name) for field in fields(policy) if field.name != 'thresholds'}
 
 
 def _policies(policy: ExitPolicy, val: LabelledLogits, costs: Sequence[ExitCost]) -> List[ExitPolicy]:
-    """This one, and the best for other budgets."""
+    """The given policy, and those fitted to other budgets."""
     low, high = costs[0].stage_macs + costs[0].head_macs, backbone_macs(costs)
     budgets = [low + (high - low) * i / (BUDGETS - 1) for i in range(BUDGETS)] if len(costs) > 1 else []
     return [policy, *(calibrate(*val, costs, budget=budget, **_settings(policy)) for budget in budgets)]
@@ -92,15 +97,15 @@ def page_data(
     """The data of `timm_mlcsd.report.write_page`.
 
     Args:
-        title: Above the page.
-        about: Where the policy comes from.
+        title: Title of the page.
+        about: Origin of the policy.
         policy: The policy.
-        val: Images to fit the policies of other budgets to.
-        test: Images to report on.
-        costs: Of the exits.
-        run: What was measured.
-        gallery: Pictures.
-        class_names: One per class index, None for an index without.
+        val: Logits that policies for other budgets are fitted to.
+        test: Logits that are reported on.
+        costs: Costs of the exits.
+        run: Measurements of the policy.
+        gallery: Example images.
+        class_names: Class names by index, None for an index without a name.
     """
 
     results = [(p, evaluate_policy(*test, costs, p)) for p in _policies(policy, val, costs)]

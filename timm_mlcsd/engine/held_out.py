@@ -1,4 +1,4 @@
-"""Which images a training held out, and whether data is what a checkpoint was trained on."""
+"""The images that a training held out, and whether data is the training data of a checkpoint."""
 
 import logging
 import os
@@ -10,7 +10,8 @@ from torch.utils.data import Dataset, IterableDataset
 from ..data import TransformSubset, hold_out, image_name, probe_keys, sample_keys
 from ..errors import UserError, printable
 from ..network import load_checkpoint
-from .datasets import DataConfig, TrainDataConfig, load_dataset, same_split
+from .data_config import DataConfig, TrainDataConfig
+from .datasets import load_dataset, num_images, same_split
 
 __all__ = [
     'check_held_out',
@@ -25,8 +26,8 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 
-def held_out(config: DataConfig, checkpoint: Dict[str, Any]) -> Tuple[Dataset, str]:
-    """The images that training held out of its train split, and what to call them.
+def held_out(config: DataConfig, checkpoint: Dict[str, Any]) -> Tuple[TransformSubset, str]:
+    """Load the images that training held out of its train split; also returns a name for them.
 
     Raises:
         UserError: The split isn't the one of training.
@@ -38,12 +39,12 @@ def held_out(config: DataConfig, checkpoint: Dict[str, Any]) -> Tuple[Dataset, s
 
 
 def check_held_out(dataset: Dataset, checkpoint: Dict[str, Any], what: str) -> None:
-    """Refuse data in which other images lie where a training held images out: they may have been trained on.
+    """Refuse data whose images at the held-out indices are not those of training: they may have been trained on.
 
     Args:
-        dataset: All that the training's images were held out of, without a transform.
-        checkpoint: Of that training.
-        what: What to call the data.
+        dataset: The whole train split, without a transform.
+        checkpoint: Checkpoint of the training.
+        what: Name of the data in messages.
 
     Raises:
         UserError: It has another number of images, or others at the places of the held-out ones.
@@ -51,9 +52,10 @@ def check_held_out(dataset: Dataset, checkpoint: Dict[str, Any], what: str) -> N
     _check_record(checkpoint)
     advice = 'put the files back as they were, or train anew'
     size, indices = checkpoint['train_size'], checkpoint['val_indices'].tolist()
-    if len(dataset) != size:
+    count = num_images(dataset)
+    if count != size:
         raise UserError(
-            f'the held-out images: {what} has {len(dataset)} images, not the {size} of training, so others would be '
+            f'the held-out images: {what} has {count} images, not the {size} of training, so others would be '
             f'taken for held out; {advice}.'
         )
     if 'val_keys' not in checkpoint:
@@ -73,22 +75,23 @@ def check_held_out(dataset: Dataset, checkpoint: Dict[str, Any], what: str) -> N
 
 
 def _check_record(checkpoint: Dict[str, Any]) -> None:
-    """Refuse a record of held-out images that train.py did not write."""
+    """Refuse an invalid record of held-out images."""
     size, indices, keys = (checkpoint.get(name) for name in ('train_size', 'val_indices', 'val_keys'))
     right = (
         isinstance(size, int)
         and isinstance(indices, torch.Tensor)
         and indices.ndim == 1
+        and len(indices) > 0
         and indices.dtype == torch.int64
         and bool(((indices >= 0) & (indices < size)).all())
         and (keys is None or (isinstance(keys, torch.Tensor) and keys.shape == indices.shape))
     )
-    if not right or not len(indices):
+    if not right:
         raise UserError('the checkpoint has no record of held-out images that can be used; name other images.')
 
 
 def halves_of(dataset: TransformSubset) -> Tuple[TransformSubset, TransformSubset]:
-    """Held-out images in two halves, always the same: one to fit a policy to, one to report on.
+    """Divide held-out images into two fixed halves: one to fit a policy to, one to report on.
 
     Raises:
         UserError: There are fewer than two.
@@ -111,7 +114,7 @@ def warn_of_seen_images(initial_checkpoint: str, config: TrainDataConfig, record
     try:
         checkpoint = load_checkpoint(initial_checkpoint)
     except UserError:
-        return  # weights alone, which do not tell
+        return  # a file of weights has no record
     if 'val_keys' not in record or 'val_keys' not in checkpoint or not is_same_data(config, checkpoint):
         return
     if not same_split(checkpoint['train_split'], config.train_split):
@@ -126,10 +129,12 @@ def warn_of_seen_images(initial_checkpoint: str, config: TrainDataConfig, record
 
 
 def is_data_of(dataset: Dataset, checkpoint: Dict[str, Any]) -> bool:
-    """Whether a data set is what a checkpoint was trained on, wherever it lies now."""
+    """Whether a data set is the training data of a checkpoint, in whatever place."""
     if 'train_probe' not in checkpoint or isinstance(dataset, IterableDataset):
         return False
-    return len(dataset) == checkpoint.get('train_size') and _equal(probe_keys(dataset), checkpoint['train_probe'])
+    if num_images(dataset) != checkpoint.get('train_size'):
+        return False
+    return _equal(probe_keys(dataset), checkpoint['train_probe'])
 
 
 def _equal(keys: torch.Tensor, recorded: Any) -> bool:
@@ -137,14 +142,14 @@ def _equal(keys: torch.Tensor, recorded: Any) -> bool:
 
 
 def is_trained_on(config: DataConfig, checkpoint: Dict[str, Any], split: str) -> bool:
-    """Whether a split of the data that the flags name is, as far as a checkpoint tells, what it was trained on."""
+    """Whether a split is, by its name, the one that a checkpoint was trained on."""
     if 'train_split' not in checkpoint or not same_split(split, checkpoint['train_split']):
         return False
     return is_same_data(config, checkpoint)
 
 
 def is_same_data(config: DataConfig, checkpoint: Dict[str, Any]) -> bool:
-    """Whether the flags name the data, whatever split, that a checkpoint was trained on."""
+    """Whether the data, of any split, is by its name the data that a checkpoint was trained on."""
     trained = checkpoint.get('args', {})
     same_set = config.dataset.lower() == (trained.get('dataset') or '').lower()
     return same_set and os.path.realpath(config.data_dir or '') == os.path.realpath(trained.get('data_dir') or '')

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 import torch.distributed as dist
 from timm.data import Mixup, create_loader
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from .._timm import fast_collate
 from ..data import (
@@ -30,7 +30,8 @@ from ..data import (
 )
 from ..distributed import SINGLE_PROCESS, DistributedContext
 from ..errors import UserError, as_user_error
-from .datasets import DataConfig, TrainDataConfig
+from .data_config import DataConfig, TrainDataConfig
+from .datasets import num_images
 
 __all__ = ['AugmentConfig', 'eval_loader', 'mixup_active', 'set_epoch', 'train_loader']
 
@@ -146,7 +147,7 @@ def train_loader(
         )
     pad_crop = augment.train_crop_mode == 'pad4'
     loader = create_loader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # timm takes any data set with a transform
         input_size=data_config['input_size'],
         batch_size=config.batch_size,
         is_training=True,
@@ -155,8 +156,8 @@ def train_loader(
         re_mode=augment.remode,
         re_count=augment.recount,
         train_crop_mode=None if pad_crop else augment.train_crop_mode,
-        scale=augment.scale,
-        ratio=augment.ratio,
+        scale=(augment.scale[0], augment.scale[1]),
+        ratio=(augment.ratio[0], augment.ratio[1]),
         hflip=augment.hflip,
         vflip=augment.vflip,
         color_jitter=augment.color_jitter,
@@ -183,7 +184,7 @@ def train_loader(
     if config.cache_dataset:
         augmented = not augment.no_aug
         if augmented:
-            dataset.transform = pad_and_crop.resize
+            loader.loader.dataset.transform = pad_and_crop.resize
         loader = _cached(
             config,
             loader,
@@ -199,16 +200,18 @@ def train_loader(
         drawn = loader.batch
     elif pad_crop and not augment.no_aug:
         # the first of timm's training transforms is its crop
-        dataset.transform.transforms[0] = pad_and_crop
+        loader.loader.dataset.transform.transforms[0] = pad_and_crop
     if len(loader) == 0:
-        raise UserError(f'--batch-size {config.batch_size} is larger than the training set ({len(dataset)} images).')
+        raise UserError(
+            f'--batch-size {config.batch_size} is larger than the training set ({num_images(dataset)} images).'
+        )
     return CheckedLoader(loader, dataset, drawn)
 
 
 def set_epoch(batches: Any, dataset: Dataset, epoch: int) -> None:
-    """Tell streams, and what shares the images out among processes, that another epoch begins."""
+    """Tell streams and distributed samplers the number of the epoch."""
     for it in (dataset, getattr(batches, 'sampler', None)):
-        if hasattr(it, 'set_epoch'):
+        if it is not None and hasattr(it, 'set_epoch'):
             it.set_epoch(epoch)
 
 
@@ -232,10 +235,10 @@ def eval_loader(
     if isinstance(dataset, IterableDataset):
         shard = (dist_context.rank, dist_context.size)
     elif dist_context.size > 1:
-        dataset = TransformSubset(dataset, range(dist_context.rank, len(dataset), dist_context.size))
+        dataset = TransformSubset(dataset, range(dist_context.rank, num_images(dataset), dist_context.size))
     collate = fast_collate if num_classes is None else CheckedCollate(fast_collate, num_classes)
     loader = create_loader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # timm takes any data set with a transform
         input_size=data_config['input_size'],
         batch_size=batch_size or config.batch_size,
         interpolation=data_config['interpolation'],
@@ -256,16 +259,16 @@ def eval_loader(
 
 
 def _pin_memory(config: DataConfig, device: torch.device) -> bool:
-    # from other memory a copy waits for all that the GPU has yet to do
+    # copies from pageable memory synchronise with the GPU
     return device.type == 'cuda' if config.pin_mem is None else config.pin_mem
 
 
 def _prepare_workers(loader: DataLoader) -> None:
-    """Make a loader's processes start without accidents."""
+    """Prepare the start of a loader's processes."""
     if not loader.num_workers:
         return
     if os.name == 'posix':
-        # while it starts it would lift what `CheckedLoader` does about signals
+        # its start would undo the signal mask of `CheckedLoader`
         resource_tracker.ensure_running()
     # before Python 3.12 a fork hangs for ever if a thread of torch.distributed enters Python at that moment
     forks = sys.version_info < (3, 12) and multiprocessing.get_start_method() == 'fork'
@@ -275,24 +278,27 @@ def _prepare_workers(loader: DataLoader) -> None:
 
 
 def _remember(loader: DataLoader) -> Optional[Callable[[int], List[int]]]:
-    """Make a loader remember its batches' indices; a stream has none."""
+    """Let a loader record the indices of its batches; None for a stream, which has none."""
     if isinstance(loader.dataset, IterableDataset):
         return None
-    sampler = loader.batch_sampler.sampler = RecordingSampler(loader.batch_sampler.sampler)
-    return lambda number: sampler.batch(number, loader.batch_size)
+    batches = loader.batch_sampler
+    # timm gives a batch size, and no sampler of batches
+    assert isinstance(batches, BatchSampler) and isinstance(batches.sampler, Sampler)
+    sampler = batches.sampler = RecordingSampler(batches.sampler)
+    return lambda number: sampler.batch(number, batches.batch_size)
 
 
 def _check_cacheable(config: DataConfig, augment: AugmentConfig, dataset: Dataset) -> None:
-    """Refuse what ``--cache-dataset device`` does not do."""
+    """Refuse settings that ``--cache-dataset device`` does not support."""
     if isinstance(dataset, IterableDataset):
         raise UserError(f'--cache-dataset device: --dataset {config.dataset!r} is a stream, which cannot be kept.')
-    undone = dict(
+    strengths = dict(
         color_jitter=augment.color_jitter,
         aa=augment.aa,
         grayscale_prob=augment.grayscale_prob,
         gaussian_blur_prob=augment.gaussian_blur_prob,
     )
-    undone = [f'--{name.replace("_", "-")} {value}' for name, value in undone.items() if value]
+    undone = [f'--{name.replace("_", "-")} {value}' for name, value in strengths.items() if value]
     if augment.train_crop_mode != 'pad4':
         undone.append(f'--train-crop-mode {augment.train_crop_mode or "rrc"}')
     if undone and not augment.no_aug:
@@ -303,7 +309,7 @@ def _check_cacheable(config: DataConfig, augment: AugmentConfig, dataset: Datase
 
 
 def _cached(config: DataConfig, loader: Any, num_classes: Optional[int], **kwargs: Any) -> CachedLoader:
-    """The loader that gives what timm's would, from images kept on the device."""
+    """A loader of the same batches as timm's, from images kept on the device."""
     with as_user_error('--cache-dataset device'):
         try:
             images, targets = cache_images(loader.loader.dataset, loader.device, config.workers)

@@ -1,4 +1,4 @@
-"""Where an epoch's numbers go beside summary.csv: TensorBoard, Weights & Biases, trackio."""
+"""Loggers of an epoch's metrics beside summary.csv: TensorBoard, Weights & Biases, trackio."""
 
 import importlib
 import uuid
@@ -33,7 +33,7 @@ class LogConfig:
 
 
 class MetricLoggers:
-    """What ``--log-*`` asks for, opened; the numbers of an epoch go to all of them.
+    """The loggers that are switched on; each epoch's metrics are sent to all of them.
 
     Args:
         config: Which loggers are on.
@@ -55,8 +55,8 @@ class MetricLoggers:
         """Add an epoch.
 
         Args:
-            epoch: Its number.
-            values: By name.
+            epoch: Number of the epoch.
+            values: Metrics by name.
             weights: Mean mixing weights of the teachers, [K, K], drawn white for 1.
         """
         picture = None
@@ -67,6 +67,7 @@ class MetricLoggers:
             log.add(epoch, values, picture)
 
     def close(self) -> None:
+        """Close all loggers."""
         for log in self.open:
             log.close()
 
@@ -88,11 +89,21 @@ class _TensorBoard:
 
 
 class _Service:
-    """A package with wandb's interface, which trackio shares."""
+    """A package with wandb's interface, which trackio shares.
+
+    Attributes:
+        name: Name of the package.
+    """
+
+    name: str
 
     def __init__(self, config: LogConfig, folder: Path, settings: Dict[str, Any]):
         self.module = _package(self.name, self.name)
         self.run = self.module.init(project=config.log_project, name=folder.name, config=settings, **self.more(folder))
+
+    def more(self, folder: Path) -> Dict[str, Any]:
+        """Arguments of ``init`` that only this service needs."""
+        raise NotImplementedError
 
     def add(self, epoch: int, values: Dict[str, float], picture: Optional[torch.Tensor]) -> None:
         pictures = {} if picture is None else {'teachers': self.module.Image(picture.numpy())}
@@ -125,7 +136,7 @@ LOGS = {'tensorboard': _TensorBoard, 'wandb': _WandB, 'trackio': _Trackio}
 
 
 def check_packages(config: LogConfig) -> None:
-    """Find out whether what ``--log-*`` asks for is installed.
+    """Check that the packages of the loggers are installed.
 
     Raises:
         UserError: It isn't.

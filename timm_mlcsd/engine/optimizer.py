@@ -9,6 +9,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..errors import UserError, as_user_error
 from ..models import MultiExitModel
+from ..registered import registered
 from ..task import MLCSDTask
 
 __all__ = ['OptimizerConfig', 'SchedulerConfig', 'create_optimizer', 'create_scheduler', 'lr_rule', 'scaled_lr']
@@ -95,7 +96,7 @@ class SchedulerConfig:
 
 
 def lr_rule(config: OptimizerConfig) -> Optional[Tuple[float, int, str]]:
-    """What the learning rate is derived from: `lr_base`, its images per update, and the kind of growth.
+    """The values that the learning rate is derived from: `lr_base`, its images per update, and the kind of growth.
 
     None where `lr` is given.
     """
@@ -109,7 +110,9 @@ def scaled_lr(config: OptimizerConfig, images_per_update: int) -> float:
     """timm's rule: `lr` where it is given, else `lr_base` scaled by the number of images per update."""
     if config.lr is not None:
         return config.lr
-    base, size, scale = lr_rule(config)
+    rule = lr_rule(config)
+    assert rule is not None  # there is no lr
+    base, size, scale = rule
     ratio = images_per_update / size
     return base * (ratio**0.5 if scale == 'sqrt' else ratio)
 
@@ -129,9 +132,9 @@ def create_optimizer(
         UserError: timm cannot create it.
     """
     with as_user_error(f'--opt {config.opt} cannot be made'):
-        optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=config))
+        optimizer = create_optimizer_v2(task.trainable_module, **optimizer_kwargs(cfg=config))
     if config.exit_lr_mult != 1:
-        exits = [*model.heads.parameters(), *task.criterion.parameters()]
+        exits = [*registered(model).heads.parameters(), *task.criterion.parameters()]
         _scale_lr(optimizer, exits, config.exit_lr_mult)
     if not has_scheduler:
         # timm's schedules do this otherwise
@@ -141,7 +144,7 @@ def create_optimizer(
 
 
 def _scale_lr(optimizer: torch.optim.Optimizer, parameters: List[torch.nn.Parameter], factor: float) -> None:
-    """Give some parameters groups of their own, whose ``lr_scale`` timm's schedules multiply the rate with."""
+    """Move parameters to groups of their own with an ``lr_scale``, which timm's schedules apply."""
     ids = {id(p) for p in parameters}
     for group in list(optimizer.param_groups):
         theirs = [p for p in group['params'] if id(p) in ids]
@@ -159,8 +162,9 @@ def create_scheduler(
     if config.sched == 'plateau':
         raise UserError('--sched plateau: timm gives it up, because a resumed run would not go on as it had begun.')
     with as_user_error(f'--sched {config.sched} cannot be made'):
-        return create_scheduler_v2(
+        scheduler, num_epochs = create_scheduler_v2(
             optimizer,
             **{**scheduler_kwargs(config, decreasing_metric=False), 'noise_seed': seed},
             updates_per_epoch=updates_per_epoch,
         )
+    return scheduler, num_epochs

@@ -2,13 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Optional, Sequence, Tuple
 
 from ..adaptive import ExitPolicy, calibrate, fit_temperatures, fit_weights
+from ..adaptive.evaluate import Costs
 from ..cost import ExitCost, stage_times
-from ..data import is_divided
+from ..data import ClassNames, has_split_folders
 from ..errors import UserError, as_user_error
-from ..models import MultiExitModel
 from ..network import Network, policy_path
 from .datasets import check_classes, class_names, load_dataset, same_split
 from .evaluator import Evaluator, LabelledLogits
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def check_policy_flags(config: ValidateConfig) -> None:
-    """Refuse flags that contradict each other."""
+    """Refuse policy flags that contradict each other."""
     goals = [flag for flag in ('budget', 'latency_budget', 'max_drop') if getattr(config, flag) is not None]
     others = [flag for flag in ('policy', 'save_policy', 'report', 'calibration_split') if getattr(config, flag)]
     named = [f'--{flag.replace("_", "-")}' for flag in (*goals, *others)]
@@ -64,20 +64,20 @@ def _budget(text: str, backbone: float) -> float:
 
 
 def load_calibration(config: ValidateConfig, checkpoint: Dict[str, Any]) -> Tuple[Any, str]:
-    """The images to fit a policy to, and what to call them: never those trained on, never those to report on.
+    """Load the calibration images, and a name for them: never training images, never those reported on.
 
     Raises:
         UserError: There are none, or they are the wrong ones.
     """
     split = config.calibration_split
     if split is None and 'val_indices' in checkpoint:
-        dataset, name = held_out(config.data, checkpoint)
+        images, name = held_out(config.data, checkpoint)
         if reports_on_half(config):
-            return halves_of(dataset)[0], f'one half of {name}'
+            return halves_of(images)[0], f'one half of {name}'
         if config.held_out or is_trained_on(config.data, checkpoint, config.split):
             flag = '--held-out' if config.held_out else f'--split {config.split}'
             raise UserError(f'{flag}: the policy is fitted to these images; report on others, {_others(config)}.')
-        return dataset, name
+        return images, name
     split = split or checkpoint.get('val_split')
     if split is None:
         raise UserError('the network does not tell which images chose it: name a --calibration-split.')
@@ -123,16 +123,23 @@ def _fit(
         if config.aggregate == 'fitted':
             fitted['weights'] = fit_weights(*val, fitted['temperatures'])
     fitted['exit_names'] = evaluator.model.exit_names
-    goal: Dict[str, float] = dict(max_drop=config.max_drop)
-    flag = '--max-drop'
+    budget, flag = None, '--max-drop'
+    cost_or_time: Costs = costs
     if config.budget is not None:
-        flag, goal = '--budget', dict(budget=_budget(config.budget, backbone_macs(costs)))
+        budget, flag = _budget(config.budget, backbone_macs(costs)), '--budget'
     elif config.latency_budget is not None:
-        flag, goal = '--latency-budget', dict(budget=config.latency_budget)
+        budget, flag = config.latency_budget, '--latency-budget'
         example = evaluator.prepared(next(iter(loader))[0][:1])
-        costs = stage_times(evaluator.model, example, repeats=20, autocast=evaluator.autocast)
+        cost_or_time = stage_times(evaluator.model, example, repeats=20, autocast=evaluator.autocast)
     with as_user_error(flag):
-        return calibrate(*val, costs, method=config.method or 'optimal', **goal, **fitted)
+        return calibrate(
+            *val,
+            cost_or_time,
+            budget=budget,
+            max_drop=config.max_drop,
+            method=config.method or 'optimal',
+            **fitted,
+        )
 
 
 def backbone_macs(costs: Sequence[ExitCost]) -> int:
@@ -140,20 +147,20 @@ def backbone_macs(costs: Sequence[ExitCost]) -> int:
     return sum(cost.stage_macs for cost in costs) + costs[-1].head_macs
 
 
-def _load(path: Optional[Path], model: MultiExitModel) -> ExitPolicy:
-    """The policy in the file that the user, or the weights beside it, name."""
+def _policy_file(config: ValidateConfig, network: Network) -> Path:
+    """Path of the policy that ``--policy`` names, or of the one beside the weights."""
+    path = Path(config.policy) if config.policy else network.policy_file
     if path is None:
         raise UserError(
             '--adaptive: there is no policy beside the weights; give --budget B, --latency-budget MS or --max-drop P '
             'to fit one, or --policy FILE.'
         )
-    with as_user_error(f'--policy {str(path)!r}'):
-        return ExitPolicy.load_for(path, model)
+    return path
 
 
 def saved_policy_path(config: ValidateConfig) -> Path:
-    """Where ``--save-policy`` wants the policy."""
-    if config.save_policy is not True:
+    """Path of the file that ``--save-policy`` names."""
+    if isinstance(config.save_policy, str):
         return Path(config.save_policy)
     path = policy_path(config.source)
     if path is None:
@@ -162,20 +169,25 @@ def saved_policy_path(config: ValidateConfig) -> Path:
 
 
 def reports_on_half(config: ValidateConfig) -> bool:
-    """Whether one half of the held-out images is reported on and the other fitted to: where there is no other split."""
-    alone = not config.data.dataset and not is_divided(config.data.data_dir)
-    return config.held_out and alone and _fits_a_policy(config) and not config.calibration_split
+    """Whether one half of the held-out images is for calibration and one for the report, as there is no other split."""
+    return config.held_out and not _has_splits(config) and _fits_a_policy(config) and not config.calibration_split
+
+
+def _has_splits(config: ValidateConfig) -> bool:
+    """Whether the data may have other splits; a folder of images without folders for splits has none."""
+    data_dir = config.data.data_dir
+    return bool(config.data.dataset) or (data_dir is not None and has_split_folders(data_dir))
 
 
 def _others(config: ValidateConfig) -> str:
-    """Images to report on, for an error."""
-    if config.data.dataset or is_divided(config.data.data_dir):
+    """Advice in errors: other images to report on."""
+    if _has_splits(config):
         return '--split test say'
     return '--held-out for the half of the held-out images that it is not fitted to'
 
 
 def _fits_a_policy(config: ValidateConfig) -> bool:
-    """Whether the flags fit policies: to a goal, or for the page."""
+    """Whether a policy is fitted: to a goal, or for the HTML report."""
     goals = (config.budget, config.latency_budget, config.max_drop)
     return config.adaptive and (any(goal is not None for goal in goals) or bool(config.report))
 
@@ -198,7 +210,7 @@ def fit_or_load_policy(
     config: ValidateConfig,
     network: Network,
     evaluator: Evaluator,
-    names: Optional[List[str]],
+    names: Optional[ClassNames],
     costs: Sequence[ExitCost],
 ) -> Tuple[ExitPolicy, Optional[LabelledLogits], str]:
     """Fit the policy, or load it.
@@ -216,8 +228,9 @@ def fit_or_load_policy(
     goals = {flag: getattr(config, flag) for flag in ('budget', 'latency_budget', 'max_drop')}
     goal = ', '.join(f'{flag.replace("_", " ")} {value}' for flag, value in goals.items() if value is not None)
     if not goal:
-        path = Path(config.policy) if config.policy else network.policy_file
-        policy = _load(path, network.model)
+        path = _policy_file(config, network)
+        with as_user_error(f'--policy {str(path)!r}'):
+            policy = ExitPolicy.load_for(path, network.model)
         _check_not_fitted_to(policy, path, config, network.checkpoint)
         if not config.report:
             return policy, None, f'policy {path}'

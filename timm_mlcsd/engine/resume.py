@@ -1,4 +1,4 @@
-"""Where a run lives, and how it goes on."""
+"""The folder of a run, and how a run is resumed."""
 
 import contextlib
 import logging
@@ -19,7 +19,7 @@ from ..network import stored_names
 from ..task import MLCSDTask
 from .checkpoint import load_newest
 from .claim import claimed, new_folder
-from .datasets import TrainDataConfig
+from .data_config import TrainDataConfig
 from .epoch import Progress
 from .fsdp import load_sharded
 from .held_out import is_same_data
@@ -90,7 +90,7 @@ def run_folder(config: RunConfig, model: str, dist_context: DistributedContext =
 
 
 def _named(config: RunConfig) -> Optional[Path]:
-    """The folder that the flags name; None where they name none.
+    """The folder that the settings name; None if they name none.
 
     Raises:
         UserError: There is no checkpoint to resume from.
@@ -102,12 +102,12 @@ def _named(config: RunConfig) -> Optional[Path]:
     given = Path(config.resume)
     folder = given if given.is_dir() else given.parent
     if not any(folder.glob('*.pth.tar')):
-        load_newest(given)  # says what is wrong
+        load_newest(given)  # raises the error
     return folder
 
 
 def _may_restart() -> bool:
-    """Whether torchrun may start the processes anew."""
+    """Whether torchrun may restart the processes."""
     return int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) > 0
 
 
@@ -116,15 +116,15 @@ def _new_name(model: str) -> str:
 
 
 def find_checkpoint(config: RunConfig, folder: Path) -> Tuple[Optional[Dict[str, Any]], bool]:
-    """The checkpoint that a run in `folder` goes on from, None for a new run, and whether to take weights alone.
+    """Find the checkpoint that a run continues from, None for a new run, and whether only its weights are taken.
 
-    With ``--resume auto``, and where torchrun may start the processes anew, ``--experiment`` goes on if it has begun,
-    whole: ``--no-resume-opt`` is about what another run has left.
+    With ``--resume auto``, and if torchrun may restart the processes, ``--experiment`` is resumed with its whole state
+    if it has begun; ``--no-resume-opt`` applies to checkpoints of other runs.
 
     Raises:
-        UserError: The folder holds a run that nobody wants to go on with, or the checkpoint cannot be read.
+        UserError: The folder holds a run that is not resumed, or the checkpoint cannot be read.
     """
-    # a rehearsal leaves it alone
+    # a dry run does not touch it
     has_begun = bool(config.experiment) and any(folder.glob('*.pth.tar')) and not config.dry_run
     if has_begun and (config.resume == AUTO or _may_restart()):
         if config.resume not in ('', AUTO):
@@ -147,14 +147,14 @@ def check_same_run(
     weights_only: bool = False,
     same_data: bool = True,
 ) -> None:
-    """Refuse to resume what another model, other classes or another choice of held-out images have begun.
+    """Refuse to resume a run with another model, other classes or other held-out images.
 
     Args:
-        checkpoint: What is resumed.
-        identity: What the flags and the data amount to now, by the checkpoint's keys.
-        val_data: The images that choose the epoch now.
-        weights_only: Whether only weights are taken, which other classes may have trained.
-        same_data: Whether the flags name the data that the checkpoint was trained on.
+        checkpoint: The checkpoint.
+        identity: Model, classes and split of this run, by the checkpoint's keys.
+        val_data: The images that choose the epoch in this run.
+        weights_only: Whether only weights are taken, so that classes may differ.
+        same_data: Whether this run has the data of the checkpoint.
     """
     held_out = ('val_fraction', 'val_seed', 'val_indices', 'val_keys', 'train_size')
     with as_user_error('--resume'):
@@ -188,7 +188,7 @@ def _equal(before: Any, now: torch.Tensor) -> bool:
 
 
 def _other_held_out(before: Any, now: torch.Tensor, val_data: Dataset) -> str:
-    """What to say where a run that goes on would hold other images out than it did."""
+    """The error message for held-out images that are not those of the checkpoint."""
     others = list(range(len(now)))
     if isinstance(before, torch.Tensor) and before.shape == now.shape:
         others = (before != now).nonzero().flatten().tolist()
@@ -206,7 +206,7 @@ def _some(names: ClassNames) -> str:
 
 
 def _as_lists(value: Any) -> Any:
-    """The same value with lists for tuples: a YAML file has only the one, the command line may have either."""
+    """The same value with lists for tuples, because a YAML file has lists only."""
     if isinstance(value, dict):
         return {k: _as_lists(v) for k, v in value.items()}
     return [_as_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -272,8 +272,8 @@ def resume(
 
 def _check_same_settings(checkpoint: Dict[str, Any], settings: Dict[str, Any], rescaled: bool) -> None:
     """Refuse settings that a run must not change half-way."""
-    fixed = ('opt', 'lr', 'weight_decay', 'momentum', 'opt_betas', 'opt_eps', 'opt_args', 'layer_decay', 'exit_lr_mult')
-    fixed += ('fsdp', 'heads_only', 'distill', 'distill_method', 'distill_ramp')
+    fixed: Tuple[str, ...] = ('opt', 'lr', 'weight_decay', 'momentum', 'opt_betas', 'opt_eps', 'opt_args')
+    fixed += ('layer_decay', 'exit_lr_mult', 'fsdp', 'heads_only', 'distill', 'distill_method', 'distill_ramp')
     if 'progress' in checkpoint:
         fixed += ('batch_size', 'workers', 'grad_accum_steps', 'cache_dataset', 'seed')
     for name in (name for name in fixed if not (rescaled and name == 'lr')):
@@ -304,7 +304,7 @@ def _load_states(
         if 'state_dict_ema' in checkpoint:
             task.load_checkpoint_state(checkpoint['state_dict_ema'], checkpoint.get('task_state_ema'), ema=True)
         else:
-            task.get_trainable_module(ema=True).set(task.get_trainable_module())
+            task.trainable_module_ema.set(task.trainable_module)
     if not (weights_only or settings['fsdp']):
         optimizer.load_state_dict(checkpoint['optimizer'])
         if scaler and NativeScaler.state_dict_key in checkpoint:

@@ -11,11 +11,12 @@ __all__ = ['isolated_rng', 'rng_state', 'set_rng_state']
 
 def rng_state() -> Dict[str, Any]:
     """The states of the generators of PyTorch, CUDA, NumPy and Python, as tensors and plain values."""
-    name, keys, *rest = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    keys = torch.from_numpy(numpy['state']['key'].astype(np.int64))
     return dict(
         torch=torch.get_rng_state(),
         cuda=torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        numpy=(numpy['bit_generator'], keys, numpy['state']['pos'], numpy['has_gauss'], numpy['gauss']),
         python=random.getstate(),
     )
 
@@ -33,8 +34,8 @@ def set_rng_state(states: Dict[str, Any]) -> None:
 def isolated_rng(batches: Iterable[Any]) -> Iterator[Any]:
     """Iterate over batches with generator states of their own.
 
-    What the network draws (dropout, say) then does not change the batches that follow, so that a resumed epoch can skip
-    its first batches without computing them.
+    Random numbers that the network draws (for dropout) then do not change the batches that follow, so that a resumed
+    epoch can skip its first batches without computing them.
     """
     own = rng_state()
     iterator = iter(batches)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder with arguments, checkpoints, summary.csv and logs."""
+"""The files of a run: configuration, checkpoints, summary.csv and logs."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -18,12 +18,12 @@ __all__ = ['RunFolder']
 
 
 class RunFolder:
-    """The files of a run; one process alone writes them.
+    """Writes the files of a run, in the primary process.
 
     Args:
         config: Configuration of the training.
         folder: Where the files go.
-        start_epoch: The first epoch to come; what a resumed run says of later ones is dropped.
+        start_epoch: The first epoch of this run; rows of later epochs are removed from the summary.
         best_metric: Best metric so far.
 
     Raises:
@@ -43,9 +43,9 @@ class RunFolder:
         """Add a finished epoch.
 
         Args:
-            epoch: Its number.
-            result: What came out.
-            weights: The teachers' mean mixing weights [K, K], where there are any.
+            epoch: Number of the epoch.
+            result: Losses and metrics of the epoch.
+            weights: Mean mixing weights of the teachers, [K, K], None without teachers.
 
         Raises:
             UserError: They cannot be written.

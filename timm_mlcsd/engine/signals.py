@@ -3,17 +3,25 @@
 import os
 import signal
 import threading
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional, Protocol
 
 from ..distributed import DistributedContext
 
-__all__ = ['SigtermHandler', 'StopRequested', 'iterate_in_lockstep']
+__all__ = ['SigtermHandler', 'StopRequested', 'StopSource', 'iterate_in_lockstep']
 
 _CTRL_C = 'SIGINT (Ctrl-C)'
 
 
 class StopRequested(Exception):
     """The process was asked to end; its state is saved."""
+
+
+class StopSource(Protocol):
+    """Source of stop requests, which the training loop asks between two updates."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the training shall stop."""
 
 
 class SigtermHandler:
@@ -27,7 +35,7 @@ class SigtermHandler:
         by: Name of the signal, None before one has come.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stop_requested = False
         self.by: Optional[str] = None
         self._before: Dict[int, Any] = {}
@@ -63,7 +71,7 @@ class SigtermHandler:
 def iterate_in_lockstep(
     handler: SigtermHandler, batches: Iterator[Any], dist_context: DistributedContext
 ) -> Iterator[Any]:
-    """Iterate over the batches of this process, in step with the other processes, until one is asked to stop.
+    """Iterate over the batches of this process at the pace of all processes, until one is asked to stop.
 
     Raises:
         StopRequested: One process was asked to stop; raised in all processes at the same batch.

@@ -12,6 +12,8 @@ from torch.utils.data import IterableDataset
 from ..data import IndexedTargets, checked_images, class_label, pad_names
 from ..distributed import SINGLE_PROCESS, DistributedContext
 from ..errors import UserError, as_user_error, printable
+from ..models import MultiExitBackbone, MultiExitModel, MultiExitOutput
+from ..registered import registered
 from ..stored import check_model_source
 from ..task import MLCSDTask
 from .build import (
@@ -26,7 +28,7 @@ from .build import (
 )
 from .combinations import check_combinations, check_fsdp
 from .config import TrainConfig
-from .datasets import class_names, train_and_val_datasets
+from .datasets import class_names, num_images, train_and_val_datasets
 from .device import compile_forward, make_autocast
 from .epoch import EpochLoop, Progress, mean_losses
 from .evaluator import Evaluation, Evaluator, accumulate, finalize
@@ -35,7 +37,7 @@ from .held_out import is_same_data, warn_of_seen_images
 from .loaders import eval_loader, set_epoch, train_loader
 from .optimizer import create_optimizer, create_scheduler, lr_rule, scaled_lr
 from .resume import check_same_run, resume
-from .signals import SigtermHandler, StopRequested, iterate_in_lockstep
+from .signals import SigtermHandler, StopRequested, StopSource, iterate_in_lockstep
 
 __all__ = ['EpochResult', 'Trainer']
 
@@ -90,7 +92,8 @@ class Trainer:
         self._make_network(checkpoint is not None)
         self._make_task()
         self._identify()
-        self.start_epoch, self.best, self.progress = 0, float('-inf'), None
+        self.start_epoch, self.best = 0, float('-inf')
+        self.progress: Optional[Progress] = None
         if checkpoint:
             self._resume(checkpoint, weights_only)
         self._check_same_start()
@@ -116,9 +119,10 @@ class Trainer:
         config = self.config
         self.train_data, self.val_data, self.split_record = train_and_val_datasets(config.data, config.trainer.seed)
         names = class_names(self.train_data)
-        self.num_classes = config.model.num_classes or (len(names) if names else None)
-        if self.num_classes is None:
+        num_classes = config.model.num_classes or (len(names) if names else None)
+        if num_classes is None:
             raise UserError('the data does not tell how many classes it has: give --num-classes N.')
+        self.num_classes = num_classes
         if names and self.num_classes < len(names):
             raise UserError(f'--num-classes {self.num_classes} is too small: the data has {len(names)} classes.')
         if self.num_classes < 2:
@@ -141,7 +145,7 @@ class Trainer:
         if config.heads_only:
             check_heads_only(config, self.model, resumed)
         if config.grad_checkpointing:
-            self.model.set_grad_checkpointing()
+            registered(self.model).set_grad_checkpointing()
         fsdp = self.config.trainer.fsdp
         if fsdp:
             check_fsdp(self.config, self.dist_context)
@@ -153,7 +157,7 @@ class Trainer:
 
     def _make_task(self) -> None:
         config = self.config
-        num_samples = None if isinstance(self.train_data, IterableDataset) else len(self.train_data)
+        num_samples = None if isinstance(self.train_data, IterableDataset) else num_images(self.train_data)
         criterion = build_criterion(config.loss, config.augment, self.model, num_samples)
         self.task = MLCSDTask(self.model, criterion, device=self.device, verbose=False)
         if config.trainer.sync_bn:
@@ -213,15 +217,18 @@ class Trainer:
     def _make_evaluator(self) -> None:
         config = self.config
         eval_model = self.task.get_eval_model(ema=config.trainer.model_ema)
-        # under FSDP every forward pass must enter through the outermost module
-        outer = self.task.trainable_module if config.trainer.fsdp else eval_model
+        assert isinstance(eval_model, MultiExitModel)  # it is compiled later
+        forward: Callable[[torch.Tensor], MultiExitOutput] = eval_model.forward_exits
+        if config.trainer.fsdp:
+            # under FSDP every forward pass must enter through the outermost module
+            forward = self.task.trainable_module.forward_exits
         self.evaluator = Evaluator(
             eval_model,
             self.data_config,
             config.data,
             config.device,
             device=self.device,
-            forward=compile_forward(outer.forward_exits, config.device),
+            forward=compile_forward(forward, config.device),
         )
 
     def _make_loaders(self) -> None:
@@ -269,7 +276,7 @@ class Trainer:
         self,
         epoch: int,
         save: Optional[Callable[[Progress], None]] = None,
-        handler: Optional[SigtermHandler] = None,
+        handler: Optional[StopSource] = None,
         start: Optional[Progress] = None,
     ) -> Progress:
         """Train for an epoch, or for the rest of it.
@@ -285,7 +292,7 @@ class Trainer:
             NonFiniteError: The loss is not finite.
         """
         config, model_config = self.config, self.config.model
-        # each epoch has a seed of its own, so that a resumed run sees what an uninterrupted one would have seen
+        # a seed per epoch: a resumed run sees the same images as an uninterrupted one
         random_seed((config.trainer.seed + 1_000_003 * epoch) % 2**31, self.dist_context.rank)
         set_epoch(self.batches, self.train_data, epoch)
         off_epoch = config.augment.mixup_off_epoch
@@ -294,6 +301,7 @@ class Trainer:
         warmup = config.loss.distill_warmup_epochs
         self.task.criterion.set_distill_scale(min(1.0, epoch / warmup) if warmup else 1.0)
         if model_config.heads_only:
+            assert isinstance(self.model, MultiExitBackbone)  # see check_heads_only
             self.model.freeze_backbone(model_config.heads_only is True or epoch < model_config.heads_only)
         # DDP looks once at which parameters train
         changed = epoch in (self.start_epoch, model_config.heads_only)

@@ -1,9 +1,9 @@
 """The configuration of a validation: what validate.py's flags set."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Dict, Optional, Union
 
-from .datasets import DataConfig
+from .data_config import DataConfig
 from .device import DeviceConfig
 
 __all__ = ['ValidateConfig']
@@ -59,7 +59,7 @@ class ValidateConfig:
 
     @classmethod
     def from_dict(cls, settings: Dict[str, Any]) -> 'ValidateConfig':
-        """Create a configuration from settings by the names of the flags; what is missing has its default.
+        """Create a configuration from settings by the names of the flags; missing ones have their default.
 
         Raises:
             ValueError: A name is unknown.
@@ -77,3 +77,8 @@ class ValidateConfig:
     def source(self) -> str:
         """The network that is validated, as the user named it."""
         return self.checkpoint or self.model
+
+    def to_dict(self) -> Dict[str, Any]:
+        """All settings by the names of the flags, as plain values."""
+        flat = asdict(self)
+        return {**flat.pop('data'), **flat.pop('device'), **flat}

@@ -1,4 +1,4 @@
-"""Losses of multi-exit networks; they know nothing of backbones."""
+"""Losses for multi-exit networks, independent of the backbone."""
 
 from .distill import CC, CRD, DISTILL_METHODS, DKD, KD, DistillBatch, DistillMethod
 from .mlcsd import CWEM_SUPERVISIONS, DISTILL_MODES, MLCSDLoss

@@ -1,8 +1,8 @@
-"""What an exit learns from its teacher: the methods of the paper's Table 10, each the place of L_KD in the total loss.
+"""Distillation methods of the paper's Table 10, each of which can serve as L_KD in the total loss.
 
-A method maps a `DistillBatch` to one loss per exit. Whatever mixes the teachers (`TEACHERS`), its teacher is the mixed
-logits t_i, for methods that compare features the pooled mixed feature g_i: from the last exit alone it is the usual
-self-distillation.
+A method maps a `DistillBatch` to one loss per exit. The teacher of exit i is given by the mixed logits t_i, or by the
+pooled mixed feature g_i for methods that compare features; `TEACHERS` lists the ways to mix them. With the last exit
+as the only teacher, this is the usual self-distillation.
 """
 
 import math
@@ -19,15 +19,15 @@ __all__ = ['CC', 'CRD', 'DKD', 'KD', 'DISTILL_METHODS', 'DistillBatch', 'Distill
 
 
 class DistillBatch(NamedTuple):
-    """What the exits of one batch show, and what their teachers do.
+    """Outputs of the exits and their teachers for one batch.
 
     Attributes:
-        logits: z_i, [B, K, C].
-        teacher_logits: t_i, [B, K, C].
-        features: Mean-pooled f_i, [B, K, D], for methods that read features.
-        teacher_features: Mean-pooled g_i, [B, K, D], likewise.
+        logits: Logits z_i of the exits, [B, K, C].
+        teacher_logits: Logits t_i of the teachers, [B, K, C].
+        features: Average-pooled features f_i, [B, K, D]; None for methods that do not read features.
+        teacher_features: Average-pooled features g_i of the teachers, [B, K, D]; None likewise.
         target: Class indices [B], or soft targets [B, C].
-        indices: Which images of the training set these are, [B].
+        indices: Indices of the images in the training set, [B]; None for methods that do not need them.
     """
 
     logits: torch.Tensor
@@ -39,13 +39,13 @@ class DistillBatch(NamedTuple):
 
 
 class DistillMethod(nn.Module):
-    """A way to learn from a teacher.
+    """Base class of distillation methods.
 
     Attributes:
-        weight: alpha that goes with it, unless the user says otherwise.
-        reads_features: Whether it compares features instead of logits.
+        weight: Default of alpha for this method.
+        reads_features: Whether the method compares features instead of logits.
         hard_labels: Whether the target must be class indices.
-        needs_indices: Whether it must know which images a batch holds.
+        needs_indices: Whether the batch must contain the indices of the images.
     """
 
     weight = 1.0
@@ -54,26 +54,37 @@ class DistillMethod(nn.Module):
     needs_indices = False
 
     def forward(self, batch: DistillBatch) -> torch.Tensor:
-        """The losses [K] of the exits, batch means."""
-        raise NotImplementedError
-
-    def limited(self, batch: DistillBatch, strength: torch.Tensor) -> torch.Tensor:
-        """The losses with the gradient of every image limited, in methods that know its length; else as they are.
+        """Compute the losses of the exits.
 
         Args:
-            batch: What the exits show.
-            strength: Weights that the losses will get, [K].
+            batch: Outputs of the exits and their teachers.
+
+        Returns:
+            Losses averaged over the batch, [K].
+        """
+        raise NotImplementedError
+
+    def limited(self, batch: DistillBatch, strength: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+        """Compute the losses with a limited gradient per image, if the method supports it, else as `forward` does.
+
+        Args:
+            batch: Outputs of the exits and their teachers.
+            strength: Factors that the losses are multiplied by in the total loss, [K].
+            bounds: Largest lengths of the gradients, [B, K].
+
+        Returns:
+            Losses averaged over the batch, [K].
         """
         return self(batch)
 
 
 class KD(DistillMethod):
-    """Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; the paper's eq. 4.
+    """Knowledge distillation (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"), the paper's eq. 4.
 
     T^2 KL(softmax(t / T) || softmax(z / T)).
 
     Args:
-        temperature: T.
+        temperature: Temperature T; default 4.
     """
 
     weight = 5.0
@@ -83,14 +94,16 @@ class KD(DistillMethod):
         self.temperature = temperature
 
     def forward(self, batch: DistillBatch) -> torch.Tensor:
+        """Compute the losses [K]; see `DistillMethod.forward`."""
         log_p, log_t = self._log_probs(batch)
         return self.temperature**2 * _divergence(log_p, log_t).mean(dim=0)
 
-    def limited(self, batch: DistillBatch, strength: torch.Tensor) -> torch.Tensor:
+    def limited(self, batch: DistillBatch, strength: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+        """Compute the losses [K] with limited gradients; see `DistillMethod.limited`."""
         log_p, log_t = self._log_probs(batch)
-        gap = log_p.detach().exp() - log_t.detach().exp()  # 1/T of the gradient on the logits
+        gap = log_p.detach().exp() - log_t.detach().exp()  # gradient with respect to the logits, divided by T
         loss = self.temperature**2 * _divergence(log_p, log_t)
-        return limit_gradient(loss, strength * self.temperature * gap.norm(dim=-1)).mean(dim=0)
+        return limit_gradient(loss, strength * self.temperature * gap.norm(dim=-1), bounds).mean(dim=0)
 
     def _log_probs(self, batch: DistillBatch) -> Tuple[torch.Tensor, torch.Tensor]:
         both = (batch.logits, batch.teacher_logits)
@@ -98,16 +111,16 @@ class KD(DistillMethod):
 
 
 class DKD(DistillMethod):
-    """Zhao et al. 2022, "Decoupled Knowledge Distillation": a TCKD + b NCKD, times T^2.
+    """Decoupled knowledge distillation (Zhao et al. 2022): T^2 (a TCKD + b NCKD).
 
-    With softened probabilities p and the label y, TCKD is the divergence between the two-class distributions
-    (p[y], 1 - p[y]), NCKD that between the distributions over the other classes. a = 1, b = 8, T = 4 are what the
-    authors train CIFAR-100 with, and cross-entropy of weight 1 beside it.
+    With softened probabilities p and the label y, TCKD is the KL divergence between the two-class distributions
+    (p[y], 1 - p[y]), and NCKD the KL divergence between the distributions over the other classes. The defaults are
+    the authors' settings for CIFAR-100, where cross-entropy has weight 1.
 
     Args:
-        temperature: T.
-        target_weight: a.
-        other_weight: b.
+        temperature: Temperature T; default 4.
+        target_weight: Weight a of TCKD; default 1.
+        other_weight: Weight b of NCKD; default 8.
     """
 
     hard_labels = True
@@ -119,13 +132,18 @@ class DKD(DistillMethod):
         self.other_weight = other_weight
 
     def forward(self, batch: DistillBatch) -> torch.Tensor:
+        """Compute the losses [K]; see `DistillMethod.forward`."""
         student, teacher = (self._split(z, batch.target) for z in (batch.logits, batch.teacher_logits))
         tckd, nckd = (_divergence(p, t).mean(dim=0) for p, t in zip(student, teacher))
         return self.temperature**2 * (self.target_weight * tckd + self.other_weight * nckd)
 
     def _split(self, logits: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of target and rest [B, K, 2], and of the other classes among themselves [B, K, C], which
-        hold 0 for the target, in student and teacher alike."""
+        """Split the log-probabilities of logits [B, K, C].
+
+        Returns:
+            Log-probabilities of the target and of all other classes together, [B, K, 2], and of each class given that
+            it is not the target, [B, K, C]; the entry of the target is 0, for student and teacher alike.
+        """
         is_target = F.one_hot(target, logits.shape[-1]).bool().unsqueeze(1)
         log_p = F.log_softmax(logits / self.temperature, dim=-1)
         own = log_p.masked_fill(~is_target, float('-inf')).logsumexp(dim=-1)
@@ -134,15 +152,15 @@ class DKD(DistillMethod):
 
 
 class CC(DistillMethod):
-    """Peng et al. 2019, "Correlation Congruence for Knowledge Distillation".
+    """Correlation congruence (Peng et al. 2019, "Correlation Congruence for Knowledge Distillation").
 
-    The squared difference, meaned over all pairs of images of the batch, between student's and teacher's correlations
-    k(x, y) = exp(-2 g) sum_p (2 g)^p / p! (x^T y)^p, the Gaussian kernel of features of length 1 as a Taylor series.
-    g = 0.4 and order 2, with a weight of 100, are what public implementations take.
+    The loss is the squared difference between the correlations of student and teacher, averaged over all pairs of
+    images of the batch. The correlation k(x, y) = exp(-2 g) sum_p (2 g)^p / p! (x^T y)^p is the Taylor series of the
+    Gaussian kernel for features of length 1. The defaults are those of public implementations.
 
     Args:
-        gamma: g.
-        order: The last p.
+        gamma: Kernel parameter g; default 0.4.
+        order: Largest exponent p of the series; default 2.
     """
 
     weight = 100.0
@@ -154,11 +172,12 @@ class CC(DistillMethod):
         self.order = order
 
     def forward(self, batch: DistillBatch) -> torch.Tensor:
+        """Compute the losses [K]; see `DistillMethod.forward`."""
         difference = self._correlation(batch.features) - self._correlation(batch.teacher_features)
         return difference.square().mean(dim=(-2, -1))
 
     def _correlation(self, features: torch.Tensor) -> torch.Tensor:
-        """Correlations [K, B, B] of features [B, K, D]."""
+        """Compute the correlations [K, B, B] of features [B, K, D]."""
         features = F.normalize(features.transpose(0, 1), dim=-1)
         similarity = features @ features.transpose(-2, -1)
         total = term = torch.full_like(similarity, math.exp(-2 * self.gamma))
@@ -169,28 +188,29 @@ class CC(DistillMethod):
 
 
 class CRD(DistillMethod):
-    """Tian et al. 2020, "Contrastive Representation Distillation", with the memory bank of the authors' code.
+    """Contrastive representation distillation (Tian et al. 2020), with the memory bank of the authors' code.
 
-    Student's and teacher's features are embedded by a linear layer each and brought to length 1. A memory keeps both
-    embeddings of every training image. An image's embedding is compared with what the memory has of the other network:
-    once for the image itself, which should be told apart from N times for images of other classes. With
-    h = e / (e + N / M), e = exp(embedding * memory / T) / Z, for M images, the loss is -log h for the image itself and
-    -log(1 - h) for each other, student against teacher's memory plus teacher against student's. (The code estimates Z
-    once, as M times the mean over its first batch.)
+    Features of student and teacher are embedded by one linear layer each and normalised to length 1. A memory bank
+    stores both embeddings of every training image. The embedding of an image is compared with stored embeddings of the
+    other network: with that of the same image (positive) and with those of N images of other classes (negatives).
+    With h = e / (e + N / M) and e = exp(embedding * memory / T) / Z for M training images, the loss is -log h for the
+    positive and -log(1 - h) for each negative, summed over both directions: student against the memory of the teacher
+    and teacher against the memory of the student. As in the authors' code, Z is estimated once, as M times the mean
+    over the first batch.
 
-    The code draws other images for every image of the batch. Here the batch shares one draw, those of an image's own
-    class left out for that image and the rest weighted up: the same expectation for a fraction of the memory (16,384 x
-    128 numbers per image and exit there). A class is known once its images have been seen, so in the first epoch one of
-    an image's own class may slip in.
+    The authors' code draws negatives for every image. Here all images of a batch share one draw: images of the same
+    class are left out for each image, and the weight of the others is increased. The expectation is the same, and much
+    less memory is needed (the authors' code uses 16,384 x 128 numbers per image and exit). The class of a training
+    image is unknown until the image has been seen, so negatives of the same class are possible in the first epoch.
 
     Args:
-        num_learners: Exits that learn, the first ones.
-        feature_dim: D.
-        num_samples: M.
-        embed_dim: Length of the embeddings.
-        negatives: N.
-        temperature: T.
-        momentum: Share of the old embedding that a memory keeps.
+        num_learners: Number of exits with a teacher, which are the first ones.
+        feature_dim: Channels D of the features.
+        num_samples: Number of training images M.
+        embed_dim: Size of the embeddings; default 128.
+        negatives: Number of negatives N; default 16384.
+        temperature: Temperature T; default 0.07.
+        momentum: Weight of the stored embedding in an update of the memory; default 0.5.
     """
 
     weight = 0.8
@@ -214,7 +234,7 @@ class CRD(DistillMethod):
         self.negatives = negatives
         self.temperature = temperature
         self.momentum = momentum
-        # one linear layer per learner, as one grouped convolution; first the students', then the teachers'
+        # one linear layer per student, then one per teacher, as one grouped convolution
         self.embed = nn.Conv1d(2 * num_learners * feature_dim, 2 * num_learners * embed_dim, 1, groups=2 * num_learners)
         bound = (3 / embed_dim) ** 0.5
         memory = torch.empty(2 * num_learners, num_samples, embed_dim).uniform_(-bound, bound)
@@ -223,13 +243,14 @@ class CRD(DistillMethod):
         self.register_buffer('labels', torch.full((num_samples,), -1))
 
     def forward(self, batch: DistillBatch) -> torch.Tensor:
+        """Compute the losses [K], and in training mode update the memory; see `DistillMethod.forward`."""
         n, indices = self.num_learners, batch.indices
         pooled = torch.cat([batch.features[:, :n], batch.teacher_features[:, :n]], dim=1)
         embedding = self.embed(pooled.flatten(1).unsqueeze(-1).to(self.embed.weight.dtype))
         embedding = F.normalize(embedding.view(len(pooled), 2 * n, -1).transpose(0, 1), dim=-1)  # [2n, B, E]
 
         drawn = torch.randint(self.num_samples, (self.negatives,), device=indices.device)
-        # a student is compared with its teacher's memory, and the other way round
+        # students are compared with the memory of their teachers, and teachers with that of their students
         own, others = (self.memory[:, i].roll(n, dims=0) for i in (indices, drawn))
         own = (embedding * own).sum(dim=-1, keepdim=True)
         scores = torch.cat([own, embedding @ others.transpose(-2, -1)], dim=-1) / self.temperature
@@ -242,21 +263,22 @@ class CRD(DistillMethod):
             scale = torch.where(self.scale > 0, self.scale, first)
             if self.training:
                 self.scale.copy_(scale)
-                self._remember(embedding.detach(), batch)
+                self._update_memory(embedding.detach(), batch)
         e = e / scale[:, None, None]
         ratio = self.negatives / self.num_samples
-        same = -(e[..., 0] / (e[..., 0] + ratio)).log()
-        apart = -((ratio / (e[..., 1:] + ratio)).log() * is_other).sum(dim=-1)
-        # as if all that were drawn were of other classes
-        apart = apart * (self.negatives / is_other.sum(dim=-1).clamp(min=1).to(apart.dtype))
-        losses = (same + apart).mean(dim=-1)
+        positive = -(e[..., 0] / (e[..., 0] + ratio)).log()
+        negative = -((ratio / (e[..., 1:] + ratio)).log() * is_other).sum(dim=-1)
+        # scale to the full number of negatives
+        negative = negative * (self.negatives / is_other.sum(dim=-1).clamp(min=1).to(negative.dtype))
+        losses = (positive + negative).mean(dim=-1)
         losses = losses[:n] + losses[n:]
         return F.pad(losses, (0, batch.logits.shape[1] - n))
 
-    def _remember(self, embedding: torch.Tensor, batch: DistillBatch) -> None:
+    def _update_memory(self, embedding: torch.Tensor, batch: DistillBatch) -> None:
+        """Average the embeddings [2n, B, E] of a batch into the memory, and store the labels, in all processes."""
         old = self.memory[:, batch.indices]
         new = F.normalize(self.momentum * old + (1 - self.momentum) * embedding, dim=-1)
-        # one NaN would stay for good
+        # a NaN would remain in the memory through all later averages
         new = torch.where(new.isfinite(), new, old)
         new, indices, target = all_gather_rows(new.transpose(0, 1), batch.indices, batch.target)
         self.memory.index_copy_(1, indices, new.transpose(0, 1))
@@ -267,5 +289,5 @@ DISTILL_METHODS: Dict[str, Type[DistillMethod]] = {'kd': KD, 'cc': CC, 'crd': CR
 
 
 def _divergence(log_p: torch.Tensor, log_t: torch.Tensor) -> torch.Tensor:
-    """KL(t || p) over the last dimension."""
+    """Compute KL(t || p) over the last dimension from log-probabilities."""
     return F.kl_div(log_p, log_t, reduction='none', log_target=True).sum(dim=-1)

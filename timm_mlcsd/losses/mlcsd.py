@@ -2,7 +2,7 @@
 
 With logits z_k, features f_k, labels y, K exits, temperature T and weights w_i of the exits:
 
-    W_i   = softmax_k CWEM_i(maxpool(f_i))          who teaches exit i
+    W_i   = softmax_k CWEM_i(maxpool(f_i))          mixing weights of the teacher of exit i
     t_i   = sum_k W_i[k] z_k                        teacher logits, paper eq. 3 (MCLSM)
     g_i   = sum_k W_i[k] f_k                        teacher feature, eq. 5 (MCFSM)
     L_CLS = sum_i w_i CE(z_i, y)                    eq. 2
@@ -10,8 +10,8 @@ With logits z_k, features f_k, labels y, K exits, temperature T and weights w_i 
     L_HT  = sum_i w_i MSE(f_i, g_i)                 eq. 6
     L     = gamma L_CLS + alpha L_KD + beta L_HT    eq. 7
 
-t_i and g_i are constants for L_KD and L_HT: students never pull their teacher. Other teachers than the CWEM's are other
-W_i (`TEACHERS`), other ways to learn from them are other L_KD (`DISTILL_METHODS`).
+No gradient of L_KD and L_HT flows into the logits and features that t_i and g_i are mixed from. `TEACHERS` lists
+alternatives to the CWEM for W_i, `DISTILL_METHODS` alternatives to L_KD.
 """
 
 import math
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timm.loss import JsdCrossEntropy
 
 from .distill import CC, CRD, DISTILL_METHODS, DistillBatch, DistillMethod
-from .ramp import DISTILL_RAMPS, AccuracyRamp, limit_gradient
+from .ramp import DISTILL_RAMPS, AccuracyRamp, label_pull, limit_gradient
 from .teachers import CWEM, TEACHERS, TeacherMixer
 
 __all__ = ['CWEM_SUPERVISIONS', 'DISTILL_MODES', 'MLCSDLoss']
@@ -33,39 +33,45 @@ CWEM_SUPERVISIONS = ('ce', 'kd', 'none')
 
 
 class MLCSDLoss(nn.Module):
-    """The paper's total loss, every term of it switchable.
+    """Total loss of the paper; each of its terms can be switched off.
 
-    ``distill='none'`` is a multi-exit network trained with cross-entropy alone (MENM), ``'one-for-all'`` learns from
-    the last exit (with ``beta=0`` from its logits only), ``'all-for-all'`` is MLCSD; the rest of `TEACHERS` are the
-    paper's rivals. Everything is computed in at least float32, under autocast too.
+    ``distill='none'`` trains a multi-exit network with cross-entropy alone (MENM). With ``'one-for-all'`` the exits
+    learn from the last exit, with ``beta=0`` from its logits only. ``'all-for-all'`` is MLCSD. The other `TEACHERS`
+    are the methods that the paper compares with. All terms are computed in at least float32, under autocast too.
 
-    The loss owns the CWEM, which needs training: give the optimizer the parameters of both, or use `MLCSDTask`. The
-    paper does not say what trains it, hence `cwem_supervision`:
+    The loss owns the CWEM, whose parameters must be trained: pass the parameters of model and loss to the optimizer,
+    or use `MLCSDTask`. The paper does not specify the training signal of the CWEM; `cwem_supervision` selects it:
 
-    * ``ce``: cross-entropy of the mixed teacher logits, weight 1, summed over the exits; reaches the CWEM alone.
-    * ``kd``: L_KD itself, through t_i. It can win by choosing i as its own teacher, and does.
-    * ``none``: nothing; the CWEM keeps its random initial weights (what the authors' released code amounts to).
+    * ``ce``: cross-entropy of the mixed teacher logits, with weight 1, summed over the exits. Its gradient reaches the
+      CWEM only.
+    * ``kd``: L_KD, through t_i. The CWEM then learns to make each exit its own teacher, which minimises L_KD.
+    * ``none``: no training; the CWEM keeps its random initial weights, as in the authors' released code.
 
-    Measured on half of CIFAR-100 (experiments/cifar100_cpu.md): 49.1, 48.5, 47.1% mean top-1; 48.2 without teachers.
+    Mean top-1 on half of CIFAR-100 (experiments/cifar100_cpu.md) is 49.1, 48.5 and 47.1%, and 48.2% without teachers.
 
     Args:
-        num_exits: K.
-        feature_dim: D of the features, or one per exit; where they differ, training-only 1x1 convs project all to the
-            last one's.
-        alpha: Weight of L_KD; default what goes with the method, for ``kd`` 5 (paper's best).
-        beta: Weight of L_HT (paper's best: 10).
-        gamma: Weight of L_CLS (paper's best: 1).
-        temperature: T (paper's best: 4).
-        cls_loss: Criterion (logits [B, C], target) -> scalar, any timm classification loss; default cross-entropy.
-        exit_weights: w_i, K numbers; default all 1, as in the paper.
-        distill: Who teaches: ``none`` or one of `TEACHERS`.
-        cwem_supervision: What trains the CWEM.
-        method: What L_KD is: one of `DISTILL_METHODS` with its authors' hyper-parameters, or a `DistillMethod`.
-        distill_ramp: ``accuracy`` scales what exit i adds to L_KD and L_HT by its running training accuracy
-            (`AccuracyRamp`), so that full-strength distillation waits for exits that know something, and limits the
-            gradient of each image to a label's (`limit_gradient`; of the methods, ``kd`` has it): the default of
-            train.py. ``none``, the default here, is the paper's loss.
-        num_samples: Number of images in the training set, which ``crd`` needs.
+        num_exits: Number of exits K.
+        feature_dim: Channels D of the features, or one number per exit, [K]; if they differ, 1x1 convs that are used
+            in training only project all features to the channels of the last.
+        alpha: Weight of L_KD; default that of the method, 5 for ``kd`` (best value in the paper).
+        beta: Weight of L_HT; default 10 (best value in the paper).
+        gamma: Weight of L_CLS; default 1 (best value in the paper).
+        temperature: Temperature T; default 4 (best value in the paper).
+        cls_loss: Criterion from logits [B, C] and target to a scalar, such as timm's classification losses; default
+            cross-entropy.
+        exit_weights: Weights w_i of the exits, [K]; default all 1, as in the paper.
+        distill: Teacher of the exits: ``none`` or a key of `TEACHERS`; default ``all-for-all``.
+        cwem_supervision: Training signal of the CWEM: ``ce`` (default), ``kd`` or ``none``.
+        method: Distillation method for L_KD: a key of `DISTILL_METHODS` with the hyperparameters of its authors, or a
+            `DistillMethod`; default ``kd``.
+        distill_ramp: ``accuracy``, the default of train.py, multiplies the terms of exit i in L_KD and L_HT by its
+            running training accuracy (`AccuracyRamp`), so that distillation starts as the exit learns, and limits the
+            gradient of each image in L_KD and in L_HT to half of that of its label (`limit_gradient`; in L_KD only for
+            ``kd``). ``none`` (default) is the loss of the paper.
+        num_samples: Number of images in the training set; required by ``crd``.
+
+    Raises:
+        ValueError: An argument is unknown or out of range, or ``crd`` lacks `num_samples`.
 
     Examples:
         ```python
@@ -97,18 +103,11 @@ class MLCSDLoss(nn.Module):
         num_samples: Optional[int] = None,
     ):
         super().__init__()
-        if distill not in DISTILL_MODES:
-            raise ValueError(f'distill={distill!r} is unknown; choose one of {", ".join(DISTILL_MODES)}.')
-        if cwem_supervision not in CWEM_SUPERVISIONS:
-            raise ValueError(
-                f'cwem_supervision={cwem_supervision!r} is unknown; choose one of {", ".join(CWEM_SUPERVISIONS)}.'
-            )
+        _check_choices(distill=distill, cwem_supervision=cwem_supervision, distill_ramp=distill_ramp)
         if not isinstance(method, DistillMethod) and method not in DISTILL_METHODS:
             raise ValueError(
                 f'method={method!r} is unknown; choose one of {", ".join(DISTILL_METHODS)}, or pass a DistillMethod.'
             )
-        if distill_ramp not in DISTILL_RAMPS:
-            raise ValueError(f'distill_ramp={distill_ramp!r} is unknown; choose one of {", ".join(DISTILL_RAMPS)}.')
         if alpha is None:
             alpha = (DISTILL_METHODS[method] if isinstance(method, str) else method).weight
         for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
@@ -121,14 +120,8 @@ class MLCSDLoss(nn.Module):
                 'cls_loss=JsdCrossEntropy compares augmented copies of each image across the batch, while the '
                 'teachers and their targets are per image; use a loss without augmentation splits.'
             )
-        if exit_weights is None:
-            exit_weights = [1.0] * num_exits
-        if len(exit_weights) != num_exits:
-            raise ValueError(f'exit_weights has {len(exit_weights)} numbers for {num_exits} exits.')
-        if not all(0 <= w < math.inf for w in exit_weights):
-            raise ValueError(f'exit_weights={list(exit_weights)} must be finite and not negative.')
-        if not any(exit_weights):
-            raise ValueError(f'exit_weights={list(exit_weights)} leaves no exit to train: give one above 0.')
+        exit_weights = [1.0] * num_exits if exit_weights is None else list(exit_weights)
+        _check_exit_weights(exit_weights, num_exits)
         dims = [feature_dim] * num_exits if isinstance(feature_dim, int) else list(feature_dim)
         if len(dims) != num_exits:
             raise ValueError(f'feature_dim has {len(dims)} numbers for {num_exits} exits.')
@@ -142,18 +135,18 @@ class MLCSDLoss(nn.Module):
         self.distill = distill
         self.cwem_supervision = cwem_supervision
         self.register_buffer('exit_weights', torch.tensor(exit_weights, dtype=torch.float32), persistent=False)
-        # a tensor, not a number: a ramp must not recompile a compiled loss
+        # a tensor, because torch.compile would recompile the loss for every new number
         self.register_buffer('distill_scale', torch.ones(()), persistent=False)
 
         self.mixer: Optional[TeacherMixer] = None
         self.method: Optional[DistillMethod] = None
         self.ramp: Optional[AccuracyRamp] = None
         self.projections = nn.ModuleList()
-        # one exit has nobody to learn from
+        # a single exit has no other exit as teacher
         if distill != 'none' and (alpha or beta) and num_exits > 1:
             self.mixer = TEACHERS[distill](num_exits, dims[-1])
             self.ramp = AccuracyRamp(num_exits) if distill_ramp == 'accuracy' else None
-            # what nothing trains must not wait for a gradient
+            # DDP expects gradients for all parameters that require them
             self.mixer.requires_grad_(cwem_supervision == 'ce' or (cwem_supervision == 'kd' and alpha > 0))
             if alpha:
                 self.method = self._make_method(method, num_samples, dims[-1]) if isinstance(method, str) else method
@@ -168,7 +161,7 @@ class MLCSDLoss(nn.Module):
             return CC()
         if name == 'crd':
             if not num_samples:
-                raise ValueError("method='crd' remembers every training image: pass num_samples, how many there are.")
+                raise ValueError("method='crd' stores every training image: pass their number as num_samples.")
             return CRD(self.num_exits - (not self.mixer.supervises_last_exit), feature_dim, num_samples)
         return DISTILL_METHODS[name](self.temperature)
 
@@ -179,15 +172,19 @@ class MLCSDLoss(nn.Module):
 
     @property
     def needs_indices(self) -> bool:
-        """Whether the loss must know which images a batch holds."""
+        """Whether `forward` needs the indices of the images in the training set."""
         return self.method is not None and self.method.needs_indices
 
     def bank_buffer_names(self) -> List[str]:
-        """Names of the buffers that remember training images; processes keep them alike without DDP's help."""
+        """Return the names of the buffers that store training images; the loss itself synchronises them, not DDP."""
         return [name for name, _ in self.named_buffers() if self.needs_indices and name.startswith('method.')]
 
     def set_distill_scale(self, scale: float) -> None:
-        """Scale alpha and beta, from 0 to 1, as a warm-up does."""
+        """Set a factor of alpha and beta, for example during a warm-up.
+
+        Args:
+            scale: Factor from 0 to 1.
+        """
         self.distill_scale.fill_(scale)
 
     def forward(
@@ -200,29 +197,30 @@ class MLCSDLoss(nn.Module):
         """Compute the loss.
 
         Args:
-            output: `MultiExitOutput`: K logits [B, C] and K features [B, D, H, W].
-            target: Class indices [B], or whatever `cls_loss` takes: soft targets [B, C], say.
-            return_components: Return a dict instead.
-            indices: Which images of the training set these are, [B], where `needs_indices`.
+            output: `MultiExitOutput` with K logits [B, C] and K features [B, D, H, W].
+            target: Class indices [B], or another target that `cls_loss` supports, such as soft targets [B, C].
+            return_components: Whether to return a dict of components; default False.
+            indices: Indices of the images in the training set, [B]; required if `needs_indices`, default None.
 
         Returns:
-            The loss, a scalar; or a dict with ``loss`` and its parts before weighting: ``cls`` (L_CLS), and where
-            there is a teacher ``kd`` (L_KD), ``ht`` (L_HT), ``cwem`` (what trains the CWEM beside them).
+            Loss, a scalar. With `return_components` a dict of ``loss`` and its components before weighting: ``cls``
+            (L_CLS) and, with a teacher, ``kd`` (L_KD), ``ht`` (L_HT) and ``cwem`` (cross-entropy for the CWEM); terms
+            that are switched off are missing.
 
         Raises:
-            ValueError: `output` is one tensor or has another number of exits; the loss itself was cast to half
-                precision; or it needs class indices for a target, or `indices`.
+            ValueError: `output` is a single tensor or has another number of exits, the loss has been cast to half
+                precision, `target` must be class indices, or `indices` are missing.
         """
         if isinstance(output, torch.Tensor):
             raise ValueError(
-                'output is one tensor, which a model gives in eval mode; use model.train(), or '
+                'output is one tensor, as a model returns in evaluation mode; use model.train(), or '
                 'model.forward_exits(images).'
             )
         logits, features = output
         if len(logits) != self.num_exits:
             raise ValueError(f'output has {len(logits)} exits, the loss was made for num_exits={self.num_exits}.')
         if self.exit_weights.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError('the loss itself must stay in float32 or float64, whatever the model has: call .float().')
+            raise ValueError('the loss must stay in float32 or float64, independent of the model; call .float() on it.')
         with torch.autocast(logits[0].device.type, enabled=False):
             logits = [_at_least_float32(z) for z in logits]
             exit_weights = self.exit_weights.to(logits[0].dtype)
@@ -235,7 +233,18 @@ class MLCSDLoss(nn.Module):
         return dict(loss=loss, **parts) if return_components else loss
 
     def mixing_weights(self, output: Sequence[Sequence[torch.Tensor]], target: torch.Tensor) -> torch.Tensor:
-        """The weights W [B, K, K] with which the teachers are mixed: row i is exit i's teacher (paper, Table 15)."""
+        """Compute the mixing weights of the teachers (paper, Table 15).
+
+        Args:
+            output: `MultiExitOutput` with K logits [B, C] and K features [B, D, H, W].
+            target: Class indices [B] or soft targets [B, C].
+
+        Returns:
+            Weights W [B, K, K]; row i belongs to the teacher of exit i.
+
+        Raises:
+            ValueError: The loss has no teacher.
+        """
         if self.mixer is None:
             raise ValueError(f'distill={self.distill!r} has no teacher, so there are no mixing weights.')
         logits, features = output
@@ -244,7 +253,7 @@ class MLCSDLoss(nn.Module):
             return self._mix(logits, self._align(features), target)
 
     def _align(self, features: Sequence[torch.Tensor]) -> List[torch.Tensor]:
-        """The features [B, D, H, W] in at least float32, all at the last one's width and size."""
+        """Convert features to at least float32, and to the channels and size of the last one, [B, D, H, W]."""
         features = [_at_least_float32(f) for f in features]
         if self.projections:
             features = [project(f) for project, f in zip(self.projections, features)]
@@ -262,6 +271,7 @@ class MLCSDLoss(nn.Module):
         target: torch.Tensor,
         indices: Optional[torch.Tensor],
     ) -> Dict[str, torch.Tensor]:
+        """Compute the components ``kd``, ``ht`` and ``cwem``, those of them that are on."""
         self._check_batch(target, indices)
         parts = {}
         features = self._align(features)
@@ -270,9 +280,11 @@ class MLCSDLoss(nn.Module):
         teacher = weights @ pool
         if isinstance(self.mixer, CWEM) and self.cwem_supervision == 'ce':
             parts['cwem'] = sum(self.cls_loss(t, target) for t in teacher.unbind(dim=1))
-        exit_weights = self.exit_weights.to(logits.dtype)
+        exit_weights, bounds = self.exit_weights.to(logits.dtype), None
         if self.ramp is not None:
             exit_weights = exit_weights * self.ramp(logits, target)
+            # L_KD and L_HT together pull no harder than the label
+            bounds = label_pull(logits, target) / 2
         if self.method is not None:
             through = weights if self.cwem_supervision == 'kd' else weights.detach()
             pooled = teacher_pooled = None
@@ -280,42 +292,64 @@ class MLCSDLoss(nn.Module):
                 pooled = torch.stack([f.mean(dim=(-2, -1)) for f in features], dim=1)
                 teacher_pooled = through @ pooled.detach()
             batch = DistillBatch(logits, through @ pool, pooled, teacher_pooled, target, indices)
-            if self.ramp is None:
+            if bounds is None:
                 losses = self.method(batch)
             else:
-                losses = self.method.limited(batch, self.alpha * self.distill_scale * exit_weights)
+                losses = self.method.limited(batch, self.alpha * self.distill_scale * exit_weights, bounds)
             parts['kd'] = exit_weights @ losses.to(logits.dtype)
         if self.beta:
-            # the mean doesn't care for the order of the elements, so take them as they lie in memory
+            # the mean is independent of the order of the elements, so flatten them in memory order
             if features[-1].is_contiguous(memory_format=torch.channels_last):
                 features = [f.permute(0, 2, 3, 1) for f in features]
             features = [f.flatten(1) for f in features]
             teachers = weights.detach() @ torch.stack([f.detach() for f in features], dim=1)
-            parts['ht'] = self._feature_loss(features, teachers, exit_weights)
+            parts['ht'] = self._feature_loss(features, teachers, exit_weights, bounds)
         return parts
 
     def _feature_loss(
-        self, features: Sequence[torch.Tensor], teachers: torch.Tensor, exit_weights: torch.Tensor
+        self,
+        features: Sequence[torch.Tensor],
+        teachers: torch.Tensor,
+        exit_weights: torch.Tensor,
+        bounds: Optional[torch.Tensor],
     ) -> torch.Tensor:
-        """L_HT from K features [B, N] and teachers [B, K, N]; the gradients are limited where there is a ramp."""
+        """Compute L_HT from K features [B, N] and teachers [B, K, N]; a ramp limits the gradients."""
         pairs = zip(features, teachers.unbind(dim=1))
-        if self.ramp is None:
+        if bounds is None:
             return sum(w * F.mse_loss(f, g) for w, (f, g) in zip(exit_weights, pairs))
         losses = torch.stack([(f - g).square().mean(dim=1) for f, g in pairs], dim=1)
-        # of the mean of N squares the gradient is 2/N times the difference
+        # the gradient of the mean of N squares is 2/N times the difference
         lengths = 2 * (losses.detach() / features[0].shape[1]).sqrt()
-        losses = limit_gradient(losses, self.beta * self.distill_scale * exit_weights * lengths)
+        losses = limit_gradient(losses, self.beta * self.distill_scale * exit_weights * lengths, bounds)
         return exit_weights @ losses.mean(dim=0)
 
     def _check_batch(self, target: torch.Tensor, indices: Optional[torch.Tensor]) -> None:
         name = type(self.method).__name__
         if self.needs_hard_labels and target.ndim != 1:
             raise ValueError(
-                f'{name} needs class indices [B] as target, not {list(target.shape)}: leave out mixup and cutmix, or '
-                f"take method='kd' or 'cc'."
+                f'{name} needs class indices [B] as target, got shape {list(target.shape)}; switch off mixup and '
+                f"cutmix, or use method='kd' or 'cc'."
             )
         if self.needs_indices and indices is None:
-            raise ValueError(f'{name} needs indices [B]: which images of the training set the batch holds.')
+            raise ValueError(f'{name} needs indices [B], the indices of the images in the training set.')
+
+
+def _check_choices(**given: str) -> None:
+    """Raise a ValueError for an argument that is none of its choices."""
+    choices = dict(distill=DISTILL_MODES, cwem_supervision=CWEM_SUPERVISIONS, distill_ramp=DISTILL_RAMPS)
+    for name, value in given.items():
+        if value not in choices[name]:
+            raise ValueError(f'{name}={value!r} is unknown; choose one of {", ".join(choices[name])}.')
+
+
+def _check_exit_weights(weights: Sequence[float], num_exits: int) -> None:
+    """Raise a ValueError for weights that are not K finite numbers of which one is above 0."""
+    if len(weights) != num_exits:
+        raise ValueError(f'exit_weights has {len(weights)} numbers for {num_exits} exits.')
+    if not all(0 <= w < math.inf for w in weights):
+        raise ValueError(f'exit_weights={weights} must be finite and not negative.')
+    if not any(weights):
+        raise ValueError(f'exit_weights={weights} leaves no exit to train: give one above 0.')
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -1,34 +1,35 @@
-"""How strongly an exit is distilled: by what it has learned from the labels, and no more than labels teach it."""
+"""Strength of the distillation of each exit: scaled by its training accuracy, limited by the pull of the label."""
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 
 from ..distributed import all_reduce_mean
 
-__all__ = ['DISTILL_RAMPS', 'AccuracyRamp', 'limit_gradient']
+__all__ = ['DISTILL_RAMPS', 'AccuracyRamp', 'label_pull', 'limit_gradient']
 
 DISTILL_RAMPS = ('none', 'accuracy')
 
 
 class AccuracyRamp(nn.Module):
-    """A scale per exit: its running accuracy on training batches, from chance (0) to all right (1).
+    """Scale per exit: its running accuracy on training batches, mapped from chance level (0) to 100% (1).
 
-    The gradient of L_KD on an exit's logits is up to alpha * T times as long as that of the cross-entropy, 20 times
-    with the paper's settings. On an exit that has learned nothing yet it acts like a learning rate that is too high:
-    heads die, or follow teachers that know nothing either. Far into fitting the training set the scale is 1, and the
-    loss the paper's but for `limit_gradient`. Not in the paper; measured in docs/training.md.
+    The gradient of L_KD with respect to the logits of an exit can be alpha * T times as long as that of the
+    cross-entropy, which is 20 times with the paper's settings. Early in training this acts like a learning rate that is
+    too high: heads collapse, or imitate teachers that are not better than chance. As the training accuracy of an exit
+    approaches 100%, its scale approaches 1. The ramp is not part of the paper; docs/training.md has measurements.
 
-    The scale of a batch follows from the batches before it: `step` takes these into account. A training loop that
-    calls it after every update of the weights, and sets `auto` to False, gets the same scales whatever the number of
-    processes and of batches per update; by itself it steps with every batch.
+    The scale of a batch depends on earlier batches only, which `step` includes in the running accuracy. By default a
+    step is made with every batch. A training loop that sets `auto` to False and calls `step` after every update of the
+    weights gets the same scales for any number of processes and of batches per update.
 
     Args:
-        num_exits: K.
-        momentum: Share of the past in the running accuracy, per 64 images.
+        num_exits: Number of exits K.
+        momentum: Weight of the past in the running accuracy, per 64 images; default 0.9.
 
     Attributes:
-        auto: Whether to step with every batch.
+        auto: Whether to make a step with every batch; default True.
     """
 
     def __init__(self, num_exits: int, momentum: float = 0.9):
@@ -41,14 +42,14 @@ class AccuracyRamp(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Give the scales of a batch, and in training mode note what is right in it.
+        """Return the scales for a batch, and in training mode accumulate its accuracy.
 
         Args:
             logits: Logits of all exits, [B, K, C].
-            target: Class indices [B], or soft targets [B, C], of which the largest counts.
+            target: Class indices [B], or soft targets [B, C], whose largest entry is taken as the class.
 
         Returns:
-            Scales from 0 to 1, [K], in the type of the logits.
+            Scales from 0 to 1, [K], in the dtype of the logits.
         """
         if self.training:
             if self.auto:
@@ -62,7 +63,7 @@ class AccuracyRamp(nn.Module):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take into account what was noted since the last step, in all processes that train together."""
+        """Include the batches since the last step, of all processes, in the running accuracy."""
         right, seen = all_reduce_mean(torch.cat([self.right, self.seen[None]])).split([len(self.right), 1])
         images = seen * (dist.get_world_size() if dist.is_initialized() else 1)
         share = 1 - self.momentum ** (images / 64)
@@ -71,14 +72,27 @@ class AccuracyRamp(nn.Module):
         self.seen.zero_()
 
 
-def limit_gradient(losses: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Shrink losses of single samples so that none pulls harder than a label does.
-
-    The cross-entropy's gradient on a sample's logits is of length 1 to the square root of 2 where the answer is wrong
-    and sure. A distillation loss of which it is longer than 1 is divided by its length.
+def label_pull(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Length of the gradient of the cross-entropy on the logits of every sample and exit.
 
     Args:
-        losses: One per sample and exit, [B, K].
-        lengths: Lengths of their gradients with all weights, in the same shape; constants.
+        logits: Logits of all exits, [B, K, C].
+        target: Class indices [B], or soft targets [B, C].
+
+    Returns:
+        Lengths from 0 (the label is predicted with certainty) to the square root of 2, [B, K], without gradient.
     """
-    return losses / lengths.clamp_min(1)
+    logits = logits.detach()
+    labels = F.one_hot(target, logits.shape[-1]) if target.ndim == 1 else target
+    return (logits.softmax(dim=-1) - labels.to(logits.dtype).unsqueeze(1)).norm(dim=-1)
+
+
+def limit_gradient(losses: torch.Tensor, lengths: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Shrink the losses of single samples until their gradients are no longer than a bound.
+
+    Args:
+        losses: Loss per sample and exit, [B, K].
+        lengths: Lengths of the gradients of the weighted losses, [B, K]; constants.
+        bounds: Largest lengths, [B, K]; constants.
+    """
+    return losses * (bounds / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp_max(1)

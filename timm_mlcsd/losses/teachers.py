@@ -1,9 +1,9 @@
-"""Who teaches whom.
+"""Teachers of the exits, as mixtures of all exits.
 
-A teacher is a mixture of all exits: logits t_i = sum_k W_i[k] z_k, feature g_i = sum_k W_i[k] f_k. A mixer is a module
-that finds the weights W [B, K, K], row i for exit i's teacher, from the exits' max-pooled features [B, K, D], their
-logits [B, K, C], both cut off from the network, and the target. `TEACHERS` holds those of the paper's Tables 8 and 14
-by the name that ``MLCSDLoss(distill=...)`` knows them by.
+The teacher of exit i has the logits t_i = sum_k W_i[k] z_k and the feature g_i = sum_k W_i[k] f_k. A mixer computes
+the weights W [B, K, K] from the max-pooled features [B, K, D] and the logits [B, K, C] of the exits, both detached, and
+the target. `TEACHERS` contains the mixers of the paper's Tables 8 and 14, by their names in
+``MLCSDLoss(distill=...)``.
 """
 
 from typing import Dict, Type
@@ -16,11 +16,11 @@ __all__ = ['CWEM', 'TEACHERS', 'TeacherMixer']
 
 
 class TeacherMixer(nn.Module):
-    """Weighs the exits.
+    """Base class of modules that compute the mixing weights of the teachers.
 
     Args:
-        num_exits: K.
-        feature_dim: D.
+        num_exits: Number of exits K.
+        feature_dim: Channels D of the features.
 
     Attributes:
         supervises_last_exit: Whether the last exit has a teacher other than itself.
@@ -33,7 +33,7 @@ class TeacherMixer(nn.Module):
         self.num_exits = num_exits
 
     def forward(self, pooled: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Find the weights.
+        """Compute the mixing weights.
 
         Args:
             pooled: Max-pooled features [B, K, D].
@@ -41,20 +41,24 @@ class TeacherMixer(nn.Module):
             target: Class indices [B] or soft targets [B, C].
 
         Returns:
-            Weights [B, K, K] whose rows sum to 1.
+            Weights [B, K, K] whose rows sum to 1; row i belongs to the teacher of exit i.
         """
         raise NotImplementedError
 
-    def _for_all(self, weights: torch.Tensor) -> torch.Tensor:
-        """One mixture [B, K] as the teacher of every exit."""
+    def _expand_to_exits(self, weights: torch.Tensor) -> torch.Tensor:
+        """Use one mixture [B, K] as the teacher of every exit."""
         return weights.unsqueeze(1).expand(-1, self.num_exits, -1)
 
 
 class CWEM(TeacherMixer):
     """Classifier weight encoding module (paper, section of that name): 1x1 conv, BatchNorm and softmax per exit.
 
-    The K convolutions are one grouped convolution and the K norms one norm. A training batch of one image has no
-    statistics of its own and is normalised with the running ones.
+    The K convolutions are implemented as one grouped convolution, the K norms as one norm. A training batch of one
+    image has no batch statistics and is normalised with the running statistics.
+
+    Args:
+        num_exits: Number of exits K.
+        feature_dim: Channels D of the features.
     """
 
     def __init__(self, num_exits: int, feature_dim: int):
@@ -63,6 +67,7 @@ class CWEM(TeacherMixer):
         self.norm = nn.BatchNorm1d(num_exits**2)
 
     def forward(self, pooled: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Compute the mixing weights [B, K, K]; see `TeacherMixer.forward`."""
         x = self.conv(pooled.flatten(1).unsqueeze(-1)).squeeze(-1)
         if self.training and x.shape[0] == 1:
             norm = self.norm
@@ -73,62 +78,68 @@ class CWEM(TeacherMixer):
 
 
 class LastExit(TeacherMixer):
-    """One-for-all: the last exit alone teaches every exit (FLSM on logits, FFSM on features)."""
+    """One-for-all: the last exit is the teacher of every exit (FLSM on logits, FFSM on features)."""
 
     supervises_last_exit = False
 
     def forward(self, pooled: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Compute the mixing weights [B, K, K]; see `TeacherMixer.forward`."""
         weights = logits.new_zeros(logits.shape[0], self.num_exits)
         weights[:, -1] = 1.0
-        return self._for_all(weights)
+        return self._expand_to_exits(weights)
 
 
 class Minimum(TeacherMixer):
-    """The exit with the least cross-entropy on an image teaches it to every exit."""
+    """Per image, the exit with the lowest cross-entropy is the teacher of every exit."""
 
     def forward(self, pooled: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Compute the mixing weights [B, K, K]; see `TeacherMixer.forward`."""
         best = _cross_entropy(logits, target).argmin(dim=1)
-        return self._for_all(F.one_hot(best, self.num_exits).to(logits.dtype))
+        return self._expand_to_exits(F.one_hot(best, self.num_exits).to(logits.dtype))
 
 
 class Average(TeacherMixer):
-    """The ensemble: the mean of all exits teaches every exit (paper's reference 48)."""
+    """The ensemble, the mean of all exits, is the teacher of every exit (paper's reference 48)."""
 
     def forward(self, pooled: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Compute the mixing weights [B, K, K]; see `TeacherMixer.forward`."""
         return torch.full_like(logits[:, :1, :1], 1.0 / self.num_exits).expand(-1, self.num_exits, self.num_exits)
 
 
 class Deeper(TeacherMixer):
-    """The mean of the exits behind it teaches an exit; the last has only itself, and so learns nothing."""
+    """The mean of all deeper exits is the teacher of an exit; the last exit has no teacher other than itself."""
 
     supervises_last_exit = False
 
     def forward(self, pooled: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Compute the mixing weights [B, K, K]; see `TeacherMixer.forward`."""
         weights = torch.ones(self.num_exits, self.num_exits, dtype=logits.dtype, device=logits.device).triu(1)
         weights[-1, -1] = 1.0
         return (weights / weights.sum(dim=1, keepdim=True)).expand(logits.shape[0], -1, -1)
 
 
 class Attention(TeacherMixer):
-    """An exit weighs the more, the less the entropy of its prediction: softmax over the exits of -H(softmax(z_k)).
+    """Weights that decrease with the entropy of an exit's prediction: softmax over the exits of -H(softmax(z_k)).
 
-    The paper's reference 49 in words ("calculated using the entropy value of the predicted results"); the formula is
-    ours.
+    The paper describes its reference 49 in words ("calculated using the entropy value of the predicted results"); the
+    formula is ours.
     """
 
     def forward(self, pooled: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Compute the mixing weights [B, K, K]; see `TeacherMixer.forward`."""
         log_p = logits.log_softmax(dim=-1)
-        return self._for_all((log_p.exp() * log_p).sum(dim=-1).softmax(dim=-1))
+        return self._expand_to_exits((log_p.exp() * log_p).sum(dim=-1).softmax(dim=-1))
 
 
 class Confidence(TeacherMixer):
-    """An exit weighs the more, the less its cross-entropy L_k: (1 - exp L_k / sum_j exp L_j) / (K - 1).
+    """Weights that decrease with the cross-entropy L_k of an exit: (1 - exp L_k / sum_j exp L_j) / (K - 1).
 
     Zhang et al. 2022, "Confidence-Aware Multi-Teacher Knowledge Distillation" (paper's reference 50).
     """
 
     def forward(self, pooled: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return self._for_all((1 - _cross_entropy(logits, target).softmax(dim=1)) / (self.num_exits - 1))
+        """Compute the mixing weights [B, K, K]; see `TeacherMixer.forward`."""
+        return self._expand_to_exits((1 - _cross_entropy(logits, target).softmax(dim=1)) / (self.num_exits - 1))
 
 
 TEACHERS: Dict[str, Type[TeacherMixer]] = {
@@ -143,7 +154,7 @@ TEACHERS: Dict[str, Type[TeacherMixer]] = {
 
 
 def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy [B, K] of logits [B, K, C] with class indices [B] or soft targets [B, C]."""
+    """Compute the cross-entropy [B, K] of logits [B, K, C] with class indices [B] or soft targets [B, C]."""
     target = target.unsqueeze(1).expand(logits.shape[:2] if target.ndim == 1 else logits.shape)
     target = target.flatten(0, 1).to(torch.long if target.ndim == 2 else logits.dtype)
     return F.cross_entropy(logits.flatten(0, 1), target, reduction='none').view(logits.shape[:2])

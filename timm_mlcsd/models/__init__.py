@@ -1,4 +1,4 @@
-"""Every network: the protocol, the exits of a timm backbone, the registered names."""
+"""Multi-exit networks: the common interface, timm backbones with exits, networks designed with exits, the registry."""
 
 from .backbone import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, MultiExitBackbone, create_multi_exit
 from .heads import EXIT_HEADS, EXIT_POOLS, ExitHead

@@ -1,4 +1,4 @@
-"""A timm backbone -> a multi-exit network."""
+"""Turn a timm backbone into a multi-exit network."""
 
 import logging
 import math
@@ -16,7 +16,7 @@ from .contract import BackboneContract, check_pool
 from .heads import ExitHead, check_kinds, head_style
 from .multi_exit import MultiExitModel, MultiExitOutput
 from .stages.executors import ChainExecutor, GraphExecutor
-from .stages.hooks import what_hangs_on
+from .stages.hooks import find_call_override
 from .stages.plan import Plan, plan_stages
 from .stages.probe import TracedModule
 from .stages.small_input import has_small_input
@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 DEFAULT_EXIT_HEAD = 'slic_dw'
 DEFAULT_EXIT_POOL = 'max'
 
-# the backbones that belong to a multi-exit network
+# backbones that are part of a multi-exit network
 _WRAPPED: 'WeakSet[nn.Module]' = WeakSet()
 
 
@@ -44,20 +44,23 @@ def create_multi_exit(
     """Turn a timm model into a multi-exit network.
 
     Args:
-        backbone: A timm model name, or a model that timm made (it is wrapped, not copied).
-        exits: Number of exits, or the names of the modules to tap for all exits but the last; None for 8, or as many
-            as the backbone has blocks for.
-        exit_head: Reduction layers of the exits: ``slic`` (the paper's), ``slic_dw``, ``conv1x1``, ``bottleneck``.
-        exit_pool: Global pool of the exits, ``max`` (the paper's) or ``avg``; the last exit keeps the backbone's own.
-        small_input: Take the first two downsamplings out, for images of 32 to 64 pixels.
-        pretrained_backbone: True or a tag of `backbone` to start from timm's weights.
-        **kwargs: What ``timm.create_model`` takes for `backbone`: ``num_classes``, ``in_chans``, ``drop_rate``, ...
+        backbone: Name of a timm model, or a model created by timm, which is wrapped, not copied.
+        exits: Number of exits, or names of the modules to tap for all exits but the last; default None for 8 exits, or
+            fewer if the backbone has fewer blocks.
+        exit_head: Reduction layers of the exits: ``slic`` (as in the paper), ``slic_dw`` (default), ``conv1x1`` or
+            ``bottleneck``.
+        exit_pool: Global pool of all exits but the last: ``max`` (default, as in the paper) or ``avg``; the last exit
+            keeps the pool of the backbone.
+        small_input: Whether to remove the first two downsamplings, for images of 32 to 64 pixels; default False.
+        pretrained_backbone: True or a tag of `backbone` to load timm's pretrained weights; default False.
+        **kwargs: Further arguments of ``timm.create_model`` for `backbone`: ``num_classes``, ``in_chans``,
+            ``drop_rate``, ...
 
     Returns:
-        A `MultiExitBackbone` with the backbone, its weights included, below ``backbone.``.
+        Multi-exit network that contains the backbone and its weights as ``backbone``.
 
     Raises:
-        ValueError: The arguments ask for what the backbone does not have.
+        ValueError: The backbone does not support the arguments, or an argument is unknown.
 
     Examples:
         ```python
@@ -66,7 +69,7 @@ def create_multi_exit(
         ```
     """
     if 'pretrained' in kwargs:
-        raise ValueError('pretrained is not for the backbone; pass pretrained_backbone=True, or a tag.')
+        raise ValueError('pretrained does not apply to the backbone; pass pretrained_backbone=True, or a tag.')
     check_pool(kwargs.get('global_pool'), kwargs.get('num_classes'))
     img_size = kwargs.get('img_size')
     if isinstance(backbone, str):
@@ -76,35 +79,36 @@ def create_multi_exit(
         backbone = timm.create_model(name, pretrained=bool(pretrained_backbone), **kwargs)
     elif set(kwargs) - {'img_size'} or pretrained_backbone:
         given = sorted(kwargs) + ['pretrained_backbone'] * bool(pretrained_backbone)
-        raise ValueError(f'{given} cannot be applied to a backbone that is already made; pass its name instead.')
+        raise ValueError(f'{given} cannot be applied to an existing backbone; pass the name of the backbone instead.')
     if small_input and pretrained_backbone:
         _logger.warning(
-            'small_input=True with pretrained weights: a large stem conv is new and untrained, and the rest was '
-            'trained at a quarter of the resolution that it now works at.'
+            'small_input=True with pretrained weights: a large stem conv gets new random weights, and the other layers '
+            'were trained at a quarter of the resolution that they now have.'
         )
     return MultiExitBackbone(backbone, exits, exit_head, exit_pool, small_input, img_size=img_size)
 
 
 class MultiExitBackbone(BackboneContract):
-    """A timm model that is cut into stages, with a head at every cut.
+    """A timm model divided into stages, with an exit head after every stage but the last.
 
-    In evaluation mode it is the timm model: same output, bit for bit, same methods (`BackboneContract`). A backbone
-    that is a plain chain of modules runs stage by stage in training too. Any other trains as a whole, its exits reading
-    the tapped modules' outputs; its stages, for evaluation, are cut out of its exported graph when they are first
-    asked for. Either way the stages in a row are compared with the backbone when `resumable` is first asked for.
+    In evaluation mode the network behaves like the timm model: bit for bit the same output, and the same methods
+    (`BackboneContract`). A backbone that is a chain of modules runs stage by stage in training too. Any other backbone
+    runs in one forward pass in training, in which the exits read the outputs of the tapped modules; its stages for
+    evaluation are cut from its exported graph at their first use. In both cases the stages in sequence are compared
+    with the backbone when `resumable` is first read.
 
     Args:
         backbone: A timm model.
-        exits: Number of exits, or names of the modules to tap for all exits but the last; None for 8, or as many as
-            the backbone has blocks for.
-        exit_head: Reduction layers of the exits.
-        exit_pool: Global pool of the exits.
-        small_input: Take the first two downsamplings out.
-        img_size: (height, width) that the backbone was made for; default: what it says of itself.
+        exits: Number of exits, or names of the modules to tap for all exits but the last; default None for 8 exits, or
+            fewer if the backbone has fewer blocks.
+        exit_head: Reduction layers of the exits, a key of `EXIT_HEADS`; default ``slic_dw``.
+        exit_pool: Global pool of all exits but the last, one of `EXIT_POOLS`; default ``max``.
+        small_input: Whether to remove the first two downsamplings; default False.
+        img_size: (height, width) in pixels that the backbone was made for; default: the size in its configuration.
 
     Raises:
-        ValueError: The arguments ask for what the backbone does not have, or it belongs to a multi-exit network
-            already. The backbone is as it was then.
+        ValueError: The backbone does not support the arguments, or is already part of a multi-exit network. It stays
+            unchanged in that case.
     """
 
     def __init__(
@@ -122,7 +126,7 @@ class MultiExitBackbone(BackboneContract):
         self.backbone = backbone
         self.pretrained_cfg = self.default_cfg = without_weights(backbone.default_cfg)
         self.pretrained_model_args = {}
-        # what timm's resolvers of preprocessing ask for
+        # timm reads these when it resolves the preprocessing
         self._traits = dict(get_model_traits(backbone), first_conv=self.default_cfg.get('first_conv'))
         chans, *size = get_model_input_config(backbone)['input_size']
         self.probe_size = (chans, *to_2tuple(img_size or size))
@@ -131,8 +135,8 @@ class MultiExitBackbone(BackboneContract):
             plan = plan_stages(backbone, self.probe_size, exits, small_input, undo)
             self.heads = _make_heads(backbone, plan, exit_head, exit_pool)
             self._use_plan(plan)
-            undo.pop_all()  # nothing fails any more
-        # spelled out, so that what is saved today means the same network when a default changes
+            undo.pop_all()  # keep the changes to the backbone, as no error can follow
+        # all values explicit, so that a saved network is independent of later changes of the defaults
         exits = list(exits) if isinstance(exits, (list, tuple)) else self.num_exits
         self.exit_args = dict(exits=exits, exit_head=exit_head, exit_pool=exit_pool, small_input=small_input)
         self.training = backbone.training
@@ -141,12 +145,12 @@ class MultiExitBackbone(BackboneContract):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        _WRAPPED.add(self.backbone)  # that of a copy
+        _WRAPPED.add(self.backbone)  # the backbone of a copy
 
     def _use_plan(self, plan: Plan) -> None:
-        """Let the stages be those of `plan`, to which the heads belong."""
+        """Use the stages of `plan`, for which the heads were made."""
         self.plan = plan
-        self.exit_names = [place.name for place in plan.tapped]
+        self.exit_names = [tap.name for tap in plan.tapped]
         self.num_exits = len(plan.tapped)
         last = plan.tapped[-1].layout
         dims = [*(head.exit_feature_dim for head in self.heads), last.channels]
@@ -155,12 +159,18 @@ class MultiExitBackbone(BackboneContract):
         self.executor = (ChainExecutor if plan.is_chain else GraphExecutor)(self.backbone, plan)
 
     def replace_plan(self, names: List[str]) -> None:
+        """Place the exits again after a change of the backbone.
+
+        Args:
+            names: Tapped modules of all exits but the last. Exits that are no longer before the end of the backbone
+                are removed with their heads.
+        """
         plan = _plan_by_name(self.backbone, self.probe_size, names)
-        kept = {place.name for place in plan.tapped[:-1]}
+        kept = {tap.name for tap in plan.tapped[:-1]}
         self.heads = nn.ModuleList(head for name, head in zip(self.exit_names, self.heads) if name in kept)
         if len(kept) < self.num_exits - 1:
-            gone = [name for name in self.exit_names[:-1] if name not in kept]
-            _logger.info(f'Exits that the backbone no longer has are gone: {", ".join(gone)}.')
+            removed = [name for name in self.exit_names[:-1] if name not in kept]
+            _logger.info(f'Removed the exits whose modules the backbone no longer has: {", ".join(removed)}.')
             self.exit_args = dict(self.exit_args, exits=sorted(kept, key=self.exit_names.index) or 1)
         if self.frozen is not None:
             self.frozen = [name for name, _ in self.backbone.named_parameters() if name in self.frozen]
@@ -170,46 +180,61 @@ class MultiExitBackbone(BackboneContract):
 
     @property
     def resumable(self) -> bool:
-        """Whether `run_stage` and `run_head` work one by one; found out when first asked, `why_not_resumable` tells."""
+        """Whether `run_stage` and `run_head` work one by one; determined at the first read, see `why_not_resumable`."""
         return self.why_not_resumable is None
 
     @property
     def why_not_resumable(self) -> Optional[str]:
-        """Why the stages cannot be run one by one; None where they can."""
-        hanging = what_hangs_on(self)
-        if hanging:
-            return f'the network itself has {hanging}, which its stages would leave out'
+        """Reason why the stages cannot run one by one; None if they can."""
+        override = find_call_override(self)
+        if override:
+            return f'the network itself has {override}, which its stages would skip'
         return self.executor.unsupported_reason(self)
 
     def run_stage(self, k: int, state: Any) -> Any:
+        """Run stage k; see `MultiExitModel.run_stage`.
+
+        Raises:
+            ValueError: The stages cannot run one by one (`why_not_resumable`).
+            RuntimeError: The backbone is not a chain of modules, and the network is in training mode.
+        """
         return self.executor.run_stage(self, k, state)
 
     def run_head(self, k: int, state: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Run the head of exit k; see `MultiExitModel.run_head`."""
         feature = self.executor.read_tap(k, state)
         if k < self.num_exits - 1:
             return self.heads[k](feature)
-        return _one_answer(self.executor.run_end(self, state)), feature
+        return _mean_logits(self.executor.run_end(self, state)), feature
 
     def forward_exits(self, x: torch.Tensor) -> MultiExitOutput:
+        """Compute the outputs of all exits for images [B, C, H, W], in training or evaluation mode."""
         if self.executor.runs_in_stages(self, x):
             return super().forward_exits(x)
         last, maps = self.executor.run_whole(self, x)
-        outputs = [head(m) for head, m in zip(self.heads, maps)] + [(_one_answer(last), maps[-1])]
+        outputs = [head(m) for head, m in zip(self.heads, maps)] + [(_mean_logits(last), maps[-1])]
         logits, features = zip(*outputs)
         return MultiExitOutput(logits, features)
 
     def forward(self, x: torch.Tensor) -> Union[MultiExitOutput, torch.Tensor]:
-        """All exits in training mode; in evaluation mode what the backbone gives: the last exit's logits [B, C]."""
+        """Compute all exits in training mode, the output of the backbone in evaluation mode.
+
+        Args:
+            x: Images [B, C, H, W].
+
+        Returns:
+            `MultiExitOutput` in training mode, logits [B, C] of the last exit in evaluation mode.
+        """
         return self.forward_exits(x) if self.training else self.backbone(x)
 
     def freeze_backbone(self, freeze: bool = True) -> None:
-        """Let only the heads train: the backbone, and so the last exit, stays as it is, bit for bit.
+        """Freeze the backbone, so that only the heads train and the last exit stays bit for bit the same.
 
-        Its parameters get no gradients, and it runs in evaluation mode whatever the model's own: BatchNorm keeps its
-        statistics, nothing is dropped.
+        The parameters of the backbone get no gradients. It stays in evaluation mode in either mode of the network, so
+        BatchNorm statistics do not change and dropout is off.
 
         Args:
-            freeze: False to let it train again.
+            freeze: Whether to freeze; False trains the backbone again. Default True.
         """
         if freeze and self.frozen is None:
             self.frozen = [name for name, p in self.backbone.named_parameters() if p.requires_grad]
@@ -220,22 +245,34 @@ class MultiExitBackbone(BackboneContract):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> 'MultiExitBackbone':
+        """Set training or evaluation mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self.frozen is not None:
             self.backbone.eval()
         return self
 
     def prepare(self, input_size: Sequence[int]) -> None:
-        """Make the stages for images of (C, H, W) now rather than when they first come.
+        """Make the stages for one input size now instead of at the first image of that size.
+
+        Args:
+            input_size: (C, H, W) of the images.
 
         Raises:
-            ValueError: The backbone doesn't take such images, or cannot be cut.
+            ValueError: The images are too small, or the backbone cannot be cut.
         """
         self.check_input_size(*input_size[1:])
         self.executor.prepare(self, tuple(input_size))
 
     def check_input_size(self, height: int, width: int) -> None:
-        """Raise a ValueError for images too small to be reduced as often as the backbone does."""
+        """Check that images are large enough for the reduction of the backbone.
+
+        Args:
+            height: Height of the images in pixels.
+            width: Width of the images in pixels.
+
+        Raises:
+            ValueError: The images are smaller than one pixel of the last map.
+        """
         if min(height, width) < self.reduction:
             small = '' if self.reduction < 32 else ', or small_input=True (a quarter of the reduction)'
             raise ValueError(
@@ -245,7 +282,14 @@ class MultiExitBackbone(BackboneContract):
 
 
 def without_weights(cfg: Dict[str, Any]) -> Dict[str, Any]:
-    """A backbone's cfg for its multi-exit network: no weights, and what it names lies below ``backbone.``."""
+    """Derive the default cfg of a multi-exit network from that of its backbone.
+
+    Args:
+        cfg: Default cfg of the backbone.
+
+    Returns:
+        Copy without sources of weights, with ``backbone.`` before the names of modules.
+    """
     names = {
         key: f'backbone.{cfg[key]}' if isinstance(cfg[key], str) else [f'backbone.{name}' for name in cfg[key]]
         for key in ('first_conv', 'classifier')
@@ -256,65 +300,65 @@ def without_weights(cfg: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _check_backbone(backbone: nn.Module) -> None:
-    """Raise a ValueError where `backbone` cannot get exits."""
+    """Raise a ValueError if `backbone` cannot get exits."""
     kind = type(backbone).__name__
     if isinstance(backbone, MultiExitModel):
         raise ValueError(f'{kind} has exits already; pass a plain backbone.')
     if hasattr(backbone, '_orig_mod'):
-        raise ValueError('the backbone is compiled, so nothing in it can be watched; wrap it first, then compile.')
+        raise ValueError('the backbone is compiled, so its modules cannot be traced; wrap it first, then compile.')
     needed = ('default_cfg', 'feature_info', 'forward_features', 'forward_head')
     missing = [name for name in needed if not hasattr(backbone, name)]
     if missing:
         raise ValueError(f'{kind} is not a timm model with features: it has no {", ".join(missing)}.')
     if backbone in _WRAPPED:
         raise ValueError(
-            f'this {kind} belongs to a multi-exit network already, and two would change each other; pass another one '
-            f'(timm.create_model or copy.deepcopy makes it).'
+            f'this {kind} is already part of a multi-exit network, and two networks must not share a backbone; pass '
+            f'another one, from timm.create_model or copy.deepcopy.'
         )
     if has_small_input(backbone):
         raise ValueError(
-            f'the first two downsamplings of this {kind} have been taken out already (small_input=True); pass a '
-            f'backbone as timm.create_model makes it.'
+            f'the first two downsamplings of this {kind} have already been removed (small_input=True); pass a new '
+            f'backbone from timm.create_model.'
         )
 
 
 def _plan_by_name(backbone: nn.Module, input_size: Sequence[int], names: List[str]) -> Plan:
-    """Exits at `names`, as far as they lie ahead of the backbone's end, and there."""
+    """Plan exits at those of `names` that run before the end of the backbone, and at its end."""
     while True:
         try:
             plan = plan_stages(backbone, input_size, names or 1)
         except ValueError:
             if not names:
                 raise
-            names = names[:-1]  # it is the end itself, or not there any more
+            names = names[:-1]  # the last named module is the end itself, or no longer exists
             continue
-        ahead = [place.name for place in plan.tapped[:-1] if place.macs < plan.tapped[-1].macs]
-        if len(ahead) == len(plan.tapped) - 1:
+        before_end = [tap.name for tap in plan.tapped[:-1] if tap.macs < plan.tapped[-1].macs]
+        if len(before_end) == len(plan.tapped) - 1:
             return plan
-        names = ahead
+        names = before_end
 
 
 def _make_heads(backbone: nn.Module, plan: Plan, exit_head: str, exit_pool: str) -> nn.ModuleList:
-    """The heads of all exits but the last."""
+    """Make the heads of all exits but the last."""
     weight = next(backbone.parameters())
     dim = plan.tapped[-1].layout.channels
-    places = plan.places[: plan.taps[-1] + 1]
+    modules = plan.modules[: plan.taps[-1] + 1]
     style = head_style(backbone)
     dd = dict(device=weight.device, dtype=weight.dtype)
     return nn.ModuleList(
-        ExitHead(_widths_below(tap, places), dim, backbone.num_classes, exit_head, exit_pool, style, **dd)
+        ExitHead(_widths_from_tap(tap, modules), dim, backbone.num_classes, exit_head, exit_pool, style, **dd)
         for tap in plan.tapped[:-1]
     )
 
 
-def _one_answer(logits: Union[torch.Tensor, Tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    """The mean of the pair that a backbone with distillation tokens gives while it is trained with them."""
+def _mean_logits(logits: Union[torch.Tensor, Tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """Average the pair of logits that a backbone with distillation tokens returns in distilled training."""
     return sum(logits) / len(logits) if isinstance(logits, tuple) else logits
 
 
-def _widths_below(tap: TracedModule, places: Sequence[TracedModule]) -> List[int]:
-    """The tap's width, then the backbone's width at every halving of the resolution from there to its end."""
-    layouts = [place.layout for place in places if place.layout is not None]
+def _widths_from_tap(tap: TracedModule, modules: Sequence[TracedModule]) -> List[int]:
+    """List the channels of the tap, then those of the backbone at every halving of the resolution down to its end."""
+    layouts = [module.layout for module in modules if module.layout is not None]
     end = layouts[-1].width
     halvings = round(math.log2(tap.layout.width / end))
     widths = [tap.layout.channels]

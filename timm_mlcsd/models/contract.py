@@ -1,4 +1,4 @@
-"""timm's model contract for a wrapped backbone: the backbone's own methods, kept in step with the exits."""
+"""timm's model interface for a wrapped backbone: the backbone's methods, adapted to keep the exits consistent."""
 
 from operator import attrgetter
 from typing import Any, Callable, Dict, List, Optional, Set, Union
@@ -12,7 +12,7 @@ from .stages.plan import Plan
 
 __all__ = ['DELEGATED', 'BackboneContract']
 
-# what the model has where its backbone has it, and as the backbone has it
+# attributes and methods that the model takes over from its backbone
 DELEGATED = (
     'distilled_training',
     'drop_rate',
@@ -41,11 +41,17 @@ DELEGATED = (
 
 
 class BackboneContract(MultiExitModel):
-    """What timm expects of a model, for one that has a timm model as `backbone` and an exit head for all other exits.
+    """Base class that gives a network with a timm model as `backbone` the interface of timm models.
 
-    Attributes and methods named in `DELEGATED` are the backbone's; like those below, the model has them where the
-    backbone has them. While ``set_distilled_training`` is on, the last exit's training logits are the mean of the
-    backbone's pair of answers, as in evaluation mode.
+    Attributes and methods named in `DELEGATED` are those of the backbone. The model has them, and the methods below
+    that are properties, only if the backbone has them. While ``set_distilled_training`` is on, the training logits of
+    the last exit are the mean of the two logits of the backbone, as in evaluation mode.
+
+    Attributes:
+        backbone: A timm model.
+        heads: Exit heads of all exits but the last, K - 1.
+        plan: Modules of the backbone and taps of the exits.
+        grad_checkpointing: Whether blocks are recomputed in the backward pass.
     """
 
     backbone: nn.Module
@@ -54,32 +60,32 @@ class BackboneContract(MultiExitModel):
     grad_checkpointing: bool = False
 
     def replace_plan(self, names: List[str]) -> None:
-        """Place the exits anew in a backbone that has changed: at the modules `names` and at its end."""
+        """Place the exits again after a change of the backbone, at the modules `names` and at its end."""
         raise NotImplementedError
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The backbone's unpooled features, in its own layout: [B, C, H, W], say."""
+        """Compute the unpooled features of the backbone, in the layout of the backbone, such as [B, C, H, W]."""
         return self.backbone.forward_features(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The backbone's own end: its features to logits [B, C], or to pooled features with `pre_logits`."""
+        """Compute the backbone's logits [B, C], or pooled features with `pre_logits`, from its unpooled features."""
         return self.backbone.forward_head(x, pre_logits=pre_logits)
 
     def forward_intermediates(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The backbone's ``forward_intermediates``."""
+        """Call ``forward_intermediates`` of the backbone."""
         return self.backbone.forward_intermediates(x, *args, **kwargs)
 
     def get_classifier(self) -> nn.Module:
-        """The last exit's classifier, which is the backbone's."""
+        """Return the classifier of the last exit, which is that of the backbone."""
         return self.backbone.get_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Make new classifiers for all exits.
+        """Replace the classifiers of all exits.
 
         Args:
-            num_classes: C, 0 for features instead of logits.
-            global_pool: Pool of the backbone, and so of the last exit; the other exits keep theirs. Empty for
-                unpooled features, with 0 classes only.
+            num_classes: Number of classes C; 0 for features instead of logits.
+            global_pool: Pool of the backbone, and so of the last exit; the other exits keep theirs. Default None for
+                no change; empty for unpooled features, with 0 classes only.
 
         Raises:
             ValueError: `global_pool` is empty and `num_classes` is not 0.
@@ -95,25 +101,25 @@ class BackboneContract(MultiExitModel):
         self.executor.invalidate()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping what is inside them."""
+        """Recompute the blocks in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
         self.executor.set_grad_checkpointing(self, enable)
 
     def no_weight_decay(self) -> Set[str]:
-        """Names of the parameters that want no weight decay."""
+        """Return the names of the parameters to exclude from weight decay."""
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else ()
         return {f'backbone.{name}' for name in names}
 
     @property
     def set_input_size(self) -> Callable[..., None]:
-        """``set_input_size(img_size=None, patch_size=None, ...)``: the backbone's; exits and heads stay."""
-        return self._where_backbone_has('set_input_size', self._set_input_size)
+        """``set_input_size(img_size=None, patch_size=None, ...)`` of the backbone; exits and heads are kept."""
+        return self._if_backbone_has('set_input_size', self._set_input_size)
 
     def _set_input_size(self, *args: Any, **kwargs: Any) -> None:
         before = dict(getattr(self.backbone, '_model_args', {}))
         self.backbone.set_input_size(*args, **kwargs)
         after = getattr(self.backbone, '_model_args', {})
-        # what timm notes of the change, so that a saved network is made again like this
+        # record the changed arguments as timm does, so that a saved network is created with them
         changed = {key: value for key, value in after.items() if key not in before or before[key] != value}
         self._model_args = {**getattr(self, '_model_args', {}), **changed}
         size = tuple(self.backbone._traits['img_size'])
@@ -123,9 +129,12 @@ class BackboneContract(MultiExitModel):
 
     @property
     def prune_intermediate_layers(self) -> Callable[..., List[int]]:
-        """``prune_intermediate_layers(indices=1, prune_norm=False, prune_head=True)``: the backbone's; exits behind
-        what is kept go, the last exit is the new end. Returns the indices."""
-        return self._where_backbone_has('prune_intermediate_layers', self._prune_intermediate_layers)
+        """``prune_intermediate_layers(indices=1, prune_norm=False, prune_head=True)`` of the backbone.
+
+        Exits after the last layer that is kept are removed, and the last exit moves to the new end of the backbone.
+        The method returns the indices of the kept features.
+        """
+        return self._if_backbone_has('prune_intermediate_layers', self._prune_intermediate_layers)
 
     def _prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -133,26 +142,30 @@ class BackboneContract(MultiExitModel):
         taken = self.backbone.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
         if prune_head:
             self._reset_heads(0)
-        left = {name for name, _ in self.backbone.named_modules()}
-        self.replace_plan([name for name in self.exit_names[:-1] if name in left])
+        remaining = {name for name, _ in self.backbone.named_modules()}
+        self.replace_plan([name for name in self.exit_names[:-1] if name in remaining])
         return taken
 
-    def _where_backbone_has(self, name: str, method: Callable) -> Callable:
-        getattr(self.backbone, name)  # an AttributeError where it does not
+    def _if_backbone_has(self, name: str, method: Callable) -> Callable:
+        """Return `method`, or raise an AttributeError if the backbone has no attribute `name`."""
+        getattr(self.backbone, name)
         return method
 
     @property
     def group_matcher(self) -> Callable[..., Callable[[str], int]]:
-        """``group_matcher(coarse=False)``: layer group of every parameter or module by name; a head belongs to the
-        group of its tap. Where timm gives the backbone no layer groups there is no such attribute."""
-        return self._where_backbone_has('group_matcher', self._group_matcher)
+        """``group_matcher(coarse=False)``: function from the name of a parameter or module to its layer group.
+
+        A head belongs to the layer group of its tap. The attribute does not exist if timm defines no layer groups for
+        the backbone.
+        """
+        return self._if_backbone_has('group_matcher', self._group_matcher)
 
     def _group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         layers: Dict[str, int] = group_parameters(self.backbone, self.backbone.group_matcher(coarse), reverse=True)
         groups = {f'backbone.{name}': layer for name, layer in layers.items()}
-        modules = [place.name for place in self.plan.places]
+        modules = [module.name for module in self.plan.modules]
         for k, (head, tap) in enumerate(zip(self.heads, self.exit_names)):
-            # up to the tap, not the tap alone: a pool has no parameters
+            # all modules up to the tap, as the tap may be a pool without parameters
             path = tuple(f'{name}.' for name in modules[: modules.index(tap) + 1])
             group = max((layer for name, layer in layers.items() if name.startswith(path)), default=0)
             groups.update({f'heads.{k}.{name}': group for name, _ in head.named_parameters()})
@@ -166,15 +179,15 @@ class BackboneContract(MultiExitModel):
         return match
 
 
-# an AttributeError of the backbone's becomes one of the model's: hasattr is False
+# the property raises the backbone's AttributeError, so hasattr(model, name) is False without it
 for _name in DELEGATED:
     setattr(BackboneContract, _name, property(attrgetter(f'backbone.{_name}')))
 
 
 def check_pool(global_pool: Optional[str], num_classes: Optional[int]) -> None:
-    """Raise a ValueError where a network with classes shall not pool: one image would have many answers."""
+    """Raise a ValueError for a classifier without a pool, as it would return logits per pixel."""
     if global_pool == '' and num_classes != 0:
         raise ValueError(
-            "global_pool='' leaves the last exit's maps unpooled, which works with num_classes=0 only: pass that, or a "
-            "pool of timm's, avg or max say."
+            "global_pool='' leaves the last exit's maps unpooled and needs num_classes=0; pass that, or a pool such as "
+            'avg or max.'
         )

@@ -1,4 +1,4 @@
-"""What ``features_only=True`` makes of a multi-exit network."""
+"""Feature extractor that ``features_only=True`` makes from a multi-exit network."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ __all__ = ['FeatureGetter']
 
 
 class FeatureGetter(FeatureGetterNet):
-    """timm's, with gradient checkpointing, which timm gives to its other feature networks only.
+    """timm's ``FeatureGetterNet`` with ``set_grad_checkpointing``, which timm adds to its other feature networks only.
 
     Args:
-        model: A multi-exit network; a wrapped backbone is kept as it is, not pruned.
-        **kwargs: As for timm's.
+        model: A multi-exit network; a wrapped backbone is not pruned.
+        **kwargs: Arguments of ``FeatureGetterNet``.
     """
 
     def __init__(self, model: nn.Module, **kwargs: Any):
         super().__init__(model, **{**kwargs, 'prune': kwargs.get('prune', True) and not hasattr(model, 'backbone')})
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping what is inside them."""
+        """Recompute the blocks in the backward pass instead of storing their activations."""
         getattr(self.model, 'backbone', self.model).set_grad_checkpointing(enable)

@@ -1,8 +1,8 @@
-"""Exit heads: from a map somewhere in the backbone to logits, by way of a feature all exits have in common.
+"""Exit heads, which map the output of a tap to a feature of common shape and to logits.
 
-Every head ends alike: a feature [B, D, H, W] with the D, H, W of the backbone's last map, a global pool, a linear
-layer. They differ in how they get there. ``widths`` are the widths that the backbone itself has from the tap's
-resolution down to its last: a tap with n = log2(size here / size at the end) has n + 1 of them.
+Every head ends with a feature [B, D, H, W] of the shape of the backbone's last map, a global pool and a linear layer.
+Heads differ in the reduction layers before the feature. ``widths`` are the channels of the backbone at each resolution
+from that of the tap to the last one: n + 1 numbers for a tap with n = log2(size at the tap / size at the end).
 """
 
 from collections import Counter
@@ -18,18 +18,19 @@ __all__ = ['EXIT_HEADS', 'EXIT_POOLS', 'ExitHead', 'HeadStyle', 'check_kinds', '
 
 EXIT_POOLS = ('max', 'avg')
 
-# where activations live, and what lives there too: gates, attention, an activation with weights
-_ACTIVATIONS = ('torch.nn.modules.activation', 'timm.layers.activations')
-_OTHERS = ('Sigmoid', 'Hardsigmoid', 'HardSigmoid', 'Softmax', 'Tanh', 'MultiheadAttention', 'PReLU')
+# modules that define activations, and their classes that heads do not use: gates, attention, activations with weights
+_ACTIVATION_MODULES = ('torch.nn.modules.activation', 'timm.layers.activations')
+_NOT_ACTIVATIONS = ('Sigmoid', 'Hardsigmoid', 'HardSigmoid', 'Softmax', 'Tanh', 'MultiheadAttention', 'PReLU')
 
 
 class HeadStyle(NamedTuple):
-    """How heads normalise and activate.
+    """Norm and activation layers of the heads.
 
     Attributes:
-        norm: Norm layer of a width.
-        act: Activation.
-        first: Whether the tap itself needs a norm: what a transformer adds up from block to block has none.
+        norm: Norm layer class, called with the number of channels; default BatchNorm.
+        act: Activation class; default ReLU.
+        first: Whether a head starts with a norm, as the residual stream of a transformer is not normalised; default
+            False.
     """
 
     norm: Callable[..., nn.Module] = nn.BatchNorm2d
@@ -38,12 +39,20 @@ class HeadStyle(NamedTuple):
 
 
 def head_style(backbone: nn.Module) -> HeadStyle:
-    """The backbone's own style: BatchNorm where it has most of that, else a LayerNorm; its commonest activation."""
+    """Choose the norm and activation of the heads from the modules of a backbone.
+
+    Args:
+        backbone: A timm model.
+
+    Returns:
+        BatchNorm if at least half of the backbone's norms are, else LayerNorm; the backbone's most frequent
+        activation, else ReLU.
+    """
     modules = [type(module) for module in backbone.modules()]
     norms = Counter(t for t in modules if any(word in t.__name__ for word in ('BatchNorm', 'LayerNorm', 'RmsNorm')))
     batch = sum(count for norm, count in norms.items() if 'BatchNorm' in norm.__name__)
-    acts = Counter(t for t in modules if t.__module__ in _ACTIVATIONS and t.__name__ not in _OTHERS).most_common(1)
-    act = acts[0][0] if acts else nn.ReLU
+    acts = Counter(t for t in modules if t.__module__ in _ACTIVATION_MODULES and t.__name__ not in _NOT_ACTIVATIONS)
+    act = acts.most_common(1)[0][0] if acts else nn.ReLU
     if 2 * batch >= max(sum(norms.values()), 1):
         return HeadStyle(nn.BatchNorm2d, act)
     return HeadStyle(LayerNorm2d, act, first=True)
@@ -63,8 +72,8 @@ def _conv_norm_act(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1,
 class _StridedDepthwise(nn.Conv2d):
     """3x3 stride-2 depthwise convolution that trains in at least float32 on a CPU.
 
-    oneDNN's backward of it in bfloat16 takes 20 to 50 times as long as in float32 (torch 2.15): with it the heads of a
-    ResNet18 took longer than the ResNet18.
+    Its bfloat16 backward in oneDNN takes 20 to 50 times as long as in float32 (torch 2.15), which made the heads of a
+    ResNet18 slower than the ResNet18.
     """
 
     def __init__(self, width: int, **dd):
@@ -74,7 +83,7 @@ class _StridedDepthwise(nn.Conv2d):
         return _strided_depthwise(x, self.weight, self.training)
 
 
-@torch.fx.wrap  # one node of a traced graph: which branch is taken depends on the device
+@torch.fx.wrap  # one node of a traced graph, because the branch depends on the device
 def _strided_depthwise(x: torch.Tensor, weight: torch.Tensor, training: bool) -> torch.Tensor:
     conv = dict(stride=2, padding=1, groups=weight.shape[0])
     if not training or x.device.type != 'cpu':
@@ -85,7 +94,7 @@ def _strided_depthwise(x: torch.Tensor, weight: torch.Tensor, training: bool) ->
 
 
 def _slic(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
-    """The paper's SLIC (section "Multi-exit network architectures"): n times 3x3 stride-2 conv, then 1x1 conv."""
+    """Make the paper's SLIC (section "Multi-exit network architectures"): n times 3x3 stride-2 conv, then 1x1 conv."""
     layers = []
     for width, next_width in zip(widths, widths[1:]):
         layers += _conv_norm_act(width, width, 3, stride=2, style=style, **dd)
@@ -94,7 +103,7 @@ def _slic(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
 
 
 def _slic_dw(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
-    """SLIC with a depthwise 3x3, as in the code that the paper's authors released."""
+    """Make SLIC with a depthwise 3x3 conv, as in the code released by the paper's authors."""
     layers = []
     for width, next_width in zip(widths, widths[1:]):
         layers.append(_StridedDepthwise(width, **dd))
@@ -103,16 +112,16 @@ def _slic_dw(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
 
 
 def _conv1x1(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
-    """Direct prediction, the paper's baseline: shrink by averaging, then one 1x1 conv to the last width."""
+    """Make the paper's baseline, direct prediction: average pool, then one 1x1 conv to the last width."""
     factor = 2 ** (len(widths) - 1)
     if factor == 1:
         return nn.Sequential()
-    shrink = nn.AvgPool2d(factor, stride=factor, ceil_mode=True, count_include_pad=False)
-    return nn.Sequential(shrink, *_conv_norm_act(widths[0], widths[-1], 1, style=style, **dd))
+    pool = nn.AvgPool2d(factor, stride=factor, ceil_mode=True, count_include_pad=False)
+    return nn.Sequential(pool, *_conv_norm_act(widths[0], widths[-1], 1, style=style, **dd))
 
 
 def _bottleneck(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
-    """The heavier rival of the paper's Table 7: n times 1x1, 3x3 stride-2, 1x1 conv (the paper gives no widths)."""
+    """Make the bottleneck head of the paper's Table 7: n times 1x1, 3x3 stride-2, 1x1 conv; its widths are ours."""
     layers = []
     for width, next_width in zip(widths, widths[1:]):
         layers += _conv_norm_act(width, width, 1, style=style, **dd)
@@ -125,7 +134,15 @@ EXIT_HEADS = {'slic': _slic, 'slic_dw': _slic_dw, 'conv1x1': _conv1x1, 'bottlene
 
 
 def check_kinds(exit_head: str, exit_pool: str) -> None:
-    """Raise a ValueError that names the argument that is unknown."""
+    """Check the kinds of head and pool.
+
+    Args:
+        exit_head: Reduction layers, a key of `EXIT_HEADS`.
+        exit_pool: Global pool, one of `EXIT_POOLS`.
+
+    Raises:
+        ValueError: One of them is unknown.
+    """
     for name, value, known in (('exit_head', exit_head, EXIT_HEADS), ('exit_pool', exit_pool, EXIT_POOLS)):
         if not isinstance(value, str) or value not in known:
             raise ValueError(f'{name}={value!r} is unknown; choose one of {", ".join(known)}.')
@@ -135,14 +152,14 @@ class ExitHead(nn.Module):
     """Reduction layers, pool and linear layer of one exit.
 
     Args:
-        widths: The n + 1 widths from the tap to the common feature.
-        exit_feature_dim: Width D of the common feature; a 1x1 conv adapts where ``widths`` ends elsewhere.
-        num_classes: C, 0 for pooled features.
-        kind: Reduction layers, one of `EXIT_HEADS`.
+        widths: Channels at each resolution from the tap to the feature, [n + 1].
+        exit_feature_dim: Channels D of the feature; a 1x1 conv is added if `widths` ends with another number.
+        num_classes: Number of classes C; 0 for pooled features instead of logits.
+        kind: Reduction layers, a key of `EXIT_HEADS`.
         pool: Global pool, one of `EXIT_POOLS`.
         style: Norm and activation; default BatchNorm and ReLU, as in the paper.
-        device: Where the weights are made.
-        dtype: Their type.
+        device: Device of the weights; default PyTorch's.
+        dtype: Type of the weights; default PyTorch's.
     """
 
     def __init__(
@@ -173,11 +190,17 @@ class ExitHead(nn.Module):
         self.reset_classifier(num_classes, **dd)
 
     def reset_classifier(self, num_classes: int, device=None, dtype=None) -> None:
-        """Make a new linear layer for `num_classes`, none for 0; in the mode that the head is in."""
+        """Replace the linear layer.
+
+        Args:
+            num_classes: Number of classes C; 0 for pooled features instead of logits.
+            device: Device of the weights; default PyTorch's.
+            dtype: Type of the weights; default PyTorch's.
+        """
         fc = nn.Linear(self.exit_feature_dim, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
         self.fc = fc.train(self.training)
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Map a tap's output [B, C_tap, H_tap, W_tap] to logits [B, C] and feature [B, D, H, W]."""
+        """Map the output of the tap [B, C_tap, H_tap, W_tap] to logits [B, C] and feature [B, D, H, W]."""
         feature = self.reduce(x)
         return self.fc(self.pool(feature)), feature

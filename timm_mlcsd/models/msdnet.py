@@ -1,6 +1,6 @@
 """MSDNet (Huang et al. 2018, "Multi-Scale Dense Networks for Resource Efficient Image Classification").
 
-Layers and arguments as in the public implementation (kalviny/MSDNet-PyTorch): same parameters, multiply-adds and exits.
+Layers and arguments follow the public implementation (kalviny/MSDNet-PyTorch): same parameters, MACs and exits.
 """
 
 import math
@@ -31,14 +31,14 @@ Scales = Tuple[torch.Tensor, ...]
 
 
 class _DenseScale(nn.Module):
-    """One scale of a layer: its map, and what convs make of it and of the finer map above it.
+    """One scale of a layer: its input map, concatenated with convs of this map and of the next finer map.
 
     Args:
-        chs: Width of its map.
-        finer_chs: Width of the finer map, None where there is none.
-        growth: Channels it adds.
-        factor: Bottleneck factor on its map.
-        finer_factor: Bottleneck factor on the finer map.
+        chs: Channels of the input map.
+        finer_chs: Channels of the next finer map; None if there is none.
+        growth: Channels that the scale adds.
+        factor: Bottleneck factor of the conv on the input map.
+        finer_factor: Bottleneck factor of the conv on the finer map.
     """
 
     def __init__(self, chs: int, finer_chs: Union[int, None], growth: int, factor: int, finer_factor: int):
@@ -53,7 +53,16 @@ class _DenseScale(nn.Module):
 
 
 class _Layer(nn.Module):
-    """One layer over all scales that are left: the coarsest `num_scales` of those it gets."""
+    """One layer over the coarsest `num_scales` scales of its input.
+
+    Args:
+        width: Input channels, over the growth factor of a scale.
+        growth: Channels that the layer adds, over the growth factor of a scale.
+        num_in: Number of input scales.
+        num_scales: Number of output scales.
+        growths: Growth factors of all scales of the network, finest first.
+        factors: Bottleneck factors of all scales of the network, finest first.
+    """
 
     def __init__(
         self, width: int, growth: int, num_in: int, num_scales: int, growths: Sequence[int], factors: Sequence[int]
@@ -73,7 +82,13 @@ class _Layer(nn.Module):
 
 
 class _Transition(nn.Module):
-    """A 1x1 conv layer on every scale."""
+    """1x1 conv layer on every scale, to reduce the channels.
+
+    Args:
+        in_width: Input channels, over the growth factor of a scale.
+        out_width: Output channels, over the growth factor of a scale.
+        growths: Growth factors of the scales, finest first.
+    """
 
     def __init__(self, in_width: int, out_width: int, growths: Sequence[int]):
         super().__init__()
@@ -84,32 +99,33 @@ class _Transition(nn.Module):
 
 
 class MSDNet(NativeMultiExit):
-    """Every layer works on several scales at once, so that the first exit already has a coarse, classifiable map.
+    """Network whose layers work on several scales at once, so that the first exit already reads a coarse map.
 
-    The state between stages is the tuple of scales, finest first; exits read the coarsest.
+    The state between stages is the tuple of the maps of all scales, finest first; exits read the coarsest map.
 
     Args:
-        num_classes: C, 0 for pooled features.
-        in_chans: Channels of the images.
-        num_blocks: Exits.
-        base: Layers of the first block.
-        step: Layers of every further block; with ``linear`` block i (from 0) has i * step + 1.
-        step_mode: ``even`` or ``linear``.
-        channels: Width of the finest scale at the start.
-        growth_rate: Channels that a layer adds to it.
-        growth_factors: One per scale: how much wider it is.
-        bottleneck_factors: One per scale: width of the 1x1 convs over that of the 3x3 convs.
-        prune: ``max`` drops a scale after every third of the layers (with three scales), ``min`` only what can't reach
-            an exit any more. Where the layers don't divide by the scales, ``max`` leaves finer maps at the end that no
-            exit reads, and weights without a gradient, as the public code does.
-        reduction: Share of the channels that a transition keeps, 0 for no transitions.
-        stem: ``cifar`` or ``imagenet``.
-        global_pool: ``avg``; empty, with 0 classes only, for unpooled features at all exits.
-        device: Where the weights are made.
-        dtype: Their type.
+        num_classes: Number of classes C; 0 for pooled features instead of logits. Default 1000.
+        in_chans: Channels of the images; default 3.
+        num_blocks: Number of blocks, which is the number of exits K; default 8.
+        base: Layers of the first block; default 2.
+        step: Layers of every further block; with ``linear``, block i (from 0) has i * step + 1. Default 3.
+        step_mode: ``even`` (default) or ``linear``.
+        channels: Channels of the finest scale after the stem; default 16.
+        growth_rate: Channels that a layer adds to the finest scale; default 6.
+        growth_factors: Factors of `channels` and `growth_rate`, one per scale, finest first; default (1, 2, 4).
+        bottleneck_factors: Channels of the 1x1 convs over those of the 3x3 convs, one per scale; default (1, 2, 4).
+        prune: ``max`` (default) divides the layers into as many equal parts as there are scales and drops the finest
+            scale after each part; ``min`` drops only scales that can no longer reach an exit. If the layers do not
+            divide evenly, ``max`` keeps finer maps at the end that no exit reads, and weights without gradients, as in
+            the public implementation.
+        reduction: Share of the channels that a transition keeps; 0 for no transitions. Default 0.5.
+        stem: ``cifar`` (default) or ``imagenet``.
+        global_pool: ``avg`` (default); empty, with 0 classes only, for unpooled features at all exits.
+        device: Device of the weights; default PyTorch's.
+        dtype: Type of the weights; default PyTorch's.
 
     Raises:
-        ValueError: The arguments make no network.
+        ValueError: An argument is unknown or out of range, or the arguments do not fit together.
     """
 
     def __init__(
@@ -137,18 +153,18 @@ class MSDNet(NativeMultiExit):
         num_scales = len(growth_factors)
         if not num_scales or len(bottleneck_factors) != num_scales:
             raise ValueError(
-                f'growth_factors={tuple(growth_factors)} and bottleneck_factors={tuple(bottleneck_factors)} must have '
-                f'one number per scale each.'
+                f'growth_factors={tuple(growth_factors)} and bottleneck_factors={tuple(bottleneck_factors)} must each '
+                f'have one number per scale.'
             )
         if min(num_blocks, base, step, channels, growth_rate) < 1:
             raise ValueError('num_blocks, base, step, channels and growth_rate must be at least 1.')
         if any(growth_rate * g % 2 for g in growth_factors[1:]):
             raise ValueError(
                 f'growth_rate={growth_rate} times each of growth_factors={tuple(growth_factors)} but the first must be '
-                f'even: half of it comes from the finer scale.'
+                f'even, because half of the new channels come from the finer scale.'
             )
         if not 0 <= reduction <= 1:
-            raise ValueError(f'reduction={reduction} must lie between 0 and 1.')
+            raise ValueError(f'reduction={reduction}: expected a number from 0 to 1.')
         model_args = dict(
             num_blocks=num_blocks,
             base=base,
@@ -189,6 +205,7 @@ class MSDNet(NativeMultiExit):
         self.to(device=device, dtype=dtype)
 
     def forward_stage(self, k: int, state: Union[torch.Tensor, Scales]) -> Scales:
+        """Compute the maps of stage k, finest first, from those of stage k-1 or from images [B, C, H, W]."""
         if k == 0:
             scales = []
             for layer in self.stem:
@@ -198,11 +215,12 @@ class MSDNet(NativeMultiExit):
         return self.stages[k](state)
 
     def tap(self, state: Scales) -> torch.Tensor:
+        """Return the coarsest map."""
         return state[-1]
 
 
 def _scales_left(layer: int, total: int, num_scales: int, prune: str) -> int:
-    """How many scales, the coarsest ones, layer number `layer` (from 1) puts out."""
+    """Return the number of output scales, the coarsest ones, of layer number `layer` (from 1)."""
     if prune == 'min':
         return min(num_scales, total - layer + 1)
     return num_scales - (layer - 1) // math.ceil(total / num_scales)
@@ -213,5 +231,5 @@ default_cfgs = generate_default_cfgs({'mlcsd_msdnet': native_cfg('arXiv:1703.098
 
 @register_model
 def mlcsd_msdnet(pretrained: bool = False, **kwargs: Any) -> MSDNet:
-    """MSDNet; by default the paper's "base 2, step 3, block 8". Takes the arguments of `MSDNet`."""
+    """MSDNet, by default with the paper's "base 2, step 3, block 8"; takes the arguments of `MSDNet`."""
     return create_native(MSDNet, 'mlcsd_msdnet', pretrained, **kwargs)

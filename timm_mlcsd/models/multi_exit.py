@@ -1,4 +1,4 @@
-"""The protocol that every multi-exit network follows, whoever made it."""
+"""Common interface of all multi-exit networks."""
 
 from typing import Any, Iterator, List, NamedTuple, Optional, Tuple, Union
 
@@ -9,11 +9,11 @@ __all__ = ['MultiExitModel', 'MultiExitOutput']
 
 
 class MultiExitOutput(NamedTuple):
-    """What all K exits answer for one batch.
+    """Outputs of all K exits for one batch.
 
     Attributes:
-        logits: K tensors [B, C], first exit first.
-        features: K tensors [B, D, H, W], each exit's last map before pooling.
+        logits: Logits per exit, K tensors [B, C].
+        features: Last map before pooling per exit, K tensors [B, D, H, W].
     """
 
     logits: Tuple[torch.Tensor, ...]
@@ -21,17 +21,17 @@ class MultiExitOutput(NamedTuple):
 
 
 class MultiExitModel(nn.Module):
-    """A classifier that can answer at K places, made of K stages and K heads.
+    """Base class of classifiers with K exits, each made of a stage and a head.
 
-    Stage k takes the state that stage k-1 left and leaves its own; head k reads that state. Calling the model in
-    ``train()`` gives a `MultiExitOutput`, in ``eval()`` the last exit's logits, a plain tensor, like any timm model.
+    Stage k maps the state of stage k-1 to its own state, which head k reads. A call of the model returns a
+    `MultiExitOutput` in training mode, and in evaluation mode the logits of the last exit, like any timm model.
 
     Attributes:
-        num_exits: K.
-        exit_names: K names for people, the tapped modules in a wrapped backbone.
-        num_classes: C; 0 means that the exits give their pooled features.
-        exit_feature_dim: D of the features, or K numbers where the exits differ.
-        resumable: Whether `run_stage` and `run_head` work one by one, so that inference can stop early.
+        num_exits: Number of exits K.
+        exit_names: Names of the exits, K; the names of the tapped modules in a wrapped backbone.
+        num_classes: Number of classes C; 0 for exits that return pooled features instead of logits.
+        exit_feature_dim: Channels D of the features, or one number per exit, [K], if they differ.
+        resumable: Whether `run_stage` and `run_head` work one by one, so that inference can stop at an exit.
 
     Examples:
         ```python
@@ -39,7 +39,7 @@ class MultiExitModel(nn.Module):
         logits, features = model.forward_exits(images)  # all exits
         for k, exit_logits in model.eval().iter_exits(images):
             if exit_logits.softmax(-1).amax() > 0.9:
-                break  # what lies behind exit k is never computed
+                break  # later stages are not computed
         ```
     """
 
@@ -54,35 +54,47 @@ class MultiExitModel(nn.Module):
 
         Args:
             k: Stage, from 0.
-            state: What stage k-1 returned; the images [B, C, H, W] for stage 0.
+            state: State of stage k-1; the images [B, C, H, W] for stage 0.
 
         Returns:
-            A tensor or a (nested) tuple of tensors, batch first.
+            State of stage k: a tensor or a (nested) tuple of tensors, batch first.
         """
         raise NotImplementedError
 
     def run_head(self, k: int, state: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Compute exit k from the state that stage k returned.
+        """Compute the outputs of exit k.
+
+        Args:
+            k: Exit, from 0.
+            state: State of stage k.
 
         Returns:
-            The exit's logits [B, C] and its feature [B, D, H, W].
+            Logits [B, C] and feature [B, D, H, W] of the exit.
         """
         raise NotImplementedError
 
     def run_exit(self, k: int, state: Any, answers: bool = True) -> Tuple[Any, Optional[torch.Tensor]]:
-        """Stage k and, where the exit `answers`, its head: what adaptive inference runs.
+        """Compute stage k and, if the exit is on, its head, as adaptive inference does.
+
+        Args:
+            k: Stage and exit, from 0.
+            state: State of stage k-1; the images [B, C, H, W] for stage 0.
+            answers: Whether the exit is on; default True.
 
         Returns:
-            The state that the stage leaves, and logits [B, C] or None.
+            State of stage k, and logits [B, C], or None if the exit is off.
         """
         state = self.run_stage(k, state)
         return state, self.run_head(k, state)[0] if answers else None
 
     def forward_exits(self, x: torch.Tensor) -> MultiExitOutput:
-        """Answer at all exits, in training or evaluation mode.
+        """Compute the outputs of all exits, in training or evaluation mode.
 
         Args:
             x: Images [B, C, H, W].
+
+        Returns:
+            Logits and features of all exits.
         """
         logits, features = [], []
         for k in range(self.num_exits):
@@ -93,13 +105,24 @@ class MultiExitModel(nn.Module):
         return MultiExitOutput(tuple(logits), tuple(features))
 
     def iter_exits(self, x: torch.Tensor) -> Iterator[Tuple[int, torch.Tensor]]:
-        """Yield (k, logits [B, C]) exit by exit; nothing behind the last one pulled is computed."""
+        """Yield (k, logits [B, C]) exit by exit; each stage is computed when its exit is requested.
+
+        Args:
+            x: Images [B, C, H, W].
+        """
         for k in range(self.num_exits):
             x = self.run_stage(k, x)
             yield k, self.run_head(k, x)[0]
 
     def forward(self, x: torch.Tensor) -> Union[MultiExitOutput, torch.Tensor]:
-        """All exits in training mode; the last exit's logits [B, C] in evaluation mode."""
+        """Compute all exits in training mode, the last exit in evaluation mode.
+
+        Args:
+            x: Images [B, C, H, W].
+
+        Returns:
+            `MultiExitOutput` in training mode, logits [B, C] of the last exit in evaluation mode.
+        """
         if self.training:
             return self.forward_exits(x)
         for k in range(self.num_exits):

@@ -1,4 +1,4 @@
-"""What networks designed with exits (MSDNet, RANet) share: layers, heads, timm's model contract."""
+"""Common parts of networks designed with exits (MSDNet, RANet): layers, heads, timm's model interface."""
 
 import math
 import re
@@ -35,7 +35,7 @@ _EXIT_ARGS = ('exits', 'exit_head', 'exit_pool', 'small_input')
 
 
 def conv_layer(in_chs: int, out_chs: int, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
-    """Conv, BatchNorm, ReLU."""
+    """Make a conv layer with BatchNorm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_chs),
@@ -44,13 +44,26 @@ def conv_layer(in_chs: int, out_chs: int, kernel_size: int = 3, stride: int = 1)
 
 
 def bottleneck_conv(in_chs: int, out_chs: int, factor: int, stride: int = 1) -> nn.Sequential:
-    """A 3x3 conv layer behind a 1x1 one of at most `factor` times its width: DenseNet's bottleneck."""
+    """Make the bottleneck of DenseNet: a 1x1 conv layer, then a 3x3 conv layer.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        factor: Channels of the 1x1 conv over `out_chs`; they are limited to `in_chs`.
+        stride: Stride of the 3x3 conv in pixels; default 1.
+    """
     inner = min(in_chs, factor * out_chs)
     return nn.Sequential(*conv_layer(in_chs, inner, 1), *conv_layer(inner, out_chs, 3, stride))
 
 
 def stem(kind: str, in_chs: int, out_chs: int) -> nn.Sequential:
-    """The first conv layer: 3x3 for ``cifar``, 7x7 with stride 2 and a max-pool for ``imagenet``."""
+    """Make the first conv layer: 3x3 for ``cifar``, 7x7 with stride 2 and a max pool for ``imagenet``.
+
+    Args:
+        kind: One of `STEMS`.
+        in_chs: Channels of the images.
+        out_chs: Output channels.
+    """
     if kind == 'cifar':
         return conv_layer(in_chs, out_chs)
     return nn.Sequential(
@@ -62,36 +75,43 @@ def stem(kind: str, in_chs: int, out_chs: int) -> nn.Sequential:
 
 
 def transition_channels(reduction: float, width: int) -> int:
-    """What a transition keeps of `width` channels."""
+    """Compute the output channels of a transition.
+
+    Args:
+        reduction: Share of the channels that the transition keeps.
+        width: Input channels.
+
+    Raises:
+        ValueError: No channel would be left.
+    """
     kept = math.floor(reduction * width)
     if not kept:
-        raise ValueError(f'reduction={reduction} leaves nothing of {width} channels.')
+        raise ValueError(f'reduction={reduction} keeps none of {width} channels; use a larger reduction.')
     return kept
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise a ValueError that names the argument."""
+    """Raise a ValueError if the argument `name` has a value that is not in `choices`."""
     if value not in choices:
         raise ValueError(f'{name}={value!r} is unknown; choose one of {", ".join(choices)}.')
 
 
 def check_global_pool(global_pool: str, num_classes: int) -> None:
-    """Raise a ValueError where the exits cannot pool like this."""
+    """Raise a ValueError if the exits do not support `global_pool` with this number of classes."""
     if global_pool not in ('avg', '') or (global_pool == '' and num_classes):
         raise ValueError(
-            f'global_pool={global_pool!r}: the exits of this network pool by their mean, avg; with num_classes=0 they '
-            f"can give unpooled features too, ''."
+            f"global_pool={global_pool!r}: expected 'avg', or '' for unpooled features, which needs num_classes=0."
         )
 
 
 class NativeHead(nn.Module):
-    """Two stride-2 conv layers, mean pool, linear layer.
+    """Exit head of two stride-2 conv layers, average pool and linear layer.
 
     Args:
-        in_chs: Width of the map it reads.
-        width: Width of its own layers.
-        num_classes: C, 0 for features.
-        global_pool: ``avg``, or empty for unpooled features.
+        in_chs: Channels of the map that the head reads.
+        width: Channels D of its conv layers.
+        num_classes: Number of classes C; 0 for features instead of logits.
+        global_pool: ``avg`` (default), or empty for unpooled features.
     """
 
     def __init__(self, in_chs: int, width: int, num_classes: int, global_pool: str = 'avg'):
@@ -101,7 +121,7 @@ class NativeHead(nn.Module):
         self.reset_classifier(num_classes, global_pool)
 
     def reset_classifier(self, num_classes: int, global_pool: str = 'avg') -> None:
-        """Make a new linear layer for `num_classes`, none for 0."""
+        """Replace the linear layer and the pool; see `NativeHead` for the arguments."""
         self.global_pool = global_pool
         like = self.reduce[0][0].weight
         dd = dict(device=like.device, dtype=like.dtype)
@@ -111,27 +131,30 @@ class NativeHead(nn.Module):
         self.fc.train(self.training)
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Map [B, C_in, H, W] to logits [B, C] and feature [B, D, H/4, W/4]."""
+        """Map an input map [B, C_in, H, W] to logits [B, C] and feature [B, D, H/4, W/4]."""
         feature = self.reduce(x)
         return self.fc(self.pool(feature)), feature
 
     def pool(self, feature: torch.Tensor) -> torch.Tensor:
-        """Feature [B, D, H, W] to [B, D]; as it is where the pool is off."""
+        """Pool a feature [B, D, H, W] to [B, D]; return it unchanged if `global_pool` is empty."""
         return feature.mean(dim=(-2, -1)) if self.global_pool else feature
 
 
 class NativeMultiExit(MultiExitModel):
-    """A network with stages and heads of its own; a subclass says how a stage runs.
+    """Base class of networks designed with exits; a subclass defines how a stage runs.
 
     Args:
-        stages: K modules.
-        widths: Width of the map that each head reads.
-        stem_kind: One of `STEMS`.
-        reduction: How often smaller than the image those maps are.
-        num_classes: C, 0 for features.
+        stages: Modules of the stages, K.
+        widths: Channels of the maps that the heads read, [K].
+        stem_kind: Kind of the first layer, one of `STEMS`.
+        reduction: Width of the image over the width of those maps.
+        num_classes: Number of classes C; 0 for features instead of logits.
         in_chans: Channels of the images.
         global_pool: ``avg``; empty, with 0 classes only, for unpooled features at all exits.
-        model_args: The arguments that make this network again.
+        model_args: Arguments with which a subclass creates the same network, by name.
+
+    Raises:
+        ValueError: The exits do not support `global_pool`.
     """
 
     why_not_resumable = None
@@ -170,44 +193,55 @@ class NativeMultiExit(MultiExitModel):
 
     @staticmethod
     def init_convs(module: nn.Module) -> None:
+        """Initialise the weights of all convolutions in `module` (Kaiming normal)."""
         for conv in module.modules():
             if isinstance(conv, nn.Conv2d):
                 nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
 
     def forward_stage(self, k: int, state: Any) -> Any:
-        """Stage k, from the state that stage k-1 left."""
+        """Compute the state of stage k from that of stage k-1, or from images [B, C, H, W] for stage 0."""
         raise NotImplementedError
 
     def tap(self, state: Any) -> torch.Tensor:
-        """The map in a state that its exit reads."""
+        """Return the map [B, C, H, W] in a state that the exit reads."""
         raise NotImplementedError
 
     def run_stage(self, k: int, state: Any) -> Any:
+        """Run stage k; see `MultiExitModel.run_stage`."""
         if self.grad_checkpointing and self.training:
             return checkpoint(self.forward_stage, k, state, use_reentrant=False)
         return self.forward_stage(k, state)
 
     def run_head(self, k: int, state: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Run the head of exit k; see `MultiExitModel.run_head`."""
         return self.heads[k](self.tap(state))
 
     def check_input_size(self, height: int, width: int) -> None:
-        """Raise a ValueError for images smaller than one pixel of the coarsest map."""
+        """Check that images are large enough for the reduction of the network.
+
+        Args:
+            height: Height of the images in pixels.
+            width: Width of the images in pixels.
+
+        Raises:
+            ValueError: The images are smaller than one pixel of the coarsest map.
+        """
         if min(height, width) < self.reduction:
             raise ValueError(
                 f'image size {height}x{width} is too small: the network reduces {self.reduction} times; '
                 f'use at least {self.reduction}x{self.reduction}.'
             )
 
-    # timm's model contract
+    # timm's model interface
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The last exit's unpooled feature [B, D, H, W]."""
+        """Compute the unpooled feature [B, D, H, W] of the last exit from images [B, C, H, W]."""
         for k in range(self.num_exits):
             x = self.run_stage(k, x)
         return self.heads[-1].reduce(self.tap(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The last exit's feature to logits [B, C], or to pooled features with `pre_logits`."""
+        """Compute the logits [B, C] of the last exit, or pooled features with `pre_logits`, from its feature."""
         x = self.heads[-1].pool(x)
         return x if pre_logits else self.heads[-1].fc(x)
 
@@ -220,15 +254,18 @@ class NativeMultiExit(MultiExitModel):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """The features of the exits.
+        """Compute the features of several exits.
 
         Args:
             x: Images [B, C, H, W].
-            indices: Which exits: a list, or how many of the last; None for all.
-            norm: For compatibility; the features are normalised.
-            stop_early: Run no further than the last of them.
-            output_fmt: Must be ``NCHW``.
-            intermediates_only: Return them without the last exit's.
+            indices: Indices of the exits, or number of last exits; default None for all.
+            norm: Ignored, for compatibility; the features are normalised already.
+            stop_early: Whether to stop at the last of these exits; needs `intermediates_only`. Default False.
+            output_fmt: Memory format, ``NCHW``.
+            intermediates_only: Whether to return the intermediate features only; default False.
+
+        Returns:
+            Feature of the last exit and list of features [B, D, H, W]; the list alone with `intermediates_only`.
         """
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
         take, last = feature_take_indices(self.num_exits, indices)
@@ -240,18 +277,18 @@ class NativeMultiExit(MultiExitModel):
         return intermediates if intermediates_only else (self.heads[-1].reduce(self.tap(x)), intermediates)
 
     def get_classifier(self) -> nn.Module:
-        """The last exit's linear layer."""
+        """Return the linear layer of the last exit."""
         return self.heads[-1].fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Make new linear layers for all exits.
+        """Replace the linear layers of all exits.
 
         Args:
-            num_classes: C, 0 for features.
-            global_pool: ``avg``; empty, with 0 classes only, for unpooled features; None to leave it.
+            num_classes: Number of classes C; 0 for features instead of logits.
+            global_pool: ``avg``; empty, with 0 classes only, for unpooled features; default None for no change.
 
         Raises:
-            ValueError: The exits have no such pool.
+            ValueError: The exits do not support `global_pool`.
         """
         global_pool = self.global_pool if global_pool is None else global_pool
         check_global_pool(global_pool, num_classes)
@@ -265,7 +302,16 @@ class NativeMultiExit(MultiExitModel):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> List[int]:
-        """Take out the stages behind the features at `indices`; returns the indices."""
+        """Remove the stages and heads after the last of the features at `indices`.
+
+        Args:
+            indices: Indices of the exits, or number of last exits; default 1.
+            prune_norm: Ignored, for compatibility.
+            prune_head: Whether to remove the linear layers and pools; default True.
+
+        Returns:
+            Indices of the features.
+        """
         take, last = feature_take_indices(self.num_exits, indices)
         self.stages, self.heads = self.stages[: last + 1], self.heads[: last + 1]
         self.num_exits = last + 1
@@ -278,15 +324,15 @@ class NativeMultiExit(MultiExitModel):
         return take
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the stages in the backward pass instead of keeping what is inside them."""
+        """Recompute the stages in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> Set[str]:
-        """Names of the parameters that want no weight decay: none."""
+        """Return the names of the parameters to exclude from weight decay: none."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layer group by name: the stem, then every stage with its head."""
+        """Return a function from names to layer groups: 0 for the stem, then one group per stage and its head."""
 
         def match(name: str) -> int:
             found = re.match(r'(?:stages|heads)\.(\d+)', name)
@@ -296,16 +342,26 @@ class NativeMultiExit(MultiExitModel):
 
 
 def create_native(cls: Callable[..., NativeMultiExit], name: str, pretrained: bool, **kwargs: Any) -> NativeMultiExit:
-    """Build a registered network; flags that are meant for backbones get an error that says what to use instead."""
+    """Create a registered network.
+
+    Args:
+        cls: Class of the network.
+        name: Registered name.
+        pretrained: Whether to load weights; needs a source of weights in `kwargs`.
+        **kwargs: Arguments of `cls` and of ``build_model_with_cfg``.
+
+    Raises:
+        ValueError: There are no weights, or an argument applies to wrapped backbones only.
+    """
     if pretrained and not kwargs.get('pretrained_cfg') and not kwargs.get('pretrained_cfg_overlay'):
         raise ValueError(f'pretrained=True: there are no weights for {name}; pass your own as checkpoint_path=...')
     for flag in _EXIT_ARGS:
         if kwargs.pop(flag, None):
             raise ValueError(
-                f'{name} has exits of its own, so {flag} does not apply; see its arguments, num_blocks say.'
+                f'{flag} does not apply to {name}, which is designed with exits; use arguments such as num_blocks.'
             )
     if kwargs.pop('pretrained_backbone', False):
-        raise ValueError(f'pretrained_backbone: {name} is no wrapped backbone, and timm has no weights for it.')
+        raise ValueError(f'pretrained_backbone does not apply to {name}, which has no timm backbone.')
     if kwargs.get('stem') == 'imagenet' and not kwargs.get('pretrained_cfg'):
         kwargs['pretrained_cfg_overlay'] = {'input_size': (3, 224, 224), **(kwargs.get('pretrained_cfg_overlay') or {})}
     model = build_model_with_cfg(
@@ -322,7 +378,11 @@ def create_native(cls: Callable[..., NativeMultiExit], name: str, pretrained: bo
 
 
 def native_cfg(paper: str) -> Dict[str, Any]:
-    """A default cfg: images of CIFAR's size and statistics."""
+    """Make a default cfg with the image size and statistics of CIFAR.
+
+    Args:
+        paper: Identifier of the paper, such as ``arXiv:1703.09844``.
+    """
     return dict(
         url='',
         num_classes=1000,
@@ -333,6 +393,6 @@ def native_cfg(paper: str) -> Dict[str, Any]:
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
         first_conv='stem.0.0',
-        classifier='heads.7.fc',  # by default there are 8 exits
+        classifier='heads.7.fc',  # the default is 8 exits
         paper_ids=paper,
     )

@@ -1,6 +1,6 @@
 """RANet (Yang et al. 2020, "Resolution Adaptive Networks for Efficient Inference").
 
-Layers and arguments as in the public implementation (yangle15/RANet-pytorch): same parameters, multiply-adds and exits.
+Layers and arguments follow the public implementation (yangle15/RANet-pytorch): same parameters, MACs and exits.
 """
 
 import math
@@ -30,19 +30,21 @@ Maps = Tuple[torch.Tensor, ...]
 
 
 def _resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Resize the map `x` to the height and width of the map `like`."""
     size = like.shape[-2:]
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode='bilinear', align_corners=True)
 
 
 class _DenseLayer(nn.Module):
-    """Adds channels to a map; in a fusing layer a share of them comes from the sub-network below.
+    """Layer that adds channels to a map; in a fused layer some of them come from the next coarser sub-network.
 
     Args:
-        chs: Width of the map.
-        growth: Channels it adds.
+        chs: Input channels.
+        growth: Channels that the layer adds.
         factor: Bottleneck factor.
-        lower: Width of the lower sub-network's map, its bottleneck factor and its share of `growth`; or None.
-        down: Halve the resolution.
+        lower: Channels of the coarser sub-network's map, its bottleneck factor and its share of `growth`; default None
+            for a layer that is not fused.
+        down: Whether to halve the resolution; default False.
     """
 
     def __init__(
@@ -69,20 +71,22 @@ class _DenseLayer(nn.Module):
 
 
 class _Block(nn.Module):
-    """Dense layers, fused with the block of the same number in the sub-network below if there is one.
+    """Dense layers, fused with the block of the same number in the next coarser sub-network if that has one.
 
     Args:
-        chs: Width of the map that it gets.
-        depth: Layers.
+        chs: Input channels.
+        depth: Number of layers.
         growth: Channels that a layer adds.
         factor: Bottleneck factor.
-        keep: Share of the channels that the transition at its end keeps; None for no transition.
-        lower: Widths of the lower block's maps, its bottleneck factor, its share of the new channels; or None.
-        down: Halve the resolution in the last layer; of fused blocks only.
+        keep: Share of the channels that the transition at the end keeps; None for no transition.
+        lower: Channels of the coarser block's maps, its bottleneck factor and its share of the new channels; default
+            None for a block that is not fused.
+        down: Whether the last layer of a fused block halves the resolution; default False.
 
     Attributes:
-        map_widths: Widths of the maps it hands to the block above it: its input's, then each layer's.
-        width: Width of its output.
+        map_widths: Channels of the maps that the block of the next finer sub-network fuses: those of the input, then
+            those of each layer, [depth + 1].
+        width: Output channels.
     """
 
     def __init__(
@@ -113,7 +117,15 @@ class _Block(nn.Module):
             self.width = kept
 
     def forward(self, x: torch.Tensor, lower: Optional[Maps] = None) -> Tuple[torch.Tensor, Maps]:
-        """Map [B, C, H, W], and the maps of the block below, to the output and the maps for the block above."""
+        """Compute the output map and the maps for the finer block.
+
+        Args:
+            x: Input map [B, C, H, W].
+            lower: Maps of the coarser block; default None for a block that is not fused.
+
+        Returns:
+            Output map, and the input map followed by the output map of each layer.
+        """
         maps = [x]
         for i, layer in enumerate(self.layers):
             maps.append(layer(maps[-1], lower[i] if self.last is not None else None))
@@ -124,33 +136,36 @@ class _Block(nn.Module):
 
 
 class RANet(NativeMultiExit):
-    """Sub-networks from coarse to fine: the next, finer one runs only where the coarser one was not sure.
+    """Network of sub-networks from coarse to fine; a finer one runs only for images that no coarser exit accepted.
 
-    Sub-network i has ``num_blocks + i * block_step`` blocks; exits stand behind the blocks that the one below it
-    doesn't have. The state between stages is (map, start maps of the finer sub-networks to come, for every block of
-    this sub-network the maps that the next one fuses).
+    Sub-network i (from 0) has ``num_blocks + i * block_step`` blocks. Exits follow the blocks whose number exceeds the
+    blocks of the next coarser sub-network. The state between stages is (map, input maps of the finer sub-networks, maps
+    of every block of this sub-network that the next finer one fuses).
 
     Args:
-        num_classes: C, 0 for pooled features.
-        in_chans: Channels of the images.
-        num_blocks: Blocks of the coarsest sub-network.
-        block_step: Blocks that every finer one has more.
-        step: Layers of a block; with ``linear`` block j (from 0) has (j + 1) * step.
-        step_mode: ``even`` or ``linear``.
-        channels: Width of a start map over its growth factor.
-        growth_rate: Channels that a layer adds, over the growth factor.
-        scales: One per sub-network, coarsest first: 1 for the coarsest resolution, every scale twice as fine.
-        growth_factors: One per sub-network.
-        bottleneck_factors: One per sub-network: width of the 1x1 convs over that of the 3x3 convs.
-        compress_factor: Share of a fusing layer's new channels that come from the sub-network below.
-        reduction: Share of the channels that a transition keeps.
-        stem: ``cifar`` or ``imagenet``.
-        global_pool: ``avg``; empty, with 0 classes only, for unpooled features at all exits.
-        device: Where the weights are made.
-        dtype: Their type.
+        num_classes: Number of classes C; 0 for pooled features instead of logits. Default 1000.
+        in_chans: Channels of the images; default 3.
+        num_blocks: Blocks of the coarsest sub-network; default 2.
+        block_step: Additional blocks of every finer sub-network; default 2.
+        step: Layers of a block; with ``linear``, block j (from 0) has (j + 1) * step. Default 3.
+        step_mode: ``even`` (default) or ``linear``.
+        channels: Channels of the input map of a sub-network, over its growth factor; default 16.
+        growth_rate: Channels that a layer adds, over the growth factor; default 6.
+        scales: Resolution per sub-network, coarsest first: 1 for the coarsest, doubled with each increment. Default
+            (1, 2, 3, 3).
+        growth_factors: Factors of `channels` and `growth_rate`, one per sub-network; default (4, 2, 2, 1).
+        bottleneck_factors: Channels of the 1x1 convs over those of the 3x3 convs, one per sub-network; default
+            (4, 2, 2, 1).
+        compress_factor: Share of the new channels of a fused layer that come from the coarser sub-network; default
+            0.25.
+        reduction: Share of the channels that a transition keeps; default 0.5.
+        stem: ``cifar`` (default) or ``imagenet``.
+        global_pool: ``avg`` (default); empty, with 0 classes only, for unpooled features at all exits.
+        device: Device of the weights; default PyTorch's.
+        dtype: Type of the weights; default PyTorch's.
 
     Raises:
-        ValueError: The arguments make no network.
+        ValueError: An argument is unknown or out of range, or the arguments do not fit together.
     """
 
     def __init__(
@@ -178,18 +193,18 @@ class RANet(NativeMultiExit):
         if not len(scales) == len(growth_factors) == len(bottleneck_factors) > 0:
             raise ValueError(
                 f'scales={tuple(scales)}, growth_factors={tuple(growth_factors)} and bottleneck_factors='
-                f'{tuple(bottleneck_factors)} must have one number per sub-network each.'
+                f'{tuple(bottleneck_factors)} must each have one number per sub-network.'
             )
         if scales[0] != 1 or any(b - a not in (0, 1) for a, b in zip(scales, scales[1:])):
-            raise ValueError(f'scales={tuple(scales)} must begin with 1 and grow by 0 or 1.')
+            raise ValueError(f'scales={tuple(scales)} must begin with 1 and increase by 0 or 1.')
         if min(num_blocks, block_step, step, channels, growth_rate) < 1:
             raise ValueError('num_blocks, block_step, step, channels and growth_rate must be at least 1.')
         for name, share in dict(compress_factor=compress_factor, reduction=reduction).items():
             if not 0 < share <= 1:
-                raise ValueError(f'{name}={share} must be above 0 and at most 1.')
+                raise ValueError(f'{name}={share}: expected a number above 0 and at most 1.')
         if any(math.floor(growth_rate * g * compress_factor) in (0, growth_rate * g) for g in growth_factors[1:]):
             raise ValueError(
-                f'compress_factor={compress_factor} leaves one side of a fusing layer without channels, with '
+                f'compress_factor={compress_factor} leaves one side of a fused layer without channels, with '
                 f'growth_rate={growth_rate} and growth_factors={tuple(growth_factors)}.'
             )
         model_args = dict(
@@ -211,7 +226,7 @@ class RANet(NativeMultiExit):
         lower_widths: List[Sequence[int]] = []
         for i, (scale, growth, factor) in enumerate(zip(scales, growth_factors, bottleneck_factors)):
             fused = depths[i - 1] if i else 0
-            # the last layers of as many blocks as it takes to come down to the coarsest resolution
+            # blocks whose last layer halves the resolution, as many as needed to reach the coarsest one
             downs = [0, *depths][: i + 1][1 - scale :] if scale > 1 else []
             transitions = {math.floor((j + 1) * depths[i] / scale) for j in range(scale - 1)}
             width, map_widths, blocks = channels * growth, [], []
@@ -247,6 +262,7 @@ class RANet(NativeMultiExit):
         self.to(device=device, dtype=dtype)
 
     def forward_stage(self, k: int, state: Union[torch.Tensor, Tuple[torch.Tensor, Maps, Tuple[Maps, ...]]]) -> Any:
+        """Compute the state of stage k from that of stage k-1, or from images [B, C, H, W] for stage 0."""
         if k == 0:
             starts = []
             for layer in self.stem:
@@ -262,10 +278,11 @@ class RANet(NativeMultiExit):
         for i, block in enumerate(self.stages[k]):
             x, own = block(x, lower[i] if i < len(lower) else None)
             maps = (*maps, own)
-        # nobody fuses the finest sub-network's maps
+        # the maps of the finest sub-network are not fused
         return x, starts, maps if starts else ()
 
     def tap(self, state: Tuple[torch.Tensor, Maps, Tuple[Maps, ...]]) -> torch.Tensor:
+        """Return the map that the exit reads."""
         return state[0]
 
 
@@ -274,5 +291,5 @@ default_cfgs = generate_default_cfgs({'mlcsd_ranet': native_cfg('arXiv:2003.0732
 
 @register_model
 def mlcsd_ranet(pretrained: bool = False, **kwargs: Any) -> RANet:
-    """RANet; by default with 8 exits. Takes the arguments of `RANet`."""
+    """RANet, by default with 8 exits; takes the arguments of `RANet`."""
     return create_native(RANet, 'mlcsd_ranet', pretrained, **kwargs)

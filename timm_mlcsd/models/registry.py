@@ -1,4 +1,4 @@
-"""``mlcsd_<arch>``: multi-exit networks by name, for ``timm.create_model``."""
+"""Register a multi-exit network ``mlcsd_<arch>`` with timm for every timm architecture."""
 
 import difflib
 import pickle
@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 
-# shufflenetv2 registers names that get exits too, the others networks that have them
+# imported for registration: shufflenetv2 before its architectures get exits, msdnet and ranet with their own exits
 from . import msdnet, ranet, shufflenetv2  # noqa: F401
 from .backbone import MultiExitBackbone, create_multi_exit, without_weights
 from .feature_getter import FeatureGetter
@@ -23,14 +23,18 @@ PREFIX = 'mlcsd_'
 
 
 def create_named(name: str, **kwargs: Any) -> MultiExitModel:
-    """``timm.create_model`` for multi-exit networks, with helpful errors.
+    """Create a multi-exit network with ``timm.create_model``, and raise errors that explain what to change.
 
     Args:
         name: ``mlcsd_<arch>``, ``hf-hub:REPO`` or ``local-dir:PATH``.
-        **kwargs: What ``timm.create_model`` takes.
+        **kwargs: Arguments of ``timm.create_model``.
+
+    Returns:
+        Multi-exit network.
 
     Raises:
-        ValueError: There is no such network (the message has near names), or it cannot be made like that.
+        ValueError: The name is unknown (the message lists similar names), the network does not support the arguments,
+            or it has no exits.
     """
     known = timm.list_models(PREFIX + '*')
     arch = name.split('.')[0]
@@ -45,7 +49,7 @@ def create_named(name: str, **kwargs: Any) -> MultiExitModel:
     except (TypeError, RuntimeError, AssertionError, OSError, HfHubHTTPError, pickle.UnpicklingError) as e:
         raise ValueError(f'{name} cannot be made: {e}') from e
     if not isinstance(model, MultiExitModel):
-        raise ValueError(f'{name} is no multi-exit network.')
+        raise ValueError(f'{name} is not a multi-exit network; use an mlcsd_* model.')
     return model
 
 
@@ -65,7 +69,7 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
                 f'backbone pass pretrained_backbone=True (or a tag, such as '
                 f'{get_pretrained_cfg(arch).tag!r}); for your own pass checkpoint_path=...'
             )
-        # weights that come from the Hub or a folder already hold the backbone's
+        # multi-exit weights include those of the backbone
         if pretrained:
             kwargs.pop('pretrained_backbone', None)
         indices = {}
@@ -83,7 +87,7 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
         )
 
     create.__name__ = create.__qualname__ = PREFIX + arch
-    create.__doc__ = f'{arch} with exits; takes the arguments of `create_multi_exit` and of {arch}.'
+    create.__doc__ = f'Create {arch} with exits; takes the arguments of `create_multi_exit` and of {arch}.'
     return create
 
 

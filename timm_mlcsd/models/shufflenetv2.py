@@ -1,7 +1,7 @@
 """ShuffleNetV2 (Ma et al. 2018, "Practical Guidelines for Efficient CNN Architecture Design") as a timm model.
 
-timm has none. The layers and the pretrained weights are torchvision's, the parameter names too; what is added is what
-timm expects of a backbone.
+timm has no ShuffleNetV2. Layers, parameter names and pretrained weights are those of torchvision; this file adds the
+interface of timm models.
 """
 
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -25,16 +25,16 @@ _WIDTHS = {
 
 
 class ShuffleNetV2(torchvision.models.ShuffleNetV2):
-    """torchvision's network with timm's interface.
+    """torchvision's ShuffleNetV2 with timm's interface.
 
     Args:
-        widths: Channels of the stem, the three stages and the last conv.
-        num_classes: C, 0 for pooled features.
-        in_chans: Channels of the images.
-        global_pool: Pool ahead of the classifier.
-        drop_rate: Dropout ahead of the classifier.
-        device: Where the weights are made.
-        dtype: Their type.
+        widths: Channels of the stem, the three stages and the last conv, [5].
+        num_classes: Number of classes C; 0 for pooled features instead of logits. Default 1000.
+        in_chans: Channels of the images; default 3.
+        global_pool: Global pool before the classifier; default ``avg``.
+        drop_rate: Dropout probability before the classifier; default 0.
+        device: Device of the weights; default PyTorch's.
+        dtype: Type of the weights; default PyTorch's.
     """
 
     def __init__(
@@ -62,20 +62,25 @@ class ShuffleNetV2(torchvision.models.ShuffleNetV2):
         self.to(device=device, dtype=dtype)
 
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Layer groups for layer-wise learning rates."""
+        """Return the patterns of the layer groups, for layer-wise learning rates."""
         blocks = r'^stage(\d)' if coarse else [(r'^stage(\d)\.(\d+)', None), (r'^conv5', (99999,))]
         return dict(stem=r'^conv1', blocks=blocks)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the stages in the backward pass instead of keeping what is inside them."""
+        """Recompute the stages in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """The linear layer."""
+        """Return the linear layer."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Make a new linear layer for `num_classes`, none for 0; `global_pool` changes the pool."""
+        """Replace the linear layer.
+
+        Args:
+            num_classes: Number of classes C; 0 for pooled features instead of logits.
+            global_pool: Global pool before the classifier; default None for no change.
+        """
         self.num_classes = num_classes
         weight = self.conv1[0].weight
         self.global_pool, self.fc = create_classifier(
@@ -94,19 +99,19 @@ class ShuffleNetV2(torchvision.models.ShuffleNetV2):
         return stage(x)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [B, C, H, W] to unpooled features [B, D, H/32, W/32]."""
+        """Compute unpooled features [B, D, H/32, W/32] from images [B, C, H, W]."""
         x = self.maxpool(self.conv1(x))
         for stage in (self.stage2, self.stage3, self.stage4):
             x = self._stage(stage, x)
         return self.conv5(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Unpooled features to logits [B, C], or to pooled features with `pre_logits`."""
+        """Compute logits [B, C], or pooled features with `pre_logits`, from unpooled features."""
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [B, C, H, W] to logits [B, C]."""
+        """Compute logits [B, C] from images [B, C, H, W]."""
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
@@ -118,15 +123,18 @@ class ShuffleNetV2(torchvision.models.ShuffleNetV2):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Features on the way.
+        """Compute intermediate features.
 
         Args:
             x: Images [B, C, H, W].
-            indices: Which of `feature_info`: a list, or how many of the last; None for all.
-            norm: For compatibility; the features are normalised.
-            stop_early: Run no further than the last of them.
-            output_fmt: Must be ``NCHW``.
-            intermediates_only: Return them without the final features.
+            indices: Indices into `feature_info`, or number of last entries; default None for all.
+            norm: Ignored, for compatibility; the features are normalised already.
+            stop_early: Whether to stop at the last of these features; default False.
+            output_fmt: Memory format, ``NCHW``.
+            intermediates_only: Whether to return the intermediate features only; default False.
+
+        Returns:
+            Final features and list of intermediate features; the list alone with `intermediates_only`.
         """
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
         take, last = feature_take_indices(len(self.feature_info), indices)
@@ -146,7 +154,16 @@ class ShuffleNetV2(torchvision.models.ShuffleNetV2):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> List[int]:
-        """Take out what the features at `indices` don't need; returns the indices."""
+        """Remove the layers after the last of the features at `indices`.
+
+        Args:
+            indices: Indices into `feature_info`, or number of last entries; default 1.
+            prune_norm: Ignored, for compatibility.
+            prune_head: Whether to remove the last conv and the classifier; default True.
+
+        Returns:
+            Indices of the features.
+        """
         take, last = feature_take_indices(len(self.feature_info), indices)
         for info in self.feature_info[last + 1 :]:
             setattr(self, info['module'], nn.Identity())
@@ -195,7 +212,7 @@ def shufflenetv2_050(pretrained: bool = False, **kwargs: Any) -> ShuffleNetV2:
 
 @register_model
 def shufflenetv2_100(pretrained: bool = False, **kwargs: Any) -> ShuffleNetV2:
-    """ShuffleNetV2 1x, the paper's."""
+    """ShuffleNetV2 1x, as used in the MLCSD paper."""
     return _create('shufflenetv2_100', pretrained, **kwargs)
 
 

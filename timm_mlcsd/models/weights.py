@@ -1,4 +1,4 @@
-"""Weights that go from a plain backbone to its multi-exit network and back."""
+"""Exchange weights between a plain backbone and its multi-exit network."""
 
 import hashlib
 import json
@@ -20,16 +20,16 @@ _PREFIX = 'backbone.'
 
 
 def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Tensor]]) -> None:
-    """Load a backbone's weights, its classifier included, from and into either kind of network.
+    """Load the weights of a backbone, including its classifier, into a multi-exit network or a plain timm model.
 
-    Weights that were made for another image size are resampled as timm does it.
+    Weights for another image size are resampled with timm's filter.
 
     Args:
-        model: A multi-exit network, or the plain timm model.
-        source: A checkpoint file of either kind (read without running code in it), or its weights by name.
+        model: A multi-exit network with a backbone, or a plain timm model.
+        source: Checkpoint file of either kind of network, read without running code in it; or weights by name.
 
     Raises:
-        ValueError: The file holds no weights, or they are another network's.
+        ValueError: The file cannot be read as weights, or the weights do not fit the backbone.
 
     Examples:
         ```python
@@ -42,7 +42,7 @@ def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Ten
     if not isinstance(source, dict):
         try:
             source = load_state_dict(str(source))
-        except Exception as e:  # unpickling fails in as many ways as there are files
+        except Exception as e:  # damaged files raise errors of any type
             raise ValueError(f'{str(source)!r} cannot be read as weights: {one_line(e)}') from e
     source = _split(source)[0] or source
     backbone = model.backbone if isinstance(model, MultiExitModel) else model
@@ -52,13 +52,21 @@ def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Ten
             source = filter_checkpoint(source, backbone)
         backbone.load_state_dict(source)
     except RuntimeError as e:
-        raise ValueError(f'these are weights of another network than the backbone: {one_line(e)}') from None
+        raise ValueError(f'the weights do not fit the backbone: {one_line(e)}') from None
 
 
 def fit_weights(state_dict: Dict[str, torch.Tensor], model: MultiExitModel) -> Dict[str, torch.Tensor]:
-    """What a multi-exit network can load of weights that were made for another image size or number of classes.
+    """Adapt weights for another image size or number of classes to a multi-exit network.
 
-    The backbone's go through timm's filter for its family, which resamples what depends on the image size.
+    The weights of the backbone pass through timm's filter for its family, which resamples those that depend on the
+    image size.
+
+    Args:
+        state_dict: Weights of a multi-exit network of the same architecture, by name.
+        model: Network that loads them.
+
+    Returns:
+        Weights that fit `model`, by name; classifiers for another number of classes are left out.
     """
     if hasattr(model, 'backbone'):
         backbone, others = _split(state_dict)
@@ -68,13 +76,18 @@ def fit_weights(state_dict: Dict[str, torch.Tensor], model: MultiExitModel) -> D
 
 
 def _split(state_dict: Dict[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
-    """The backbone's weights under its own names, and the others."""
+    """Split weights into those of the backbone, by their names in the backbone, and the others."""
     backbone = {name.removeprefix(_PREFIX): t for name, t in state_dict.items() if name.startswith(_PREFIX)}
     return backbone, {name: t for name, t in state_dict.items() if not name.startswith(_PREFIX)}
 
 
 def drop_unfit_classifiers(state_dict: Dict[str, torch.Tensor], model: MultiExitModel) -> Dict[str, torch.Tensor]:
-    """For another number of classes, leave out the exits' classifiers, as timm does with the backbone's."""
+    """Leave out the classifiers of exits for another number of classes, as timm does for the backbone's classifier.
+
+    Args:
+        state_dict: Weights by name.
+        model: Network that loads them.
+    """
     fit = model.state_dict()
     return {
         name: t
@@ -84,7 +97,12 @@ def drop_unfit_classifiers(state_dict: Dict[str, torch.Tensor], model: MultiExit
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of a network: its exits and heads, and names, types, shapes and values of its parameters and buffers.
+    """Compute a digest of a network.
+
+    It covers the exits and heads, and names, types, shapes and values of all parameters and buffers in the state dict.
+
+    Args:
+        model: Any network.
 
     Returns:
         ``sha256:`` and 64 hexadecimal digits.

@@ -23,6 +23,7 @@ from ...cost import exit_costs
 from ...errors import install_hint, one_line
 from ...file_checks import MANIFEST_FORMAT, SUFFIXES, VERSION, check_class_names, check_data_config, check_manifest
 from ...models import MultiExitModel, weights_digest
+from ...registered import registered
 from ...version import __version__
 from ..exported import MANIFEST, read_manifest
 from ..policy import ExitPolicy
@@ -51,7 +52,7 @@ class _StageModule(nn.Module):
         """Map the flattened state before stage k to the flattened state after it, plus logits if the exit answers."""
         state, logits = self.model.run_exit(self.k, tree_unflatten(list(tensors), self.spec), self.answers)
         outputs = tree_flatten(state)[0] if self.k < self.model.num_exits - 1 else []
-        return (*outputs, logits) if self.answers else tuple(outputs)
+        return tuple(outputs) if logits is None else (*outputs, logits)
 
 
 def export_stages(
@@ -61,7 +62,7 @@ def export_stages(
     format: str = 'onnx',
     *,
     data_config: Optional[Dict[str, Any]] = None,
-    class_names: Optional[Sequence[str]] = None,
+    class_names: Optional[Sequence[Optional[str]]] = None,
 ) -> None:
     """Write each stage with its head as one graph for batches of any size, and compare it with the model.
 
@@ -107,26 +108,30 @@ def export_stages(
     class_names = None if class_names is None else list(class_names)
     check_class_names(class_names, model.num_classes, 'class_names')
     input_size = tuple(data_config['input_size'])
-    manifest = dict(
+    manifest: Dict[str, Any] = dict(
         format=MANIFEST_FORMAT,
         version=VERSION,
         kind=format,
-        architecture=model.default_cfg['architecture'],
+        architecture=registered(model).default_cfg['architecture'],
         num_classes=model.num_classes,
         class_names=class_names,
         data_config=data_config,
         policy=policy.to_dict(),
         weights_digest=weights_digest(model),
-        versions=dict(timm_mlcsd=__version__, timm=timm.__version__, torch=torch.__version__),
+        versions=dict(
+            timm_mlcsd=__version__,
+            timm=timm.__version__,
+            torch=torch.__version__,
+            python=platform.python_version(),
+        ),
     )
-    manifest['versions']['python'] = platform.python_version()
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{directory.name}.', dir=directory.parent) as folder:
         partial = Path(folder) / 'partial'
         partial.mkdir()
         manifest['stages'] = _write_stages(model, policy, input_size, partial, format)
         if format == 'onnx':
-            shutil.copyfile(Path(__file__).with_name('onnx_runner.py'), partial / RUNNER)
+            shutil.copyfile(Path(__file__).parent.with_name('onnx_runner.py'), partial / RUNNER)
             manifest['runner_digest'] = _digest(partial / RUNNER)
         check_manifest(manifest, 'the export')
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n', encoding='utf-8')
@@ -157,7 +162,7 @@ def _check_replaceable(directory: Path) -> None:
     except ValueError as e:
         raise ValueError(f'{message}; choose a new folder. {e}') from None
     for path in found:
-        is_exported = path.name in (MANIFEST, RUNNER) or GRAPH.fullmatch(path.name)
+        is_exported = path.name in (MANIFEST, RUNNER) or GRAPH.fullmatch(path.name) is not None
         if path.name == '__pycache__' and path.is_dir() and not path.is_symlink():
             is_exported = all(COMPILED_RUNNER.fullmatch(p.name) and _is_plain_file(p) for p in path.iterdir())
         elif not _is_plain_file(path):
@@ -186,7 +191,8 @@ def _write_stages(
     weight = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, *input_size, generator=generator).to(weight.device, weight.dtype)
-    stages, state = [], images
+    stages: List[Dict[str, Any]] = []
+    state: Any = images
     for k in range(model.num_exits):
         tensors, spec = tree_flatten(state)
         tensors = [t.clone() for t in tensors]  # torch.export would link views to their base tensors
@@ -256,8 +262,9 @@ def _write_onnx(
 
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        program = torch.onnx.export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
-    program.save(str(path))
+        graph = torch.onnx.export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
+    assert graph is not None  # with dynamo
+    graph.save(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
 
     def run(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

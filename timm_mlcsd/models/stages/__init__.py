@@ -1,1 +1,1 @@
-"""How a timm model becomes a row of stages: read off a probe batch, placed exits, run one by one or whole."""
+"""Partition a timm model into stages: trace it with a probe batch, place the exits, run stage by stage or at once."""

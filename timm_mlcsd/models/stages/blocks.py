@@ -1,4 +1,4 @@
-"""The blocks of a backbone, as its own structure and its own layer groups name them."""
+"""Find the blocks of a backbone from its module lists, its layer groups and its feature info."""
 
 import re
 from typing import Any, Dict, Iterator, List, Tuple
@@ -9,25 +9,25 @@ __all__ = ['block_names']
 
 
 def block_names(backbone: nn.Module) -> List[str]:
-    """Name the modules that people call blocks: what an exit may follow.
+    """Name the blocks of a backbone, which are the modules that an exit may follow.
 
-    They are the composite members of the backbone's lists of modules (``layer1``, ``stages.0.blocks``), what its
-    ``group_matcher`` numbers (``s1.b2`` in a RegNet) and what its ``feature_info`` points at. A member that holds one
-    such list itself is a stage, and its members count too.
+    Blocks are the composite members of the backbone's module lists (``layer1``, ``stages.0.blocks``), the modules that
+    its ``group_matcher`` numbers (``s1.b2`` in a RegNet) and the modules of its ``feature_info``. A member that itself
+    contains exactly one such list is a resolution stage, and the members of that list are blocks too.
 
     Args:
         backbone: A timm model.
 
     Returns:
-        Names in the order of ``named_modules``.
+        Block names, in the order of ``named_modules``.
     """
     numbered, stem = _layer_groups(backbone)
     names = {*_listed(backbone, '', numbered), *numbered}
-    if not names:  # neither lists nor numbers: one module after the other
+    if not names:  # neither module lists nor layer groups: use the composite children
         names = {name for name, child in backbone.named_children() if _is_composite(child)}
     order = [name for name, _ in backbone.named_modules() if name]
     first = min((order.index(name) for name in names), default=0)
-    names |= {info['module'] for info in backbone.feature_info} & set(order[first:])  # no stem
+    names |= {info['module'] for info in backbone.feature_info} & set(order[first:])  # the stem is not a block
     return [name for name in order if name in names and not any(p.match(name) for p in stem)]
 
 
@@ -40,13 +40,13 @@ def _is_composite(module: nn.Module) -> bool:
 
 
 def _is_stage(module: nn.Module) -> bool:
-    """Whether the module has one list of composite modules; several are the parallel branches of a block."""
+    """Whether a module has exactly one list of composite modules; several are the parallel branches of a block."""
     lists = [child for child in module.children() if _is_list(child) and len(child)]
     return sum(all(_is_composite(member) for member in members) for members in lists) == 1
 
 
 def _listed(module: nn.Module, prefix: str, numbered: Dict[str, int], in_list: bool = False) -> Iterator[str]:
-    """Members of lists, from the outside in; what lies inside a block is its own affair."""
+    """Yield the composite members of module lists, outer before inner, without the modules inside a block."""
     for name, child in module.named_children():
         path = f'{prefix}{name}'
         if _is_list(child):
@@ -63,11 +63,11 @@ def _listed(module: nn.Module, prefix: str, numbered: Dict[str, int], in_list: b
 
 
 def _layer_groups(backbone: nn.Module) -> Tuple[Dict[str, int], List[re.Pattern]]:
-    """What ``group_matcher`` says.
+    """Read the numbered modules and the stem from ``group_matcher``.
 
     Returns:
-        The modules that it tells apart by numbers in their names, with how many numbers that takes, and the patterns
-        of the stem.
+        Number of indices in the name of every module that ``group_matcher`` numbers, by name, and the patterns that
+        match the stem.
     """
     matcher = backbone.group_matcher(coarse=False) if hasattr(backbone, 'group_matcher') else None
     if not isinstance(matcher, dict):
@@ -75,7 +75,7 @@ def _layer_groups(backbone: nn.Module) -> Tuple[Dict[str, int], List[re.Pattern]
     patterns = {}
     for group, spec in matcher.items():
         entries = [entry if isinstance(entry, (list, tuple)) else (entry, None) for entry in _as_list(spec)]
-        # an ordinal of its own is for what precedes or follows the blocks
+        # a fixed ordinal marks layers before or after the blocks
         patterns[group] = [re.compile(pattern) for pattern, ordinal in entries if ordinal is None]
     modules = {name for name, _ in backbone.named_modules()}
     numbered = {}

@@ -1,8 +1,8 @@
-"""Read a backbone as a chain of modules.
+"""Recognise a backbone that is a chain of modules.
 
-In a chain each module's input *is* the previous module's output: the same tensor object, not written to in between.
-A network that runs like that can be stopped after any of its modules and resumed there, and it computes exactly what
-its own ``forward_features`` computes, because nothing happens between the modules.
+In a chain the input of each module *is* the output of the previous one: the same tensor object, not modified in
+between. Such a network can be stopped after any of its modules and resumed there. The result equals that of its
+``forward_features``, because no operation runs between the modules.
 """
 
 from typing import List, Optional, Set
@@ -15,19 +15,19 @@ __all__ = ['read_chain']
 
 
 def read_chain(root: ModuleCall, blocks: Set[str]) -> Optional[List[TracedModule]]:
-    """Read a probed backbone as its chain of modules, opened down to its blocks.
+    """Flatten a probed backbone into its chain of modules, down to the level of its blocks.
 
     Args:
-        root: What `probe` recorded.
+        root: Recorded call of ``forward_features``, from `probe`.
         blocks: Names of the blocks.
 
     Returns:
-        The modules in call order, or None where the backbone is no plain chain.
+        Modules in call order; None if the backbone is not a chain.
     """
     if not isinstance(root.output, torch.Tensor) or not _runs_its_children_as_chain(root):
         return None
     calls = [call for child in root.children for call in _flatten(child, blocks)]
-    # a module that runs twice has no single place in the network
+    # a module that runs twice has no single position in the network
     if len({call.name for call in calls}) < len(calls):
         return None
     return [
@@ -43,15 +43,15 @@ def read_chain(root: ModuleCall, blocks: Set[str]) -> Optional[List[TracedModule
 
 
 def _flatten(call: ModuleCall, blocks: Set[str]) -> List[ModuleCall]:
-    """Open a chain that holds blocks; keep any other module whole."""
-    holds_blocks = any(name.startswith(f'{call.name}.') for name in blocks)
-    if not holds_blocks or not _runs_its_children_as_chain(call):
+    """Replace a module by its children if it contains blocks and is itself a chain; keep any other module."""
+    contains_blocks = any(name.startswith(f'{call.name}.') for name in blocks)
+    if not contains_blocks or not _runs_its_children_as_chain(call):
         return [call]
     return [inner for child in call.children for inner in _flatten(child, blocks)]
 
 
 def _runs_its_children_as_chain(call: ModuleCall) -> bool:
-    """Whether the call's children pass one untouched tensor from its input to its output, and nothing else runs."""
+    """Whether the call passes one tensor from child to child, unmodified in between, and runs nothing else."""
     if not call.children or not isinstance(call.output, torch.Tensor):
         return False
     tensor, version = call.input, call.input_version

@@ -1,4 +1,4 @@
-"""The two ways to run a backbone in stages."""
+"""Run a backbone in stages: as a chain of modules, or as pieces of its exported graph."""
 
 import threading
 from functools import partial
@@ -10,8 +10,8 @@ import torch.nn as nn
 from timm.models import checkpoint_seq
 
 from ...errors import one_line
-from .graph import PartitionedGraph, copy_sharing_weights, export_whole
-from .hooks import what_hangs_on
+from .graph import PartitionedGraph, copy_sharing_weights, export_backbone
+from .hooks import find_call_override
 from .plan import Plan
 from .probe import TRACED_METHODS, find_step
 from .taps import Taps
@@ -21,12 +21,12 @@ __all__ = ['ChainExecutor', 'GraphExecutor']
 
 
 class StagedModel(Protocol):
-    """What an executor reads from the model that owns it.
+    """Attributes that an executor reads from the model that owns it.
 
     Attributes:
-        backbone: The timm model.
+        backbone: A timm model.
         training: Whether the model is in training mode.
-        num_exits: K.
+        num_exits: Number of exits K.
         probe_size: (C, H, W) of the probe images.
     """
 
@@ -37,75 +37,76 @@ class StagedModel(Protocol):
 
 
 class ChainExecutor:
-    """A chain of modules: stages are runs of modules, in training and in evaluation mode.
+    """Run a chain of modules in stages, in training and in evaluation mode; each stage is a section of the chain.
 
-    The state is what the module before the cut returned; behind one that returns tokens (the map, the tokens). Where
-    the backbone's own call does more than these modules and ``forward_head``, the stages in a row are not the whole:
-    the network runs as a whole then, the exits reading the tapped modules' outputs.
+    The state is the output of the last module of the stage, or (map, tokens) if that module returns tokens. If the
+    forward of the backbone does more than these modules and ``forward_head``, the stages in sequence do not equal the
+    backbone. The backbone then runs in one forward pass, in which the exits read the outputs of the tapped modules.
 
     Args:
         backbone: A timm model.
-        plan: How it is cut.
+        plan: Modules of the chain and taps of the exits.
     """
 
     def __init__(self, backbone: nn.Module, plan: Plan):
-        names = [place.name for place in plan.places]
+        names = [module.name for module in plan.modules]
         starts = [0] + [tap + 1 for tap in plan.taps[:-1]]
         self.stages = [names[i : tap + 1] for i, tap in zip(starts, plan.taps)]
         self.tail = names[plan.taps[-1] + 1 :]
-        self.blocks = {place.name for place in plan.places if place.is_block}
+        self.blocks = {module.name for module in plan.modules if module.is_block}
         self.tapped = plan.tapped
-        self.layouts = [place.layout for place in plan.tapped]
-        self.is_whole = plan.is_whole
+        self.layouts = [module.layout for module in plan.tapped]
+        self.is_features_then_head = plan.is_features_then_head
         self.has_methods = any(name in TRACED_METHODS for name in names)
         self.taps: Optional[Taps] = None
-        # the modules that hold those of the chain and are not called themselves, with what they held
+        # modules that contain those of the chain and are never called, with the names of their children
         parts = [name.split('.')[:-1] for name in names]
-        opened = {'.'.join(path[:i]) for path in parts for i in range(1, len(path) + 1)}
-        self.opened = {name: list(backbone.get_submodule(name)._modules) for name in sorted(opened)}
+        parents = {'.'.join(path[:i]) for path in parts for i in range(1, len(path) + 1)}
+        self.parents = {name: list(backbone.get_submodule(name)._modules) for name in sorted(parents)}
         self.grad_checkpointing = False
         self.invalidate()
 
     def invalidate(self) -> None:
-        """Compare anew when next asked: the backbone has changed. Modules are looked up by name whenever they run."""
+        """Forget the comparison with the backbone after a change of it; modules are looked up by name at each run."""
         self.difference: Dict[Tuple, Optional[str]] = {}
 
     def release(self, backbone: nn.Module) -> None:
-        """Leave nothing of this on the backbone."""
+        """Remove the hooks of this executor from the backbone."""
         if self.taps is not None:
             self.taps.remove(backbone)
 
     def unsupported_reason(self, model: StagedModel) -> Optional[str]:
+        """Explain why the stages cannot run one by one; None if they can."""
         return self._obstacle(model.backbone) or self._difference(model)
 
     def runs_in_stages(self, model: StagedModel, images: Optional[torch.Tensor] = None) -> bool:
-        """Whether all exits' answers to `images` are computed stage by stage."""
-        # a tracer knows timm's leaf functions inside a call of the backbone only
+        """Whether ``forward_exits(images)`` runs stage by stage."""
+        # a tracer recognises timm's leaf functions only inside a call of the backbone
         if self.has_methods and isinstance(images, torch.fx.Proxy):
             return False
         return self._obstacle(model.backbone) is None and not any(self.difference.values())
 
     def prepare(self, model: StagedModel, input_size: Sequence[int]) -> None:
-        """There is nothing to prepare."""
+        """Do nothing: a chain needs no preparation for an input size."""
 
     def _obstacle(self, backbone: nn.Module) -> Optional[str]:
-        """What the backbone's own call does beside the modules of the chain."""
-        if not self.is_whole:
+        """Describe what a call of the backbone runs beyond the modules of the chain; None for nothing."""
+        if not self.is_features_then_head:
             return "the backbone's forward does more than its forward_features and then its forward_head"
-        hanging = what_hangs_on(backbone)
-        if hanging:
-            return f'the backbone has {hanging}, which its stages would leave out'
-        for name, held in self.opened.items():
+        override = find_call_override(backbone)
+        if override:
+            return f'the backbone has {override}, which its stages would skip'
+        for name, children in self.parents.items():
             module = backbone.get_submodule(name)
-            hanging = what_hangs_on(module)
-            if hanging:
-                return f'{name!r} has {hanging}, which the stages would leave out'
-            if list(module._modules) != held:
-                return f'{name!r} has other modules than when its exits were placed; wrap a new backbone'
+            override = find_call_override(module)
+            if override:
+                return f'{name!r} has {override}, which the stages would skip'
+            if list(module._modules) != children:
+                return f'{name!r} has other modules than when the exits were placed; wrap a new backbone'
         return None
 
     def _difference(self, model: StagedModel) -> Optional[str]:
-        """How the stages in a row differ from the whole, found out once."""
+        """Describe how the stages in sequence differ from the backbone, computed once per dtype and device."""
         weight = next(model.backbone.parameters())
         key = (weight.dtype, weight.device)
         if weight.device.type == 'meta':
@@ -121,20 +122,27 @@ class ChainExecutor:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as e:
-                self.difference[key] = f'its stages do not run in a row: {one_line(e)}'
+                self.difference[key] = f'its stages do not run in sequence: {one_line(e)}'
         return self.difference[key]
 
     def set_grad_checkpointing(self, model: StagedModel, enable: bool) -> None:
+        """Recompute the blocks in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
         if not self.runs_in_stages(model):
             model.backbone.set_grad_checkpointing(enable)
 
     def run_whole(self, model: StagedModel, images: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """Run the backbone in one forward pass; returns its output and the K maps at the taps."""
         if self.taps is None:
             self.taps = Taps(model.backbone, self.tapped)
         return self.taps.run(model.backbone, images)
 
     def run_stage(self, model: StagedModel, k: int, state: Any) -> Any:
+        """Run stage k on the state of stage k-1, or on images [B, C, H, W] for stage 0.
+
+        Raises:
+            PartitionError: The stages cannot run one by one.
+        """
         if k == 0 and not self.runs_in_stages(model):
             raise PartitionError(f'stages cannot run one by one: {self.unsupported_reason(model)}; use forward_exits.')
         return self._run_stage(model.backbone, k, state, self.grad_checkpointing and model.training)
@@ -144,22 +152,24 @@ class ChainExecutor:
         state = self._output(state)
         for name in self.stages[k]:
             module = find_step(backbone, name)
-            # blocks only, as timm does: a stem's in-place activations must not run twice on one input
+            # blocks only, as in timm: in-place activations of a stem must not run twice on one input
             if checkpointing and name in self.blocks:
                 state = checkpoint_seq([module], state)
             else:
                 state = module(state)
-        # tokens alone don't tell the height from the width
+        # height and width of the map cannot be recovered from tokens alone
         return (self.layouts[k].read(state, size), state) if self.layouts[k].kind == 'NLC' else state
 
     def read_tap(self, k: int, state: Any) -> torch.Tensor:
+        """Read the map [B, C, H, W] of exit k from the state of stage k."""
         return state[0] if isinstance(state, tuple) else self.layouts[k].read(state)
 
     def _output(self, state: Any) -> torch.Tensor:
-        """What the module before the cut returned."""
+        """Read the output of the last module of the stage from its state."""
         return state[1] if isinstance(state, tuple) else state
 
     def run_end(self, model: StagedModel, state: Any) -> torch.Tensor:
+        """Compute the logits [B, C] of the backbone from the state of the last stage."""
         return self._run_end(model.backbone, state)
 
     def _run_end(self, backbone: nn.Module, state: Any) -> torch.Tensor:
@@ -170,11 +180,11 @@ class ChainExecutor:
 
 
 class GraphExecutor:
-    """Any other backbone: it trains as a whole, and its exported graph is cut for evaluation.
+    """Run any other backbone: in one forward pass in training, as pieces of its exported graph in evaluation.
 
     Args:
         backbone: A timm model.
-        plan: How it is cut.
+        plan: Taps of the exits.
     """
 
     def __init__(self, backbone: nn.Module, plan: Plan):
@@ -182,32 +192,33 @@ class GraphExecutor:
         self.invalidate()
 
     def invalidate(self) -> None:
-        """Cut anew when next asked: the backbone's modules have changed."""
+        """Forget the exported graphs and their pieces after a change of the backbone."""
         self.exports: Dict[Tuple, Union[torch.export.ExportedProgram, PartitionError]] = {}
         self.cuts: Dict[Tuple, PartitionedGraph] = {}
         self.sizes: Dict[Tuple, Sequence[int]] = {}
         self.lock = threading.RLock()
 
     def release(self, backbone: nn.Module) -> None:
-        """Leave nothing of this on the backbone."""
+        """Remove the hooks of this executor from the backbone."""
         self.taps.remove(backbone)
 
     def runs_in_stages(self, model: StagedModel, images: Optional[torch.Tensor] = None) -> bool:
-        """Never in training; in evaluation mode ``forward_exits`` runs the whole too."""
+        """Return False: ``forward_exits`` runs the backbone in one forward pass, in either mode."""
         return False
 
     def prepare(self, model: StagedModel, input_size: Sequence[int]) -> None:
-        """Cut for images of this (C, H, W) now."""
+        """Export and cut the graph for images of (C, H, W) now instead of at the first use."""
         self.cut(model, input_size)
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {'taps': self.taps}  # a copy of the model cuts its own backbone
+        return {'taps': self.taps}  # a copy of the model exports and cuts its own backbone
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.invalidate()
 
     def unsupported_reason(self, model: StagedModel) -> Optional[str]:
+        """Explain why the stages cannot run one by one; None if they can."""
         try:
             self.cut(model, model.probe_size)
         except PartitionError as e:
@@ -215,13 +226,22 @@ class GraphExecutor:
         return None
 
     def set_grad_checkpointing(self, model: StagedModel, enable: bool) -> None:
+        """Recompute the blocks in the backward pass instead of storing their activations."""
         model.backbone.set_grad_checkpointing(enable)
 
     def run_whole(self, model: StagedModel, images: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """Run the backbone in one forward pass; returns its output and the K maps at the taps."""
         return self.taps.run(model.backbone, images)
 
     def cut(self, model: StagedModel, input_size: Sequence[int]) -> PartitionedGraph:
-        """The pieces for images of `input_size` on the model's device; made once.
+        """Return the partitioned graph for one input size, made at the first use.
+
+        Args:
+            model: Model that owns this executor.
+            input_size: (C, H, W) of the images.
+
+        Returns:
+            Graph of the backbone in pieces, for the dtype and device of the model.
 
         Raises:
             PartitionError: The backbone cannot be cut.
@@ -238,19 +258,19 @@ class GraphExecutor:
         exported = (*input_size, dtype)
         if exported not in self.exports:
             try:
-                # a copy, because other threads may be running the live modules
-                self.exports[exported] = export_whole(*copy_sharing_weights(model.backbone, self.taps), input_size)
+                # export a copy, because other threads may be running the backbone itself
+                self.exports[exported] = export_backbone(*copy_sharing_weights(model.backbone, self.taps), input_size)
             except PartitionError as e:
                 self.exports[exported] = e
         if isinstance(self.exports[exported], PartitionError):
             raise self.exports[exported]
         try:
             cut = PartitionedGraph(self.exports[exported], model.backbone, len(self.taps), device)
-        except (KeyError, AttributeError) as e:  # weights that belong to no module, of a function on the instance
-            raise PartitionError(f'its graph reads what no module of the backbone owns: {one_line(e)}') from e
+        except (KeyError, AttributeError) as e:  # such as weights read by a function set on the instance
+            raise PartitionError(f'its graph reads weights that no module of the backbone owns: {one_line(e)}') from e
         if device.type != 'meta':
             try:
-                # another copy: the first may have kept tensors of the trace
+                # a second copy, because the first may hold tensors of the trace
                 cut.verify(copy_sharing_weights(model.backbone, self.taps)[0], input_size)
             except (RuntimeError, AssertionError) as e:
                 raise PartitionError(
@@ -259,10 +279,16 @@ class GraphExecutor:
         return cut
 
     def run_stage(self, model: StagedModel, k: int, state: Any) -> Tuple[torch.Tensor, ...]:
+        """Run stage k on the state of stage k-1, or on images [B, C, H, W] for stage 0.
+
+        Raises:
+            RuntimeError: The model is in training mode.
+            PartitionError: The backbone cannot be cut.
+        """
         if model.training:
             raise RuntimeError(
-                f'{type(model.backbone).__name__} is no chain of modules: in training mode it runs as a whole '
-                f'(forward_exits), in stages only in evaluation mode; call model.eval().'
+                f'{type(model.backbone).__name__} is not a chain of modules, so its stages run one by one only in '
+                f'evaluation mode; call model.eval(), or forward_exits in training mode.'
             )
         if k == 0:
             state, size = (state,), tuple(state.shape[1:])
@@ -275,17 +301,19 @@ class GraphExecutor:
         return state
 
     def read_tap(self, k: int, state: Tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Read the map [B, C, H, W] of exit k from the state of stage k."""
         return state[0]
 
     def run_end(self, model: StagedModel, state: Tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Compute the logits [B, C] of the backbone from the state of the last stage."""
         size = self._size_of(model, model.num_exits - 1, state)
         return self.cut(model, size).run(-1, state)[0]
 
     def _size_of(self, model: StagedModel, k: int, state: Tuple[torch.Tensor, ...]) -> Sequence[int]:
-        """(C, H, W) of the images behind a state; one of another process is taken to be of the usual size."""
+        """Look up the (C, H, W) of the images that led to a state; the probe size for a state of another process."""
         return self.sizes.get(_signature(k, state), model.probe_size)
 
 
 def _signature(k: int, state: Tuple[torch.Tensor, ...]) -> Tuple:
-    """What tells states of differently sized images apart."""
+    """Return a key that differs between states of differently sized images."""
     return (k, *(tuple(t.shape[1:]) for t in state))

@@ -1,4 +1,4 @@
-"""Where the map lies in what a module returns: NCHW, NHWC, or tokens behind class and register tokens."""
+"""Locate the feature map in the output of a module: NCHW, NHWC, or tokens after class and register tokens."""
 
 import math
 from functools import lru_cache
@@ -9,21 +9,21 @@ import torch.fx
 
 __all__ = ['MapLayout', 'find_map']
 
-# class, distillation and register tokens
+# class, distillation and register tokens in total
 MAX_PREFIX_TOKENS = 16
 
 
 class MapLayout(NamedTuple):
-    """How to read a map [B, C, H, W] out of a module's output.
+    """Position and memory format of a map in the output of a module.
 
     Attributes:
-        path: Indices down to the tensor in a (nested) tuple or list; empty where the output is the tensor.
-        kind: ``NCHW``, ``NHWC`` or ``NLC``.
-        channels: C.
-        height: H for the probe image.
-        width: W for the probe image.
-        prefix: Tokens ahead of the map's, of ``NLC``.
-        image_size: (height, width) of the probe image.
+        path: Indices to the tensor in a (nested) tuple or list; empty if the output is the tensor itself.
+        kind: ``NCHW``, ``NHWC`` or ``NLC`` (tokens).
+        channels: Number of channels C.
+        height: Height H of the map of the probe image.
+        width: Width W of the map of the probe image.
+        prefix: Number of tokens before those of the map, for ``NLC``; default 0.
+        image_size: (height, width) of the probe image in pixels.
     """
 
     path: Tuple[int, ...]
@@ -35,20 +35,23 @@ class MapLayout(NamedTuple):
     image_size: Tuple[int, int] = (1, 1)
 
     def of(self, output: Any) -> torch.Tensor:
-        """The tensor in `output` that holds the map."""
+        """Return the tensor in `output` that contains the map."""
         for index in self.path:
             output = output[index]
         return output
 
     def read(self, output: Any, image_size: Optional[Sequence[int]] = None) -> torch.Tensor:
-        """The map [B, C, H, W] in `output`, a view where possible.
+        """Read the map from the output of the module.
 
         Args:
-            output: What the module returned.
-            image_size: (height, width) of the images; default: something of the probe's proportions.
+            output: Output of the module.
+            image_size: (height, width) of the images; default: the aspect ratio of the probe image.
+
+        Returns:
+            Map [B, C, H, W], a view where possible.
 
         Raises:
-            ValueError: The tokens form no grid of these proportions.
+            ValueError: The tokens form no grid with the aspect ratio of the images.
         """
         output = self.of(output)
         if self.kind == 'NCHW':
@@ -63,30 +66,31 @@ class MapLayout(NamedTuple):
 def _tokens_to_map(
     tokens: torch.Tensor, prefix: int, shares: Tuple[float, float], image_size: Sequence[int]
 ) -> torch.Tensor:
-    """Tokens [B, L, C] to the map [B, C, H, W] of images, whose height and width shrink to these shares or alike."""
+    """Reshape tokens [B, L, C] to a map [B, C, H, W]; `shares` are the map's height and width over the image's."""
     tokens = tokens[:, prefix:]
     count, ratio = tokens.shape[1], (shares[0] * image_size[0], shares[1] * image_size[1])
     scale = math.sqrt(count / (ratio[0] * ratio[1]))
     height = round(ratio[0] * scale)
     if height == 0 or count % height or abs(count // height - ratio[1] * scale) >= 1:
         raise ValueError(
-            f'{count} tokens form no grid with the proportions of {image_size[0]}x{image_size[1]} images; make the '
+            f'{count} tokens form no grid with the aspect ratio of {image_size[0]}x{image_size[1]} images; create the '
             f'network with img_size=(height, width) of these images.'
         )
     return tokens.transpose(1, 2).unflatten(2, (height, count // height))
 
 
 def find_map(output: Any, batch: int, image_size: Sequence[int], channels_last: bool = False) -> Optional[MapLayout]:
-    """Find the map in a module's output for a probe; of several the widest.
+    """Find the map in the output of a module for a probe batch; of several, the one with most channels.
 
     Args:
-        output: What the module returned.
-        batch: Images in the probe.
-        image_size: (height, width) of the probe.
-        channels_last: The backbone says that its maps are NHWC; decides where a shape can be read both ways.
+        output: Output of the module.
+        batch: Number of images in the probe batch.
+        image_size: (height, width) of the probe images in pixels.
+        channels_last: Whether the backbone declares its maps as NHWC; decides between NCHW and NHWC where a shape
+            fits both. Default False.
 
     Returns:
-        Its layout, None where no tensor in `output` can be a map of these images.
+        Layout of the map; None if no tensor in `output` can be a map of these images.
     """
     layouts = []
     for path, tensor in _tensors(output):
@@ -123,7 +127,7 @@ def _of_tensor(shape: Tuple[int, ...], image_size: Sequence[int], channels_last:
 
 @lru_cache(maxsize=32)
 def _grids(height: int, width: int) -> FrozenSet[Tuple[int, int]]:
-    """The map sizes that an image can be reduced to, odd sizes rounded either way, one less for unpadded convs."""
+    """Sizes that the map of an image can have, with tolerance for rounding of odd sizes and for unpadded convs."""
     grids = set()
     for reduction in range(1, max(height, width) + 1):
         h, w = height / reduction, width / reduction

@@ -1,8 +1,8 @@
-"""Cut a backbone that is no chain of modules: its exported graph falls apart where the exits are.
+"""Partition a backbone that is not a chain of modules by cutting its exported graph at the exits.
 
-``torch.export`` writes down the whole evaluation-mode forward as one graph of tensor operations. Stage k is what exit
-k needs and no earlier exit did; the values that later stages still need cross the cut as the state. The pieces read
-the live model's parameters, so training goes on changing what they compute.
+``torch.export`` records the forward of evaluation mode as one graph of tensor operations. Stage k consists of the
+operations that exit k needs and no earlier exit does. The values that later stages need form the state. The pieces
+read the parameters of the original modules, so they use the current weights after further training.
 """
 
 import copy
@@ -18,80 +18,89 @@ import torch.nn as nn
 from ...errors import one_line
 from .hooks import count_hooks
 from .taps import Taps
-from .verify import PartitionError, plainly, verify
+from .verify import PartitionError, default_mode, verify
 
-__all__ = ['PartitionedGraph', 'copy_sharing_weights', 'export_whole']
+__all__ = ['PartitionedGraph', 'copy_sharing_weights', 'export_backbone']
 
 
 class _Piece(NamedTuple):
-    """One executable part: reads weights off the live modules that own them, and the values that crossed into it."""
+    """One executable piece of the graph, with the weights that it reads from the original modules.
+
+    Attributes:
+        module: Function of weights, constants and incoming state.
+        weights: Weights read at every run, as (path of the owner, owner, attribute).
+        constants: Constant tensors of the graph.
+    """
 
     module: fx.GraphModule
-    weights: List[Tuple[str, nn.Module, str]]  # path of the owner, the owner, attribute
+    weights: List[Tuple[str, nn.Module, str]]
     constants: List[torch.Tensor]
 
 
 class _TappedBackbone(nn.Module):
-    """The backbone as export shall see it: images -> (each tap's map, logits)."""
+    """Module to export: maps images [B, C, H, W] to the maps at the taps, followed by the logits."""
 
     def __init__(self, backbone: nn.Module, taps: Taps):
         super().__init__()
         self.backbone = backbone
-        self.taps = [taps]  # in a list, so that it is no submodule
+        self.taps = taps
 
     def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        """Images [B, C, H, W] to the maps and the logits."""
-        logits, maps = self.taps[0].run(self.backbone, images)
+        """Map images [B, C, H, W] to the maps and the logits."""
+        logits, maps = self.taps.run(self.backbone, images)
         return (*maps, logits)
 
 
 def copy_sharing_weights(backbone: nn.Module, taps: Taps) -> Tuple[nn.Module, Taps]:
-    """Modules and taps to trace in the place of live ones, in evaluation mode, around the same tensors."""
+    """Copy a backbone and its taps for tracing, in evaluation mode, without copying parameters and buffers."""
     tensors = (*backbone.parameters(), *backbone.buffers())
     backbone, taps = copy.deepcopy((backbone, taps), {id(t): t for t in tensors})
-    # training mode drops what a backbone keeps of its weights for evaluation (LeViT's attention biases)
+    # training mode clears values that a backbone caches for evaluation (attention biases of LeViT)
     return backbone.train().eval(), taps
 
 
-def export_whole(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> torch.export.ExportedProgram:
-    """Write down a backbone's forward, the maps at its taps included, for batches of any size.
+def export_backbone(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> torch.export.ExportedProgram:
+    """Export the forward of a backbone with the maps at its taps, for any batch size.
 
     Args:
-        backbone: A timm model in evaluation mode that nothing else uses meanwhile.
-        taps: Its taps.
-        input_size: (C, H, W).
+        backbone: A timm model in evaluation mode that no other thread uses during the export.
+        taps: Taps of the backbone.
+        input_size: (C, H, W) of the images.
+
+    Returns:
+        Program that maps images [B, C, H, W] to K maps and the logits.
 
     Raises:
-        PartitionError: It cannot be exported.
+        PartitionError: The backbone cannot be exported.
     """
     weight = next(backbone.parameters())
     images = torch.zeros(2, *input_size, device=weight.device, dtype=weight.dtype)
     batch = torch.export.Dim('batch', min=1, max=2**20)
     try:
-        with plainly(weight.device), warnings.catch_warnings():
+        with default_mode(weight.device), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             program = torch.export.export(
                 _TappedBackbone(backbone, taps), (images,), dynamic_shapes=({0: batch},), strict=False
             )
-            return program.run_decompositions({})  # in functional form: nothing is written in place
-    except Exception as e:  # export fails in as many ways as there are operations
-        raise PartitionError(f'torch.export cannot write down its forward: {type(e).__name__}: {one_line(e)}') from e
+            return program.run_decompositions({})  # functional form, without in-place operations
+    except Exception as e:  # an operation may raise any type of error during export
+        raise PartitionError(f'torch.export cannot export its forward: {type(e).__name__}: {one_line(e)}') from e
 
 
 class PartitionedGraph:
-    """A backbone in pieces.
+    """Exported graph of a backbone, cut into one piece per stage and one for the end.
 
-    The state behind stage k is a tuple: the tap's map [B, C, H, W], then whatever later stages still need, batch
-    first.
+    The state of stage k is a tuple of tensors, batch first: the map [B, C, H, W] at the tap, then the values that
+    later stages need.
 
     Args:
-        program: What `export_whole` wrote down.
-        backbone: The live model, whose weights the pieces read.
-        num_taps: K.
-        device: Where the pieces run.
+        program: Exported program, from `export_backbone`.
+        backbone: Original backbone, whose weights the pieces read.
+        num_taps: Number of taps K.
+        device: Device on which the pieces run.
 
     Raises:
-        PartitionError: A value without a batch would cross a cut.
+        PartitionError: A value that later stages need has no batch dimension.
     """
 
     def __init__(
@@ -107,7 +116,7 @@ class PartitionedGraph:
         self.num_hooks = count_hooks(self.modules)
 
     def is_current(self) -> bool:
-        """Whether the modules that own the weights are still in their places, and no hooks have come or gone."""
+        """Whether the backbone still has the modules that own the weights, and as many hooks as at the export."""
         if count_hooks(self.modules) != self.num_hooks:
             return False
         weights = {path: owner for piece in self.pieces for path, owner, _ in piece.weights}
@@ -117,23 +126,27 @@ class PartitionedGraph:
             return False
 
     def run(self, index: int, state: Tuple[torch.Tensor, ...]) -> Tuple[torch.Tensor, ...]:
-        """Run a piece: stage `index` on the state behind the stage before (the images for the first); -1 for the end.
+        """Run one piece.
+
+        Args:
+            index: Stage, from 0; -1 for the end of the backbone.
+            state: State of the previous stage; for stage 0 a tuple of the images [B, C, H, W].
 
         Returns:
-            The state behind that stage; the logits alone at the end.
+            State of the stage; for the end a tuple of the logits [B, C].
         """
         piece = self.pieces[index]
         return piece.module(*(getattr(owner, name) for _, owner, name in piece.weights), *piece.constants, *state)
 
     def verify(self, backbone: nn.Module, input_size: Sequence[int]) -> None:
-        """Compare the pieces in a row with the backbone.
+        """Verify that the pieces in sequence compute the same as the backbone.
 
         Args:
-            backbone: The backbone in evaluation mode, or a copy.
-            input_size: (C, H, W).
+            backbone: Backbone, or a copy of it, in evaluation mode.
+            input_size: (C, H, W) of the images.
 
         Raises:
-            PartitionError: They compute something else.
+            PartitionError: The pieces compute something else than the backbone.
         """
         last = len(self.pieces) - 1
         steps = [partial(self.run, index) for index in range(last)]
@@ -141,7 +154,14 @@ class PartitionedGraph:
 
 
 class _Partitioner:
-    """Distributes the nodes of an exported graph over the pieces."""
+    """Assign the nodes of an exported graph to pieces.
+
+    Args:
+        program: Exported program, from `export_backbone`.
+        backbone: Original backbone, whose weights the pieces read.
+        num_taps: Number of taps K.
+        device: Device on which the pieces run.
+    """
 
     def __init__(
         self,
@@ -163,14 +183,14 @@ class _Partitioner:
         image_names = set(signature.user_inputs)
         self.image = next(n for n in self.nodes if n.op == 'placeholder' and n.name in image_names)
         outputs = next(n for n in self.nodes if n.op == 'output').args[0]
-        # buffers that the forward would update come first
+        # updated buffers come before the outputs of the forward
         outputs = [o for o, spec in zip(outputs, signature.output_specs) if spec.kind.name == 'USER_OUTPUT']
         self.taps, self.logits = outputs[:num_taps], outputs[num_taps]
         self.batch = self.image.meta['val'].shape[0]
-        self._find_what_depends_on_the_images()
+        self._find_image_dependent_nodes()
 
-    def _find_what_depends_on_the_images(self) -> None:
-        """The rest (sizes, position embeddings, masks) is computed anew wherever it is needed."""
+    def _find_image_dependent_nodes(self) -> None:
+        """Collect the nodes that depend on the images; all others are recomputed in every piece that needs them."""
         self.dependent: Set[fx.Node] = {self.image}
         for node in self.nodes:
             is_tensor = not isinstance(node.meta.get('val'), (torch.SymInt, int, float, bool))
@@ -178,7 +198,7 @@ class _Partitioner:
                 self.dependent.add(node)
 
     def _needed(self, targets: Sequence[fx.Node], known: Set[fx.Node]) -> Set[fx.Node]:
-        """All image-dependent nodes behind `targets` that are not `known`."""
+        """Collect the image-dependent nodes that `targets` are computed from and that are not in `known`."""
         found, queue = set(), list(targets)
         while queue:
             node = queue.pop()
@@ -186,11 +206,12 @@ class _Partitioner:
                 continue
             found.add(node)
             queue.extend(node.all_input_nodes)
-            if isinstance(node.meta['val'], (list, tuple)):  # a split: its parts can cross a cut, it itself cannot
+            if isinstance(node.meta['val'], (list, tuple)):  # only the parts of a split can be in the state
                 found.update(user for user in node.users if user.target is operator.getitem)
         return found
 
     def pieces(self) -> List[_Piece]:
+        """Build K + 1 pieces: one per stage, and the end of the backbone."""
         stages, known = [], {self.image}
         for tap in self.taps:
             stages.append(self._needed([tap], known))
@@ -215,7 +236,7 @@ class _Partitioner:
     def _piece(self, before: Sequence[fx.Node], nodes: Set[fx.Node], after: Sequence[fx.Node]) -> _Piece:
         graph = fx.Graph()
         copies: Dict[fx.Node, Any] = {}
-        # what needs no images: every ancestor of this piece's nodes
+        # image-independent ancestors of the nodes of this piece
         free, queue = set(), [n for node in nodes for n in node.all_input_nodes]
         while queue:
             node = queue.pop()
@@ -238,7 +259,7 @@ class _Partitioner:
                 copies[node] = self._times_batch(graph, node.meta['val'], batch)
             else:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
-                # another device's kernels may leave another layout, of which no view can be taken
+                # kernels of another device may return another memory layout, which does not support views
                 if node.target is torch.ops.aten.view.default:
                     copies[node].target = torch.ops.aten.reshape.default
                 if copies[node].kwargs.get('device') is not None:
@@ -256,21 +277,21 @@ class _Partitioner:
         return path, self.backbone.get_submodule(path), name
 
     def _is_size_of_state(self, node: fx.Node) -> bool:
-        """Whether it reads a size off a tensor that depends on the images: the batch, or a multiple of it."""
+        """Whether a node reads a size of an image-dependent tensor, which is a multiple of the batch size."""
         return node not in self.dependent and any(n in self.dependent for n in node.all_input_nodes)
 
     def _times_batch(self, graph: fx.Graph, size: Any, batch: fx.Node) -> Any:
-        """A size as the trace knows it, a number times the batch, in a piece that has another batch."""
+        """Express a traced size, a number or a multiple of the batch size, by the batch size of a piece."""
         factor = self._factor(size)
         if factor is None:
             return int(size)
         return batch if factor == 1 else graph.call_function(operator.mul, (batch, factor))
 
     def _factor(self, size: Any) -> Optional[int]:
-        """How many times the batch a size is; None for a plain number.
+        """Divide a size by the batch size; None for a constant size.
 
         Raises:
-            PartitionError: It is something else.
+            PartitionError: The size is not an integer multiple of the batch size.
         """
         if not isinstance(size, torch.SymInt):
             return None
@@ -278,11 +299,11 @@ class _Partitioner:
             return None
         ratio = size.node.expr / self.batch.node.expr
         if not ratio.is_integer:
-            raise PartitionError(f'a value of size {size} would cross a cut, which is no multiple of the batch')
+            raise PartitionError(f'a later stage needs a value of size {size}, which is no multiple of the batch size')
         return int(ratio)
 
     def _batch_first(self, graph: fx.Graph, node: fx.Node, value: fx.Node, batch: fx.Node) -> fx.Node:
-        """A value as it crosses a cut: [B, ...]."""
+        """Move the batch dimension of a value to the front, [B, ...], for the state."""
         dim, factor = self._batch_dim(node)
         if dim:
             value = graph.call_function(torch.ops.aten.movedim.int, (value, dim, 0))
@@ -292,7 +313,7 @@ class _Partitioner:
         return value
 
     def _restore(self, graph: fx.Graph, node: fx.Node, value: fx.Node, batch: fx.Node) -> fx.Node:
-        """The value as the nodes behind the cut expect it."""
+        """Undo `_batch_first` on a value of the state."""
         if node is self.image:
             return value
         dim, factor = self._batch_dim(node)
@@ -303,9 +324,13 @@ class _Partitioner:
         return value
 
     def _batch_dim(self, node: fx.Node) -> Tuple[int, int]:
-        """Which dimension of a value counts the images, and how often."""
+        """Find the dimension of a value that is a multiple of the batch size, and the factor.
+
+        Raises:
+            PartitionError: The value has no such dimension.
+        """
         for dim, size in enumerate(node.meta['val'].shape):
             factor = self._factor(size)
             if factor is not None:
                 return dim, factor
-        raise PartitionError(f'the value {node.name} would cross a cut without a batch dimension')
+        raise PartitionError(f'a later stage needs the value {node.name}, which has no batch dimension')

@@ -1,4 +1,4 @@
-"""Run part of a network on shapes alone: no memory for weights, no arithmetic."""
+"""Run methods of a network on the meta device: shapes only, without memory for weights or arithmetic."""
 
 import contextlib
 from typing import Any, Dict, Iterator
@@ -12,7 +12,7 @@ __all__ = ['MetaRunner', 'eval_mode']
 
 @contextlib.contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every submodule's own mode again afterwards."""
+    """Put a module in evaluation mode, and restore the mode of every submodule afterwards."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
@@ -22,8 +22,8 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-class _Call(nn.Module):
-    """Makes any method of a module the forward that ``functional_call`` can run."""
+class _MethodAsForward(nn.Module):
+    """Expose a method of a module as forward, which is all that ``functional_call`` can run."""
 
     def __init__(self, module: nn.Module, method: str):
         super().__init__()
@@ -35,15 +35,15 @@ class _Call(nn.Module):
 
 
 class MetaRunner:
-    """A module whose methods run in evaluation mode with all weights and tensor arguments on the meta device.
+    """Run methods of a module in evaluation mode, with weights and tensor arguments on the meta device.
 
-    The module itself, its device, its mode and its buffers stay as they are; its hooks fire.
+    Device, mode and buffers of the module stay unchanged; its hooks run.
 
     Args:
-        module: The module.
+        module: Module to run.
 
     Attributes:
-        tensors: The meta tensors that stand for its parameters and buffers, by name.
+        tensors: Meta tensors that replace the parameters and buffers, by name.
 
     Examples:
         ```python
@@ -53,8 +53,8 @@ class MetaRunner:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        # every place that holds a tensor once: functional_call's own search for ties restores a module that is shared
-        # by two others (CoaT) wrongly
+        # one entry per owner of a tensor: functional_call's own handling of ties restores a module that two others
+        # share (CoaT) incorrectly
         copies: Dict[torch.Tensor, torch.Tensor] = {}
         self.tensors: Dict[str, torch.Tensor] = {}
         for path, owner in module.named_modules():
@@ -64,7 +64,16 @@ class MetaRunner:
                 self.tensors[f'{path}.{name}' if path else name] = copies[t]
 
     def __call__(self, method: str, *args: Any) -> Any:
+        """Run a method.
+
+        Args:
+            method: Name of the method.
+            *args: Arguments of the method; tensors are moved to the meta device.
+
+        Returns:
+            Result of the method, with tensors on the meta device.
+        """
         args = tree_map(lambda a: a.to('meta') if isinstance(a, torch.Tensor) else a, args)
         with torch.no_grad(), eval_mode(self.module):
             tensors = {f'module.{name}': t for name, t in self.tensors.items()}
-            return torch.func.functional_call(_Call(self.module, method), tensors, args, tie_weights=False)
+            return torch.func.functional_call(_MethodAsForward(self.module, method), tensors, args, tie_weights=False)

@@ -1,4 +1,4 @@
-"""Decide how a backbone is cut: as a chain of modules where it is one, else out of its exported graph."""
+"""Plan the stages of a backbone: cut it as a chain of modules if it is one, else cut its exported graph."""
 
 from contextlib import ExitStack
 from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -9,31 +9,32 @@ from ...errors import one_line
 from .blocks import block_names
 from .chain import read_chain
 from .placement import place_exits
-from .probe import ModuleCall, TracedModule, list_places, probe
+from .probe import ModuleCall, TracedModule, list_tappable_blocks, probe
 from .small_input import remove_first_downsamplings
 
 __all__ = ['Plan', 'plan_stages']
 
 
 class Plan(NamedTuple):
-    """How a backbone is cut.
+    """Modules of a backbone and taps of its exits.
 
     Attributes:
-        places: What it runs, in order: every module of a chain, else its blocks.
-        taps: Indices of the tapped ones.
-        is_chain: Whether it is a chain.
-        is_whole: Whether the backbone's forward is its forward_features, then its forward_head, and nothing else.
+        modules: Traced modules in execution order: all modules of a chain, otherwise the blocks.
+        taps: Indices of the tapped modules in `modules`, K, increasing.
+        is_chain: Whether the backbone is a chain of modules.
+        is_features_then_head: Whether the forward of the backbone is ``forward_features``, then ``forward_head``, and
+            nothing else; default True.
     """
 
-    places: List[TracedModule]
+    modules: List[TracedModule]
     taps: List[int]
     is_chain: bool
-    is_whole: bool = True
+    is_features_then_head: bool = True
 
     @property
     def tapped(self) -> List[TracedModule]:
-        """The places that the exits read, the backbone's end last."""
-        return [self.places[tap] for tap in self.taps]
+        """Tapped modules, one per exit; the last is the end of the backbone."""
+        return [self.modules[tap] for tap in self.taps]
 
 
 def plan_stages(
@@ -43,17 +44,20 @@ def plan_stages(
     small_input: bool = False,
     undo: Optional[ExitStack] = None,
 ) -> Plan:
-    """Watch a backbone run and place its exits.
+    """Trace a backbone and place its exits.
 
     Args:
-        backbone: A timm model; with `small_input` it is changed in place.
-        input_size: (C, H, W) of its images.
-        exits: As in `place_exits`.
-        small_input: Take the first two downsamplings out.
-        undo: With `small_input`, gets what puts the backbone back as it was.
+        backbone: A timm model; `small_input` changes it in place.
+        input_size: (C, H, W) of the images.
+        exits: Number of exits or names of the tapped modules, as in `place_exits`.
+        small_input: Whether to remove the first two downsamplings; default False.
+        undo: Stack that receives callbacks which restore the backbone; required with `small_input`.
+
+    Returns:
+        Plan of the stages.
 
     Raises:
-        ValueError: The arguments ask for what the backbone doesn't have.
+        ValueError: The backbone does not run on such images, or does not support `exits` or `small_input`.
     """
     root = _probe(backbone, input_size)
     if small_input:
@@ -61,39 +65,43 @@ def plan_stages(
         remove_first_downsamplings(backbone, root, undo)
         try:
             root = _probe(backbone, input_size)
-            fits = 3 < _last_width(backbone, root) / before < 6  # four, but for odd sizes and unpadded convs
-        except ValueError:  # branches that no longer have one size
+            fits = 3 < _last_width(backbone, root) / before < 6  # 4 with tolerance for odd sizes and unpadded convs
+        except ValueError:  # the sizes of parallel branches no longer match
             fits = False
         if not fits:
-            raise ValueError('small_input=True: the first two downsamplings of this backbone cannot be taken out.')
+            raise ValueError(
+                'small_input=True: the first two downsamplings of this backbone cannot be removed; use '
+                'small_input=False.'
+            )
     chain, blocks = _read(backbone, root)
     if not chain and not blocks:
-        raise ValueError(f'{type(backbone).__name__} has no blocks with a map that an exit could read.')
+        raise ValueError(f'{type(backbone).__name__} has no block that returns a map for an exit to read.')
     plans, errors, info = [], [], backbone.feature_info
-    for places, is_chain in ((chain, True), (blocks, False)):
+    for modules, is_chain in ((chain, True), (blocks, False)):
         try:
-            plans += [Plan(places, place_exits(places, info, exits), is_chain, root.is_whole)] if places else []
+            if modules:
+                plans.append(Plan(modules, place_exits(modules, info, exits), is_chain, root.is_features_then_head))
         except ValueError as e:
             errors.append(e)
     if not plans:
-        # the blocks know the largest number of exits, the chain the most names
+        # the error for blocks states the largest number of exits, that for a chain lists the most names
         raise errors[-1 if isinstance(exits, int) else 0]
-    # a chain trains stage by stage, but may not be opened as far as its blocks; of equals it comes first
+    # a chain may not be flattened down to all blocks; with equally many exits it comes first, as it trains in stages
     return max(plans, key=lambda plan: len(plan.taps))
 
 
 def _read(backbone: nn.Module, root: ModuleCall) -> Tuple[Optional[List[TracedModule]], List[TracedModule]]:
     names = set(block_names(backbone))
     chain = read_chain(root, names)
-    if chain is not None and all(place.layout is None for place in chain):
+    if chain is not None and all(module.layout is None for module in chain):
         chain = None
-    return chain, list_places(root, names, {info['module'] for info in backbone.feature_info})
+    return chain, list_tappable_blocks(root, names, {info['module'] for info in backbone.feature_info})
 
 
 def _last_width(backbone: nn.Module, root: ModuleCall) -> Optional[int]:
     if root.layout is not None:
         return root.layout.width
-    return next((call.layout.width for call in reversed(list(root.ended())) if call.layout is not None), None)
+    return next((call.layout.width for call in reversed(list(root.in_return_order())) if call.layout is not None), None)
 
 
 def _probe(backbone: nn.Module, input_size: Sequence[int]) -> ModuleCall:
@@ -102,6 +110,6 @@ def _probe(backbone: nn.Module, input_size: Sequence[int]) -> ModuleCall:
     except (RuntimeError, AssertionError, IndexError, TypeError) as e:
         size = 'x'.join(map(str, input_size))
         raise ValueError(
-            f'{type(backbone).__name__} does not run on images of {size}: {one_line(e)}. If it was made for another '
-            f'size, pass that as img_size.'
+            f'{type(backbone).__name__} does not run on images of {size}: {one_line(e)}; if it was made for another '
+            f'size, pass that size as img_size.'
         ) from e

@@ -1,4 +1,4 @@
-"""Watch a backbone run once, on shapes alone: which modules it calls, what they take and give, where maps lie."""
+"""Trace one forward pass of a backbone: the modules it calls, their inputs and outputs, and the layout of the maps."""
 
 import contextlib
 from collections import Counter
@@ -12,25 +12,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from .feature_layout import MapLayout, find_map
 from .meta import MetaRunner, eval_mode
 
-__all__ = ['ModuleCall', 'TracedModule', 'find_step', 'list_places', 'probe']
+__all__ = ['ModuleCall', 'TracedModule', 'find_step', 'list_tappable_blocks', 'probe']
 
-# what backbones do between modules, in a method of this name: a ViT adds its class token and position embedding
+# methods that count as modules, because backbones run them between modules: a ViT adds its position embedding there
 TRACED_METHODS = ('_pos_embed',)
-# what a timm model's forward is made of
-ENDS = ('forward_features', 'forward_head')
+# the two methods that make up the forward of a timm model
+FORWARD_METHODS = ('forward_features', 'forward_head')
 
-BATCH = 2  # of one image nobody could tell the batch from other dimensions of size 1
+BATCH = 2  # with one image the batch could not be distinguished from other dimensions of size 1
 
 
 class TracedModule(NamedTuple):
-    """What a module leaves behind where it ends.
+    """Facts about one module of a traced backbone.
 
     Attributes:
-        name: Its path in the backbone; one of `TRACED_METHODS` counts as a module.
-        layout: Where the map lies in its output; None where there is none.
-        macs: Multiply-adds of one image from its pixels up to and with this module.
-        is_block: Whether an exit may follow it.
-        writes_input: Whether it changes its input in place (an in-place ReLU, say).
+        name: Path in the backbone, or a name of `TRACED_METHODS`.
+        layout: Layout of the map in the module's output; None if the output has no map.
+        macs: Cumulative MACs of one image from the input of the backbone to the output of this module.
+        is_block: Whether the module is a block, which an exit may follow.
+        writes_input: Whether the module modifies its input in place, as an in-place ReLU does; default False.
     """
 
     name: str
@@ -41,20 +41,24 @@ class TracedModule(NamedTuple):
 
 
 class ModuleCall:
-    """One call of a module, or of one of `TRACED_METHODS`, during the probe.
+    """One recorded call of a module, or of a method in `TRACED_METHODS`.
+
+    Args:
+        name: Path in the backbone, a method's name, or empty for the backbone itself.
+        module: Called module; the backbone for a method.
+        image_size: (height, width) of the probe images in pixels.
+        channels_last: Whether the backbone declares its maps as NHWC.
 
     Attributes:
-        name: Its path, empty for the backbone itself.
-        module: The module; the backbone itself for a method.
-        children: The calls inside this one, in order.
-        input: Its input, where that is one tensor and nothing else.
-        output: What it returned.
-        macs: Multiply-adds of one image until it returned.
-        layout: Where the map lies in its output.
-        is_whole: Of ``forward_features``: whether forward is it, then ``forward_head``, and nothing else.
+        children: Calls inside this one, in order.
+        input: Input of the call if that is a single tensor, else None.
+        output: Output of the call.
+        macs: Cumulative MACs of one image when the call returned.
+        is_features_then_head: For the call of ``forward_features``: whether the forward of the backbone is
+            ``forward_features``, then ``forward_head``, and nothing else.
     """
 
-    is_whole = False
+    is_features_then_head = False
 
     def __init__(self, name: str, module: nn.Module, image_size: Sequence[int], channels_last: bool):
         self.name = name
@@ -67,24 +71,27 @@ class ModuleCall:
         self.input_version = self.input_version_after = self.output_version = self.map_version = 0
         self.macs = 0
 
-    def ended(self) -> Iterator['ModuleCall']:
-        """All calls below this one, in the order in which they returned."""
+    def in_return_order(self) -> Iterator['ModuleCall']:
+        """Yield all calls below this one, in the order in which they returned."""
         for child in self.children:
-            yield from child.ended()
+            yield from child.in_return_order()
             yield child
 
     @cached_property
     def layout(self) -> Optional[MapLayout]:
+        """Layout of the map in the output; None if the output has no map."""
         return find_map(self.output, BATCH, self.image_size, self.channels_last)
 
     def record_input(self, args: Tuple, kwargs: dict) -> None:
+        """Record the arguments of the call, if they are a single tensor."""
         options = (*args[1:], *kwargs.values())
-        if self.name in ENDS:  # a ViT's forward passes its own defaults on
+        if self.name in FORWARD_METHODS:  # the forward of a ViT passes its own defaults
             options = [option for option in options if option is not None and option is not False]
         if args and isinstance(args[0], torch.Tensor) and not options:
             self.input, self.input_version = args[0], args[0]._version
 
     def record_output(self, output: Any, flops: int) -> None:
+        """Record the output of the call and the FLOPs of the batch when it returned."""
         self.output = output
         self.macs = flops // (2 * BATCH)
         if isinstance(output, torch.Tensor):
@@ -95,22 +102,22 @@ class ModuleCall:
 
 
 def find_step(backbone: nn.Module, name: str) -> Callable[[torch.Tensor], Any]:
-    """The module, or the method, that a `TracedModule` names."""
+    """Look up the module or method that a `TracedModule` names."""
     return getattr(backbone, name) if name in TRACED_METHODS else backbone.get_submodule(name)
 
 
-@torch.inference_mode(False)  # tensors made in inference mode have no version to compare
+@torch.inference_mode(False)  # tensors of inference mode have no version counter
 def probe(backbone: nn.Module, input_size: Sequence[int]) -> ModuleCall:
     """Run a backbone in evaluation mode and record every call in its ``forward_features``.
 
-    It runs on the meta device; for real where the backbone has tensors that cannot follow it there.
+    The backbone runs on the meta device, or on its own device if it has tensors that cannot be moved to meta.
 
     Args:
         backbone: A timm model.
         input_size: (C, H, W) of the probe images.
 
     Returns:
-        The call of ``forward_features``, with all others below it.
+        Call of ``forward_features``, which contains all other calls.
     """
     try:
         return _probe_on(backbone, input_size, torch.device('meta'), MetaRunner(backbone))
@@ -130,30 +137,41 @@ def _probe_on(
 ) -> ModuleCall:
     images = torch.zeros(BATCH, *input_size, device=device, dtype=next(backbone.parameters()).dtype)
     try:
-        whole = _trace(backbone, 'forward', images, run)
-        features = next(call for call in whole.children if call.name == 'forward_features')
-    except Exception as e:  # whatever an overridden forward may raise: the features alone tell where exits can be
+        forward = _trace(backbone, 'forward', images, run)
+        features = next(call for call in forward.children if call.name == 'forward_features')
+    except Exception as e:  # an overridden forward may raise any error; forward_features is enough to place exits
         if isinstance(e, RuntimeError) and device.type == 'meta' and 'meta' in str(e):
             raise
         return _trace(backbone, 'forward_features', images, run)
-    features.is_whole = _is_features_then_head(whole)
+    features.is_features_then_head = _is_features_then_head(forward)
     return features
 
 
 def _is_features_then_head(forward: ModuleCall) -> bool:
-    """Whether one untouched tensor goes from the images through ``forward_features`` and ``forward_head``."""
+    """Whether a forward passes the images unmodified to ``forward_features`` and its output to ``forward_head``."""
     tensor, version = forward.input, forward.input_version
     for call in forward.children:
         if call.input is not tensor or call.input_version != version or not isinstance(call.output, torch.Tensor):
             return False
         tensor, version = call.output, call.output_version
     names = tuple(call.name for call in forward.children)
-    return names == ENDS and forward.output is tensor and forward.output_version == version
+    return names == FORWARD_METHODS and forward.output is tensor and forward.output_version == version
 
 
 def _trace(
     backbone: nn.Module, method: str, images: torch.Tensor, run: Callable[[str, torch.Tensor], Any]
 ) -> ModuleCall:
+    """Run a method of the backbone and record the calls inside it.
+
+    Args:
+        backbone: A timm model.
+        method: Method to run.
+        images: Probe images [B, C, H, W].
+        run: Function that runs a method of the backbone on images.
+
+    Returns:
+        Call of `method`, which contains all other calls.
+    """
     channels_last = getattr(backbone, 'output_fmt', None) == 'NHWC'
     image_size = images.shape[-2:]
     root = ModuleCall('', backbone, image_size, channels_last)
@@ -170,7 +188,7 @@ def _trace(
     def leave(output):
         stack.pop().record_output(output, counter.get_total_flops())
 
-    def watched(name, method):
+    def recorded(name, method):
         def run_method(*args, **kwargs):
             enter(name, backbone, args, kwargs)
             output = method(*args, **kwargs)
@@ -186,44 +204,48 @@ def _trace(
                 post = module.register_forward_hook(lambda m, args, output: leave(output))
                 undo.callback(pre.remove)
                 undo.callback(post.remove)
-        for name in (*TRACED_METHODS, *ENDS):
+        for name in (*TRACED_METHODS, *FORWARD_METHODS):
             if name != method and hasattr(backbone, name):
-                undo.callback(_put_back, backbone, name, vars(backbone).get(name))
-                setattr(backbone, name, watched(name, getattr(backbone, name)))
+                undo.callback(_restore_method, backbone, name, vars(backbone).get(name))
+                setattr(backbone, name, recorded(name, getattr(backbone, name)))
         root.record_input((images,), {})
         output = run(method, images)
     root.record_output(output, counter.get_total_flops())
     return root
 
 
-def _put_back(backbone: nn.Module, name: str, own: Optional[Callable]) -> None:
+def _restore_method(backbone: nn.Module, name: str, own: Optional[Callable]) -> None:
+    """Remove a replaced method from the instance, and set the instance's own method, if it had one."""
     delattr(backbone, name)
     if own is not None:
         setattr(backbone, name, own)
 
 
-def list_places(root: ModuleCall, blocks: Set[str], group_ends: Set[str]) -> List[TracedModule]:
-    """The blocks whose map an exit can read while the backbone runs as a whole, in the order in which they end.
+def list_tappable_blocks(root: ModuleCall, blocks: Set[str], group_ends: Set[str]) -> List[TracedModule]:
+    """List the blocks whose map an exit can read during a full forward pass, in the order in which they return.
 
-    Of blocks that end at the same multiply-add (a stage and its last block) the end of a resolution group stands for
-    all, or else the first. A block that runs twice has no single place; a map that is written to later isn't what the
-    block returned.
+    Of blocks with equal cumulative MACs (a resolution stage and its last block), only the end of a resolution group is
+    listed, or else the first block. Blocks that run more than once and blocks whose map is modified later are left
+    out.
 
     Args:
-        root: What `probe` recorded.
+        root: Recorded call of ``forward_features``, from `probe`.
         blocks: Names of the blocks.
         group_ends: Names of the modules at which resolution groups end.
+
+    Returns:
+        Tappable blocks, by increasing cumulative MACs.
     """
-    runs = Counter(call.name for call in root.ended())
-    places = []
-    for call in root.ended():
+    runs = Counter(call.name for call in root.in_return_order())
+    tappable = []
+    for call in root.in_return_order():
         if call.name not in blocks or runs[call.name] > 1 or call.layout is None:
             continue
         if call.layout.of(call.output)._version != call.map_version:
             continue
-        place = TracedModule(call.name, call.layout, call.macs, is_block=True)
-        if not places or places[-1].macs < call.macs:
-            places.append(place)
+        block = TracedModule(call.name, call.layout, call.macs, is_block=True)
+        if not tappable or tappable[-1].macs < call.macs:
+            tappable.append(block)
         elif call.name in group_ends:
-            places[-1] = place
-    return places
+            tappable[-1] = block
+    return tappable

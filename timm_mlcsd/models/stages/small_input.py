@@ -1,4 +1,4 @@
-"""Fit a backbone made for large images to small ones: take its first two downsamplings out."""
+"""Adapt a backbone made for large images to small ones by removing its first two downsamplings."""
 
 from contextlib import ExitStack
 from typing import Optional
@@ -14,40 +14,44 @@ _MARK = '_timm_mlcsd_small_input'
 
 
 def has_small_input(backbone: nn.Module) -> bool:
-    """Whether its first two downsamplings have been taken out; copies know it too."""
+    """Whether the first two downsamplings of `backbone` have been removed; true of its copies too."""
     return getattr(backbone, _MARK, False)
 
 
 def remove_first_downsamplings(backbone: nn.Module, root: ModuleCall, undo: ExitStack) -> None:
-    """Change `backbone` in place so that it keeps four times the resolution: a 32x32 image ends at 4x4, not at 1x1.
+    """Quadruple the resolution of all maps in place: a 32x32 image is reduced to 4x4 instead of 1x1.
 
-    Every strided layer that reads a map of more than a quarter of the image's width loses its stride: a 3x3 or 1x1
-    conv keeps its weights, another conv becomes a new 3x3 one, a pool goes (the paper's CIFAR networks, section
-    "Multi-exit network architectures").
+    Every strided layer whose input map is wider than a quarter of the image loses its stride. A 3x3 or 1x1 conv keeps
+    its weights, any other conv is replaced by a new 3x3 conv, and a pool is removed, as in the paper's CIFAR networks
+    (section "Multi-exit network architectures").
 
     Args:
-        backbone: A timm model.
-        root: What `probe` recorded of it.
-        undo: Gets what puts the backbone back as it was.
+        backbone: A timm model, changed in place.
+        root: Recorded call of its ``forward_features``, from `probe`.
+        undo: Stack that receives callbacks which restore the backbone.
 
     Raises:
-        ValueError: The backbone does not begin with downsamplings of two or four.
+        ValueError: The backbone has no strided layers at its beginning, or one that reduces more than 4 times.
     """
     image_width = root.input.shape[-1]
     found = False
-    for call in root.ended():
+    for call in root.in_return_order():
         factor = _reduction(call)
         if factor is None or round(image_width / call.input.shape[-1]) >= 4:
             continue
         if factor > 4:
             raise ValueError(
-                f'small_input=True takes two halvings out; {call.name!r} of this backbone reduces the image {factor} '
-                f'times at once. Use images of its own size, or a backbone with a smaller patch.'
+                f'small_input=True: expected layers that reduce at most 4 times, got {call.name!r}, which reduces '
+                f'{factor} times; use images of the size that the backbone was made for, or a backbone with a smaller '
+                f'patch.'
             )
         _remove_stride(backbone, call.name, undo)
         found = True
     if not found:
-        raise ValueError('small_input=True: this backbone has no strided convs or pools at its beginning to take out.')
+        raise ValueError(
+            'small_input=True: expected strided convs or pools at the beginning of the backbone, got none; use '
+            'small_input=False.'
+        )
     for info in backbone.feature_info:
         undo.callback(info.__setitem__, 'reduction', info['reduction'])
         info['reduction'] = max(1, info['reduction'] // 4)
@@ -56,7 +60,7 @@ def remove_first_downsamplings(backbone: nn.Module, root: ModuleCall, undo: Exit
 
 
 def _reduction(call: ModuleCall) -> Optional[int]:
-    """How many times a single strided layer reduces its map's width; None for any other call."""
+    """Factor by which a single strided layer reduces the width of its map; None for any other call."""
     stride = getattr(call.module, 'stride', 1)
     stride = max(stride) if isinstance(stride, (tuple, list)) else stride
     maps = (call.input, call.output)
@@ -77,7 +81,7 @@ def _remove_stride(backbone: nn.Module, name: str, undo: ExitStack) -> None:
 
 
 def _stride_one(conv: nn.Conv2d) -> nn.Conv2d:
-    """A new 3x3 stride-1 conv in the place of a larger strided one."""
+    """Make a 3x3 stride-1 conv with new weights to replace a larger strided one."""
     new = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,

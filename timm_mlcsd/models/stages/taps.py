@@ -1,4 +1,4 @@
-"""Read the maps of several modules while a backbone runs as a whole."""
+"""Read the feature maps of tapped modules during a full forward pass of the backbone."""
 
 import threading
 from typing import Any, List, Sequence, Tuple
@@ -12,7 +12,7 @@ __all__ = ['Taps', 'is_tap']
 
 
 class _Slot:
-    """What one thread reads at one tap."""
+    """Output recorded at one tap by one thread."""
 
     is_open = False
     output: Any = None
@@ -23,7 +23,7 @@ class _ThreadSlot(threading.local, _Slot):
 
 
 class _Tap:
-    """A forward hook that keeps its module's output while it is open; copied along with the model."""
+    """Forward hook that stores the output of its module while its slot is open; copied together with the model."""
 
     def __init__(self):
         self.in_graph = _Slot()
@@ -31,7 +31,7 @@ class _Tap:
 
     @property
     def slot(self) -> _Slot:
-        """A slot per thread; one for what a compiler traces, which knows no threads."""
+        """Slot of the current thread; under ``torch.compile`` one slot for all, as it cannot trace thread locals."""
         return self.in_graph if torch.compiler.is_compiling() else self.in_thread
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -44,26 +44,26 @@ class _Tap:
 
 
 def is_tap(hook: Any) -> bool:
-    """Whether a forward hook is one with which an exit reads a module."""
+    """Whether a forward hook is a tap, with which an exit reads the output of a module."""
     return isinstance(hook, _Tap)
 
 
 class Taps:
-    """Hooks on the tapped modules of a backbone.
+    """Forward hooks on the tapped modules of a backbone.
 
     Args:
         backbone: A timm model.
-        tapped: The modules, with where the map lies in each one's output.
+        tapped: Tapped modules with the layout of their outputs, K.
     """
 
     def __init__(self, backbone: nn.Module, tapped: Sequence[TracedModule]):
-        self.layouts = [place.layout for place in tapped]
+        self.layouts = [module.layout for module in tapped]
         self.taps = [_Tap() for _ in tapped]
-        for place, tap in zip(tapped, self.taps):
-            backbone.get_submodule(place.name).register_forward_hook(tap)
+        for module, tap in zip(tapped, self.taps):
+            backbone.get_submodule(module.name).register_forward_hook(tap)
 
     def remove(self, backbone: nn.Module) -> None:
-        """Take the hooks off."""
+        """Remove the hooks from `backbone`."""
         for module in backbone.modules():
             for key, hook in list(module._forward_hooks.items()):
                 if any(hook is tap for tap in self.taps):
@@ -73,10 +73,17 @@ class Taps:
         return len(self.taps)
 
     def run(self, backbone: nn.Module, images: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """Run the backbone on images [B, C, H, W].
+        """Run the backbone and read the maps at the taps.
+
+        Args:
+            backbone: Backbone that has these hooks.
+            images: Images [B, C, H, W].
 
         Returns:
-            Its own output, and the maps [B, C, H, W] at the taps.
+            Output of the backbone, and K maps [B, C_k, H_k, W_k].
+
+        Raises:
+            RuntimeError: A tapped module did not run.
         """
         slots = [tap.slot for tap in self.taps]
         for slot in slots:
@@ -84,7 +91,7 @@ class Taps:
         try:
             output = backbone(images)
             if any(slot.output is None for slot in slots):
-                raise RuntimeError('the call of the backbone did not run all modules that exits read')
+                raise RuntimeError('the forward pass of the backbone did not run all modules that the exits tap')
             maps = [layout.read(slot.output, images.shape[-2:]) for slot, layout in zip(slots, self.layouts)]
         finally:
             for slot in slots:

@@ -17,6 +17,7 @@ from ..errors import UserError, as_user_error, install_hint
 from ..hub import URI_SCHEMES
 from ..models import MultiExitModel
 from ..network import Network, load_network
+from ..registered import registered
 from ..report import format_table, plot_accuracy_against_cost, write_page
 from .benchmark import benchmark_policy, tables
 from .build import resolve_data_config
@@ -54,7 +55,8 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
     if (config.plot or config.adaptive) and not model.resumable:
         flag = '--adaptive' if config.adaptive else '--plot'
         raise UserError(f'{flag}: the exits have no cost of their own: {model.why_not_resumable}.')
-    costs = exit_costs(model, data_config['input_size']) if model.resumable else [None] * model.num_exits
+    counted = exit_costs(model, data_config['input_size']) if model.resumable else []
+    costs: Sequence[Optional[ExitCost]] = counted or [None] * model.num_exits
     dataset, split = load_split(config, network.checkpoint)
     names = class_names(dataset)
     check_classes(names, network.class_names, split)
@@ -62,7 +64,7 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
         raise UserError(f'the data has {len(names)} classes, the model {model.num_classes}: they do not fit.')
     evaluator = Evaluator(model, data_config, config.data, config.device, device=device)
     if config.adaptive:
-        result, record = _validate_adaptive(config, network, evaluator, dataset, split, costs)
+        result, record = _validate_adaptive(config, network, evaluator, dataset, split, counted)
     else:
         result, record = evaluator.evaluate(dataset), {}
         _print_exits(config, evaluator, result, costs, split)
@@ -93,14 +95,15 @@ def _validate_adaptive(
     with as_user_error(f'the images of {split} do not fit the network'):
         adaptive = evaluate_policy(*test, costs, policy)
     gallery = ExampleGallery(adaptive, test, policy, evaluator.data_config) if config.report else None
-    benchmark = benchmark_policy(evaluator, policy, loader, len(test.targets), gallery and gallery.collect)
+    benchmark = benchmark_policy(evaluator, policy, loader, len(test.targets), gallery.collect if gallery else None)
     text, record = tables(policy, adaptive, benchmark, test, costs, config.data.batch_size)
     print(f'\nAdaptive, {origin}: {policy.score}, aggregate {policy.aggregate}\n{text}')
     record['fitted_to'] = origin
     if config.save_policy:
         policy.save(saved_policy_path(config))
         print(f'policy: {saved_policy_path(config)}')
-    if config.report:
+    if gallery is not None:
+        assert val is not None  # a report needs the logits, so the policy comes with them
         title = f'{config.source} on {split}'
         names = names or network.class_names
         write_page(config.report, page_data(title, origin, policy, val, test, costs, benchmark, gallery, names))
@@ -177,7 +180,7 @@ def with_trained_data(config: ValidateConfig, network: Network) -> Tuple[Validat
     for key in ('input_key', 'target_key', 'input_img_mode', 'in_chans'):
         if getattr(data, key) is None:
             setattr(data, key, trained.get(key))
-    data.in_chans = data.in_chans or network.model.in_chans
+    data.in_chans = data.in_chans or registered(network.model).in_chans
     data_config = resolve_data_config(data, network.model, network.checkpoint.get('data_config') or network.data_config)
     with as_user_error(f'--in-chans {data.in_chans}'):
         data.input_img_mode = data_config.get(IMAGE_MODE) or default_image_mode(data.in_chans)
@@ -204,10 +207,10 @@ def load_split(config: ValidateConfig, checkpoint: Dict[str, Any]) -> Tuple[Data
         return dataset, config.split
     if 'val_indices' not in checkpoint:
         raise UserError('--held-out needs a checkpoint whose training held images out of its train split.')
-    dataset, name = held_out(config.data, checkpoint)
+    images, name = held_out(config.data, checkpoint)
     if reports_on_half(config):
-        return halves_of(dataset)[1], f'the other half of {name}'
-    return dataset, name
+        return halves_of(images)[1], f'the other half of {name}'
+    return images, name
 
 
 def _rows(model: MultiExitModel, result: Evaluation, costs: Sequence[Optional[ExitCost]]) -> List[Dict[str, Any]]:

@@ -17,6 +17,7 @@ from ..errors import UserError, as_user_error
 from ..files import atomic_write
 from ..network import BEST, LAST
 from .config import TrainConfig
+from .datasets import num_images
 from .device import resolve_device
 from .dry_run import dry_run
 from .epoch import Progress
@@ -68,11 +69,11 @@ def _train(trainer: Trainer, folder: Path, weights_only: bool) -> None:
     if dist_context.is_primary and not weights_only:
         _copy_best_checkpoint(trainer.config.run, folder)
     if not (folder / BEST).exists():
-        trainer.best = float('-inf')  # the best so far lies elsewhere, perhaps on other data
+        trainer.best = float('-inf')  # the best checkpoint is of another run
     files = RunFolder(trainer.config, folder, trainer.start_epoch, trainer.best) if dist_context.is_primary else None
     _logger.info(
         f'{trainer.config.model.model}: {trainer.model.num_exits} exits, {trainer.num_classes} classes, '
-        f'{len(trainer.train_data)} images to train on, {_number(trainer.val_data)} to choose the best epoch, '
+        f'{num_images(trainer.train_data)} images to train on, {_number(trainer.val_data)} to choose the best epoch, '
         f'{dist_context.size} process(es), output in {folder}'
     )
     handler = SigtermHandler()
@@ -140,8 +141,8 @@ def _run_epochs(trainer: Trainer, files: Optional[RunFolder], handler: SigtermHa
 
 
 def _number(images: Dataset) -> str:
-    """The number of images; a stream does not tell it."""
-    return 'a stream of them' if isinstance(images, IterableDataset) else str(len(images))
+    """The number of images as text; a stream has an unknown one."""
+    return 'a stream of them' if isinstance(images, IterableDataset) else str(num_images(images))
 
 
 def _advice(error: NonFiniteError, folder: Path, is_primary: bool) -> str:
