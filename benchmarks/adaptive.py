@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""How much of the time that early exits could save they do save.
+"""Measure how close the run time of early-exit inference is to its ideal.
 
-possible = sum over stages and heads of (its measured time at the full batch x share of the samples still there);
-the table has possible / realised, the speed-up over the plain backbone and the share of its multiply-adds. Everything
-in one row is timed in turn in one run. Thresholds are set so that the mean cost is a given share of the plain
-backbone's; images and weights are random: time does not depend on what the exits say, only
-on how many images are left.
+possible = sum over stages and heads of (measured time at the full batch x share of the remaining samples). The table
+shows possible / realised, the speed-up over the plain backbone and the share of its multiply-adds. All times of a row
+are measured alternately in one run. Thresholds are set to a mean cost that is a given share of the plain backbone's.
+Images and weights are random, because the time depends only on the number of remaining images.
 
     python benchmarks/adaptive.py --model mlcsd_resnet50 --input-size 3 224 224
     python benchmarks/adaptive.py --model mlcsd_resnet18 --small-input --input-size 3 32 32 --num-classes 100
@@ -33,12 +32,22 @@ from timm_mlcsd.cli.arguments import positive_float, positive_int
 from timm_mlcsd.cost import exit_costs
 from timm_mlcsd.report import format_table
 
-# batches per timed call, so that small ones are not lost in the clock and shares are shares
+# batches per measurement by batch size: more small ones, for precise times and exit rates
 BATCHES = {1: 32, 16: 4, 64: 1, 256: 1}
 
 
 def policy_at(share: float, logits: torch.Tensor, costs: Sequence[Any], plain: float) -> ExitPolicy:
-    """Thresholds for a geometric distribution over the exits whose mean cost is `share` of the plain backbone's."""
+    """Fit a policy with geometric exit rates to a mean cost.
+
+    Args:
+        share: Mean cost as a share of `plain`.
+        logits: Logits of K exits on N samples, [K, N, C].
+        costs: `ExitCost` of each exit, [K].
+        plain: Multiply-adds of the plain backbone.
+
+    Returns:
+        The policy.
+    """
     targets = torch.zeros(logits.shape[1], dtype=torch.long)
     low, high = 1e-3, 1e3
     for _ in range(40):
@@ -53,6 +62,7 @@ def policy_at(share: float, logits: torch.Tensor, costs: Sequence[Any], plain: f
 
 
 def seconds(run: Callable[[], Any]) -> Tuple[float, Any]:
+    """Call a function; return the seconds that it took and its result."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -63,13 +73,19 @@ def seconds(run: Callable[[], Any]) -> Tuple[float, Any]:
 
 
 class Torch:
-    """The network under PyTorch: parts are stages and heads in turn."""
+    """The network in PyTorch; stages and heads are timed separately.
+
+    Args:
+        args: Command-line arguments.
+        model: Network.
+    """
 
     def __init__(self, args: argparse.Namespace, model: torch.nn.Module):
         self.model = model
         self.autocast = partial(torch.autocast, args.device, torch.bfloat16, enabled=args.amp)
 
     def adaptive(self, policy: ExitPolicy) -> Callable[[torch.Tensor], Any]:
+        """Function that runs early-exit inference on images and returns their exit indices."""
         adaptive = AdaptiveModel(self.model, policy, range(self.model.num_exits))
 
         def predict(images: torch.Tensor) -> Sequence[int]:
@@ -79,11 +95,12 @@ class Torch:
         return predict
 
     def plain(self, images: torch.Tensor) -> torch.Tensor:
+        """Run the plain backbone."""
         with torch.no_grad(), self.autocast():
             return self.model(images)
 
     def loop(self, images: torch.Tensor, clock: Callable[[Callable], Tuple[float, Any]] = seconds) -> List[List[float]]:
-        """Seconds of every stage and of every head."""
+        """Run all stages and heads, and return [stage, head] in seconds for each exit."""
         state, times = images, []
         for k in range(self.model.num_exits):
             with torch.no_grad(), self.autocast():
@@ -94,7 +111,13 @@ class Torch:
 
 
 class Onnx:
-    """The exported stages under ONNX Runtime: a part is a stage with its head."""
+    """The exported stages in ONNX Runtime; each stage is timed with its head.
+
+    Args:
+        args: Command-line arguments.
+        model: Network.
+        input_size: Size of the images, (C, H, W).
+    """
 
     def __init__(self, args: argparse.Namespace, model: torch.nn.Module, input_size: Sequence[int]):
         self.folder = tempfile.TemporaryDirectory()
@@ -115,7 +138,7 @@ class Onnx:
         import runner
 
         self.runner, self.path = runner, path
-        # as the runner does: threads that go on spinning would slow down whatever is timed next
+        # as in the runner: spinning threads would slow down the next measurement
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry('session.force_spinning_stop', '1')
         self.session = onnxruntime.InferenceSession(
@@ -124,13 +147,16 @@ class Onnx:
         self.stages = runner.AdaptiveModel(path)
 
     def adaptive(self, policy: ExitPolicy) -> Callable[[torch.Tensor], Any]:
+        """Function that runs early-exit inference on images and returns their exit indices."""
         adaptive = self.runner.AdaptiveModel(self.path, policy.to_dict())
         return lambda images: adaptive.predict(images.numpy()).exit_index.tolist()
 
     def plain(self, images: torch.Tensor) -> Any:
+        """Run the plain backbone."""
         return self.session.run(None, {self.session.get_inputs()[0].name: images.numpy()})
 
     def loop(self, images: torch.Tensor) -> List[List[float]]:
+        """Run all stages with their heads, and return [stage] in seconds for each exit."""
         state, times = [images.numpy()], []
         for k in range(len(self.stages.stages)):
             took, (state, _) = seconds(partial(self.stages._run, k, state))
@@ -138,9 +164,19 @@ class Onnx:
         return times
 
 
-def one_round(engine: Any, never: Callable, runs: Sequence[Callable], batches: Sequence[torch.Tensor]) -> Tuple:
-    """Every way over the same batches, in turn: seconds of the parts, of the plain network, of each policy with the
-    exits taken, and the runtime over a plain loop where no exit is taken."""
+def one_round(engine: Any, no_exit: Callable, runs: Sequence[Callable], batches: Sequence[torch.Tensor]) -> Tuple:
+    """Time every variant once on the same batches.
+
+    Args:
+        engine: `Torch` or `Onnx`.
+        no_exit: Early-exit inference with a policy under which no sample leaves early.
+        runs: Early-exit inference with each policy.
+        batches: Batches of images.
+
+    Returns:
+        Mean seconds of each part, mean seconds of the plain backbone, seconds and exit indices per policy and batch,
+        and the time of `no_exit` divided by that of a loop over all stages and heads.
+    """
     parts = [engine.loop(batch) for batch in batches]
     mean = [[statistics.mean(p) for p in zip(*exit_)] for exit_ in zip(*parts)]
     plain = statistics.mean(seconds(partial(engine.plain, batch))[0] for batch in batches)
@@ -148,11 +184,12 @@ def one_round(engine: Any, never: Callable, runs: Sequence[Callable], batches: S
     loops, whole = 0.0, 0.0
     for batch in batches:
         loops += seconds(partial(engine.loop, batch))[0]
-        whole += seconds(partial(never, batch))[0]
+        whole += seconds(partial(no_exit, batch))[0]
     return mean, plain, taken, whole / loops
 
 
 def measure(args: argparse.Namespace) -> str:
+    """Run the benchmark and return its tables as text."""
     torch.manual_seed(0)
     model = timm.create_model(args.model, num_classes=args.num_classes, exits=args.exits, small_input=args.small_input)
     model = model.eval().to(args.device)
@@ -166,22 +203,22 @@ def measure(args: argparse.Namespace) -> str:
         logits = torch.cat([torch.stack(model.forward_exits(part).logits) for part in pool.split(32)], dim=1).cpu()
     engine = Onnx(args, model, args.input_size) if args.onnx else Torch(args, model)
     policies = [policy_at(share, logits, costs, plain_macs) for share in args.shares]
-    never = engine.adaptive(ExitPolicy([2.0] * (model.num_exits - 1)))
+    no_exit = engine.adaptive(ExitPolicy([2.0] * (model.num_exits - 1)))
     rows, overheads = [], []
     for batch_size in args.batch_sizes:
         batches = pool.split(batch_size)[: BATCHES.get(batch_size, 1)]
         runs = [engine.adaptive(policy) for policy in policies]
 
-        one_round(engine, never, runs, batches)
-        rounds = [one_round(engine, never, runs, batches) for _ in range(args.repeats)]
+        one_round(engine, no_exit, runs, batches)
+        rounds = [one_round(engine, no_exit, runs, batches) for _ in range(args.repeats)]
         overheads.append((batch_size, statistics.median(r[3] for r in rounds)))
         for i, share in enumerate(args.shares):
             ratios, speedups, macs = [], [], []
             for mean, plain, taken, _ in rounds:
                 exits = [e for _, found in taken[i] for e in found]
-                there = [sum(e >= k for e in exits) / len(exits) for k in range(len(mean))]
-                on = [policies[i].is_on(k) or args.onnx for k in range(len(mean))]  # a head that is off costs nothing
-                possible = sum(sum(parts[: 1 + is_on]) * left for parts, is_on, left in zip(mean, on, there))
+                remaining = [sum(e >= k for e in exits) / len(exits) for k in range(len(mean))]
+                on = [policies[i].is_on(k) or args.onnx for k in range(len(mean))]  # a head that is off does not run
+                possible = sum(sum(parts[: 1 + is_on]) * left for parts, is_on, left in zip(mean, on, remaining))
                 realised = statistics.mean(took for took, _ in taken[i])
                 ratios.append(possible / realised)
                 speedups.append(plain / realised)
@@ -206,6 +243,7 @@ def measure(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='mlcsd_resnet50')
     parser.add_argument('--exits', type=positive_int, default=8)
@@ -213,12 +251,18 @@ def main() -> None:
     parser.add_argument('--num-classes', type=positive_int, default=1000)
     parser.add_argument('--small-input', action='store_true')
     parser.add_argument('--batch-sizes', type=positive_int, nargs='+', default=[1, 16, 64, 256])
-    parser.add_argument('--shares', type=positive_float, nargs='+', default=[0.35, 0.5, 0.7], help='of the plain MACs')
+    parser.add_argument(
+        '--shares',
+        type=positive_float,
+        nargs='+',
+        default=[0.35, 0.5, 0.7],
+        help='mean costs as shares of the plain MACs',
+    )
     parser.add_argument('--repeats', type=positive_int, default=5)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--amp', action='store_true', help='bfloat16')
     parser.add_argument('--channels-last', action='store_true')
-    parser.add_argument('--onnx', action='store_true', help='the exported stages under ONNX Runtime')
+    parser.add_argument('--onnx', action='store_true', help='run the exported stages in ONNX Runtime')
     print(measure(parser.parse_args()))
 
 

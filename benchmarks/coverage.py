@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Which of timm's architectures work as multi-exit networks, family by family: docs/coverage.md.
+"""Test timm's architectures as multi-exit networks, family by family, for docs/coverage.md.
 
-For the smallest and one mid-size member of every family: is it made, does the last exit equal the backbone bit for
-bit, do all parameters get finite gradients from one training step, do its stages one by one give what the whole gives
-bit for bit, does `forward_exits` compile without a graph break and export. Rows are kept in a JSON lines file, so that
-a stopped run goes on where it was.
+For the smallest and one mid-size member of every family: can it be created, does the last exit equal the backbone bit
+for bit, do all parameters get finite gradients from one training step, do the stages run one by one give the same
+logits bit for bit, and does `forward_exits` compile without a graph break and export? Rows are appended to a JSON lines
+file, from which a stopped run resumes.
 
     python benchmarks/coverage.py --rows docs/coverage.jsonl --table docs/coverage.md
 """
@@ -35,8 +35,17 @@ CHECKS = ('last exit', 'trains', 'stages', 'compiles', 'exports')
 
 
 def members(family: str, count: int) -> List[str]:
-    """The smallest member of a family, and the one in the middle by number of parameters; encoders of vision-language
-    models (``..._enc``), which have no classifier, aside."""
+    """List the smallest and the median member of a family by number of parameters.
+
+    Encoders of vision-language models (``..._enc``), which have no classifier, are excluded.
+
+    Args:
+        family: Name of timm's module.
+        count: Number of members, 1 or 2.
+
+    Returns:
+        Names of the members, the smallest first.
+    """
     sizes = {}
     for name in timm.list_models(module=family):
         with torch.device('meta'):
@@ -47,8 +56,8 @@ def members(family: str, count: int) -> List[str]:
     return list(dict.fromkeys([names[0], names[(len(names) - 1) // 2]]))[:count]
 
 
-def check_apart(name: str) -> Dict[str, Any]:
-    """`check` in a process of its own: the next model finds all memory free, and none takes the others with it."""
+def check_in_process(name: str) -> Dict[str, Any]:
+    """Run `check` in a new process, so that memory is released and a crash affects only one model."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['timm_mlcsd'])
     try:
@@ -59,17 +68,17 @@ def check_apart(name: str) -> Dict[str, Any]:
 
 
 def make(name: str) -> MultiExitBackbone:
-    """The network; one for large images made for small ones, where it can be, to spare time and memory."""
+    """Create a network; one for large images is created for smaller ones if possible, to save time and memory."""
     for size in (224, 240) if max(timm.get_pretrained_cfg_value(name, 'input_size')) > LARGE else ():
         try:
             return create_multi_exit(name, num_classes=10, img_size=size)
         except (TypeError, ValueError):
-            pass  # it takes no img_size, or not this one
+            pass  # no img_size, or not this one
     return create_multi_exit(name, num_classes=10)
 
 
 def check(name: str) -> Dict[str, Any]:
-    """Try everything on one architecture; a check's value is True or the reason why not."""
+    """Run all checks on one architecture; the value of a check is True or the reason of the failure."""
     warnings.simplefilter('ignore')
     torch.manual_seed(0)
     start = time.perf_counter()
@@ -145,18 +154,27 @@ def _exports(model: MultiExitBackbone, images: torch.Tensor) -> Any:
 
 
 class _Exits(nn.Module):
-    """What export takes: a module whose forward answers at all exits."""
+    """Module for torch.export whose forward returns the logits of all exits."""
 
     def __init__(self, model: MultiExitBackbone):
         super().__init__()
         self.model = model
 
     def forward(self, images: torch.Tensor) -> Any:
+        """Compute the logits of all exits."""
         return self.model.forward_exits(images).logits
 
 
 def table(rows: List[Dict[str, Any]], families_known: List[str]) -> str:
-    """The page."""
+    """Write the page with the results.
+
+    Args:
+        rows: Results of `check` with the family.
+        families_known: Names of all families.
+
+    Returns:
+        The page as Markdown.
+    """
     cells = [
         (
             row['family'],
@@ -211,10 +229,13 @@ def table(rows: List[Dict[str, Any]], families_known: List[str]) -> str:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('families', nargs='*', help='default: all')
-    parser.add_argument('--members', type=int, default=2, choices=(1, 2), help='per family')
-    parser.add_argument('--rows', type=Path, default=Path('output/coverage.jsonl'), help='results so far')
+    parser.add_argument('families', nargs='*', help='families to test (default: all)')
+    parser.add_argument('--members', type=int, default=2, choices=(1, 2), help='models per family')
+    parser.add_argument(
+        '--rows', type=Path, default=Path('output/coverage.jsonl'), help='file of results; existing rows are kept'
+    )
     parser.add_argument('--table', type=Path, help='page to write')
     args = parser.parse_args()
     warnings.simplefilter('ignore')
@@ -229,7 +250,7 @@ def main() -> None:
         for name in members(family, args.members):
             if name in done:
                 continue
-            row = dict(family=family, **check_apart(name))
+            row = dict(family=family, **check_in_process(name))
             rows.append(row)
             with args.rows.open('a') as f:
                 f.write(json.dumps(row) + '\n')

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""How late `AdaptiveModel.predict_anytime` is: 1,000 calls with random deadlines, overrun against the time of a stage.
+"""Measure by how much `AdaptiveModel.predict_anytime` exceeds random deadlines, against the time of a stage.
 
-Nobody is ever sure here, so only the clock ends a call. The logits must be those of the deepest exit that was run.
+No exit is ever sure here, so only the deadline ends a call. The logits must be those of the deepest exit that ran.
 
     python benchmarks/deadlines.py --model mlcsd_resnet18 --small-input --input-size 3 32 32 --exits 8
     python benchmarks/deadlines.py --model mlcsd_resnet50 --input-size 3 224 224 --exits 8 --calls 1000
@@ -22,11 +22,13 @@ from timm_mlcsd.report import format_table
 
 
 def quantile(values, q):
+    """Quantile q (0 to 1) of a list of numbers, without interpolation."""
     return sorted(values)[int(q * (len(values) - 1))]
 
 
 @torch.inference_mode()
 def main() -> None:
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='mlcsd_resnet18')
     parser.add_argument('--exits', type=positive_int, default=8)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Is training bound by the network? Steps on images kept on the device against steps on one resident random batch.
+"""Compare training on images that are cached on the device with training on one fixed batch.
 
     python benchmarks/device_cache.py                      # CIFAR-sized random images
     python benchmarks/device_cache.py --width 64 --batch-size 256 --device cuda --amp
 
-Both train the same network, an epoch each in turn; the ratio of their speeds is 1 where making batches costs nothing.
+Both train the same network, in alternating epochs. A ratio of the speeds of 1 means that loading takes no time.
 """
 
 import argparse
@@ -22,14 +22,17 @@ from timm_mlcsd.report import format_table
 
 
 def main() -> None:
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument(
-        '--width', type=positive_int, default=16, help='of the first stage of a ResNet18; 64 is the usual one'
+        '--width', type=positive_int, default=16, help='channels of the first stage of the ResNet18 (standard: 64)'
     )
     parser.add_argument('--batch-size', type=positive_int, default=64)
-    parser.add_argument('--steps', type=positive_int, default=20, help='per epoch')
-    parser.add_argument('--repeats', type=positive_int, default=5, help='epochs of each, after one that does not count')
+    parser.add_argument('--steps', type=positive_int, default=20, help='steps per epoch')
+    parser.add_argument(
+        '--repeats', type=positive_int, default=5, help='epochs of each variant, after one warm-up epoch'
+    )
     parser.add_argument('--amp', action='store_true', help='bfloat16')
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -46,7 +49,7 @@ def main() -> None:
     )
     resident = [next(iter(loader))] * args.steps
 
-    def epoch(batches) -> float:
+    def images_per_second(batches) -> float:
         start = time.perf_counter()
         for x, y in batches:
             with torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext():
@@ -58,7 +61,7 @@ def main() -> None:
             torch.cuda.synchronize()
         return args.batch_size * args.steps / (time.perf_counter() - start)
 
-    rounds = [(epoch(resident), epoch(loader)) for _ in range(args.repeats + 1)][1:]
+    rounds = [(images_per_second(resident), images_per_second(loader)) for _ in range(args.repeats + 1)][1:]
     rows = [
         (name, statistics.median(speeds)) for name, speeds in zip(('resident batch', 'cached data set'), zip(*rounds))
     ]

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""One process of train.py against several with the same global batch, one thread each: images per second, in turn, and
-how far loss and accuracy of the epochs are apart.
+"""Compare one process of train.py with several processes of the same global batch size, one thread each.
 
-Takes train.py's flags behind its own; the batch size is that of one process.
+Prints images per second, measured alternately, and loss and accuracy of every epoch. Other flags are passed to
+train.py; ``--batch-size`` is the global batch size.
 
     python benchmarks/processes.py --repeats 3 --config configs/quickstart.yaml --epochs 6 --workers 0
 """
@@ -25,7 +25,16 @@ TRAIN = Path(__file__).resolve().parents[1] / 'train.py'
 
 
 def train(processes: int, batch_size: int, flags: List[str]) -> Tuple[float, List[Dict[str, float]]]:
-    """Train once; images per second, the median of the epochs after the first, and the rows of summary.csv."""
+    """Train once.
+
+    Args:
+        processes: Number of processes.
+        batch_size: Global batch size.
+        flags: Flags of train.py.
+
+    Returns:
+        Images per second, the median of the epochs after the first, and the rows of summary.csv.
+    """
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, *launcher, str(TRAIN), *flags, '--batch-size', str(batch_size // processes)]
@@ -41,6 +50,7 @@ def train(processes: int, batch_size: int, flags: List[str]) -> Tuple[float, Lis
 
 
 def main() -> None:
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--processes', type=positive_int, default=2)
     parser.add_argument('--batch-size', type=positive_int, default=32)
@@ -56,8 +66,8 @@ def main() -> None:
         for a, b in zip(one[0][1], several[0][1])
     ]
     print(format_table(('epoch', 'loss, 1', f'loss, {args.processes}', 'mean top-1, 1', f'{args.processes}'), table))
-    apart = max(abs(a - b) / a for _, a, b, _, _ in table)
-    print(f'losses at most {100 * apart:.1f}% apart')
+    difference = max(abs(a - b) / a for _, a, b, _, _ in table)
+    print(f'losses differ by at most {100 * difference:.1f}%')
 
 
 if __name__ == '__main__':

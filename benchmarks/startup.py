@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""What exits cost before anything runs: import time beside timm's, construction time beside the plain backbone's.
+"""Compare the import time with timm's, and the construction time of networks with that of their plain backbones.
 
-Imports are timed in fresh processes, constructions in turn in this one; medians and their ratios are printed.
+Imports are timed in new processes, constructions alternately in this one; medians and their ratios are printed.
 
     python benchmarks/startup.py
 """
@@ -25,7 +25,7 @@ MODELS = ['resnet18', 'resnet50', 'mobilenetv2_100', 'vit_small_patch16_224']
 
 
 def import_seconds(code: str) -> float:
-    """Seconds that a fresh process measures around what follows the first line of `code`."""
+    """Seconds that a new process needs for `code` without its first line, which runs before the measurement."""
     first, _, rest = code.partition('\n')
     script = f'import time\n{first}\nstart = time.perf_counter()\n{rest}\nprint(time.perf_counter() - start)'
     return float(subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout)
@@ -39,6 +39,7 @@ def seconds(make: Callable[[], object]) -> float:
 
 
 def main() -> None:
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--repeats', type=positive_int, default=5)
     parser.add_argument('--models', nargs='*', default=MODELS)

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""One training step of a multi-exit network against its plain backbone, timed in turn.
+"""Compare a training step of a multi-exit network with a step of its plain backbone.
 
-A step is forward, loss, backward and optimizer update on a resident batch. Prints the ratio of the medians beside the
-ratio of the multiply-adds, the shares of backbone, heads and loss in the multi-exit step, and the ratio of peak
-memory. The loss is timed alone too, forward and backward, on the outputs of one step.
+A step is forward, loss, backward and optimizer update on a fixed batch on the device; the variants are timed
+alternately. Prints the ratio of the times and of the multiply-adds, the shares of backbone, heads and loss in the
+multi-exit step, and the ratio of peak memory. Forward and backward of the loss are also timed alone, on the outputs of
+one step.
 
     python benchmarks/train_step.py --model resnet18 --small-input --input-size 3 32 32 --batch-size 64
     python benchmarks/train_step.py --model resnet50 --input-size 3 224 224 --batch-size 8
@@ -31,7 +32,7 @@ from timm_mlcsd.report import format_table
 
 
 def make_steps(args: argparse.Namespace) -> Tuple[Dict[str, Callable[[], None]], float]:
-    """The steps to time, by name, and the ratio of multiply-adds."""
+    """Create the steps to time, by name, and compute the ratio of multiply-adds (multi-exit / plain)."""
     device = torch.device(args.device)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     images = torch.randn(args.batch_size, *args.input_size, device=device).contiguous(memory_format=layout)
@@ -75,7 +76,7 @@ def make_steps(args: argparse.Namespace) -> Tuple[Dict[str, Callable[[], None]],
 
     def loss_alone():
         with autocast():
-            if not outputs:  # not before: it would count as memory that was taken already
+            if not outputs:  # created at first use, so that it does not count in the peak memory of other steps
                 outputs.extend([t.detach().requires_grad_() for t in kind] for kind in multi(images))
             run_loss(outputs, target).backward()
 
@@ -96,22 +97,31 @@ def make_steps(args: argparse.Namespace) -> Tuple[Dict[str, Callable[[], None]],
 
 
 def exit_by_exit(criterion: MLCSDLoss, outputs: Sequence[Sequence[torch.Tensor]], target: torch.Tensor) -> torch.Tensor:
-    """The same loss as its equations are written: a sum over the exits for every exit's teachers."""
+    """Compute the loss exit by exit, as its equations are written.
+
+    Args:
+        criterion: Loss with default settings.
+        outputs: Logits, [B, C] per exit, and features, [B, D, H, W] per exit.
+        target: Labels, [B].
+
+    Returns:
+        The loss, a scalar.
+    """
     logits, features = ([t.float() for t in kind] for kind in outputs)
     weights, temperature, loss = criterion.mixing_weights((logits, features), target), criterion.temperature, 0.0
     for i in range(len(logits)):
         teacher = sum(weights[:, i, k, None] * z.detach() for k, z in enumerate(logits))
         feature = sum(weights[:, i, k, None, None, None].detach() * f.detach() for k, f in enumerate(features))
         student = F.log_softmax(logits[i] / temperature, dim=-1)
-        lesson = F.log_softmax(teacher.detach() / temperature, dim=-1)
-        kd = temperature**2 * F.kl_div(student, lesson, log_target=True, reduction='batchmean')
+        target_log_probs = F.log_softmax(teacher.detach() / temperature, dim=-1)
+        kd = temperature**2 * F.kl_div(student, target_log_probs, log_target=True, reduction='batchmean')
         loss = loss + F.cross_entropy(logits[i], target) + F.cross_entropy(teacher, target)
         loss = loss + criterion.alpha * kd + criterion.beta * F.mse_loss(features[i], feature)
     return loss
 
 
 def peak_memory(args: argparse.Namespace, name: str) -> int:
-    """Bytes that three steps of a fresh process add to its peak, or allocate on the GPU."""
+    """Bytes that three steps add to the peak memory of this process, or the peak memory on the GPU."""
     steps, _ = make_steps(args)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for _ in range(3):
@@ -121,12 +131,14 @@ def peak_memory(args: argparse.Namespace, name: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
-def in_fresh_process(args: argparse.Namespace, name: str) -> int:
+def peak_memory_in_process(args: argparse.Namespace, name: str) -> int:
+    """Run `peak_memory` in a new process."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context('spawn')) as pool:
         return pool.submit(peak_memory, args, name).result()
 
 
 def main() -> None:
+    """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='resnet18')
     parser.add_argument('--exits', type=positive_int, default=8)
@@ -143,12 +155,12 @@ def main() -> None:
         '--channels-last',
         action=argparse.BooleanOptionalAction,
         default=True,
-        help='memory layout; channels last is the faster one for both networks',
+        help='use the channels-last memory format, which is faster for both networks',
     )
     args = parser.parse_args()
 
-    # first, because a child's peak starts from the size of its parent
-    memory = {name: in_fresh_process(args, name) for name in ('plain', 'multi-exit')}
+    # measured first: the peak memory of a child process starts at the size of its parent
+    memory = {name: peak_memory_in_process(args, name) for name in ('plain', 'multi-exit')}
     steps, mac_ratio = make_steps(args)
     synchronize = torch.cuda.synchronize if args.device == 'cuda' else lambda: None
     times = {name: [] for name in steps}

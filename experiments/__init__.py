@@ -1,1 +1,1 @@
-"""The paper's tables and figures: what to run, how to collect, what came out. See README.md in this folder."""
+"""The paper's tables and figures: run plans, measurements and reports. See README.md in this folder."""

@@ -1,10 +1,10 @@
-"""Run the paper's tables, and report on them.
+"""Run the experiments of the paper's tables, and write reports.
 
     python -m experiments list
     python -m experiments run table2 --scale cpu --data PATH
     python -m experiments report --scale cpu
 
-``run`` runs what is missing, goes on where a killed run stopped, and runs nothing twice, whatever table wants it.
+``run`` starts the missing runs and resumes stopped ones. A run that several tables share is done once.
 """
 
 import argparse
@@ -27,10 +27,13 @@ FIGURES = {'anytime', 'budgeted'}
 
 
 def run(args: argparse.Namespace, tables: List[Table]) -> None:
+    """Run the missing runs of the tables."""
     for table in tables:
         if not table.rows:
-            raise UserError(f'{table.name} has no rows at scale {args.scale!r}, which leaves its networks out.')
-    # seed by seed, so that early results already compare
+            raise UserError(
+                f'{table.name} has no rows at scale {args.scale!r}, which excludes its networks; choose another scale.'
+            )
+    # seed by seed, so that partial results can be compared
     runs = [run for table in tables for row in table.rows for run in row.runs]
     runs.sort(key=lambda run: run.seed)
     args.results.mkdir(parents=True, exist_ok=True)
@@ -45,6 +48,7 @@ def run(args: argparse.Namespace, tables: List[Table]) -> None:
 
 
 def list_tables(args: argparse.Namespace, tables: List[Table]) -> None:
+    """Print the number of finished runs of each table."""
     done = load_results(args.results / f'{args.scale}.jsonl')
     for table in tables:
         ids = {run.id for row in table.rows for run in row.runs}
@@ -52,6 +56,7 @@ def list_tables(args: argparse.Namespace, tables: List[Table]) -> None:
 
 
 def write_reports(args: argparse.Namespace, tables: List[Table]) -> None:
+    """Write a report of each table that has finished runs."""
     results = load_results(args.results / f'{args.scale}.jsonl')
     folder = args.results / args.scale
     for table in tables:
@@ -67,32 +72,41 @@ def write_reports(args: argparse.Namespace, tables: List[Table]) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = ScriptParser(prog='experiments', description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest='command', required=True, parser_class=ScriptParser)
     for name, action in dict(run=run, list=list_tables, report=write_reports).items():
         command = commands.add_parser(name)
         known = table_names()
         command.add_argument(
-            'tables', nargs='+' if name == 'run' else '*', metavar='TABLE', help=f'of {", ".join(known)}'
+            'tables', nargs='+' if name == 'run' else '*', metavar='TABLE', help=f'tables: {", ".join(known)}'
         )
-        command.add_argument('--scale', default='cpu', help=f'of {", ".join(table_names(HERE / "scales"))}')
-        command.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='JSON lines and reports')
-        command.add_argument('--seeds', type=positive_int, metavar='N', help='runs per row (default: of the scale)')
+        command.add_argument('--scale', default='cpu', help=f'scale: {", ".join(table_names(HERE / "scales"))}')
+        command.add_argument(
+            '--results', type=Path, default=RESULTS, metavar='DIR', help='folder of results and reports'
+        )
+        command.add_argument(
+            '--seeds', type=positive_int, metavar='N', help='runs per row (default: as the scale says)'
+        )
         command.set_defaults(action=action)
         if name == 'run':
-            command.add_argument('--data', metavar='PATH', help='the data set')
+            command.add_argument('--data', metavar='PATH', help='data set')
             command.add_argument('--work', type=Path, default=Path('output/experiments'), metavar='DIR')
             cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-            command.add_argument('--jobs', type=positive_int, default=cores, metavar='N', help='runs at once')
-            command.add_argument('--minutes', type=positive_float, metavar='M', help='stop then; the next call goes on')
-            command.add_argument('--device', help='as for train.py')
+            command.add_argument(
+                '--jobs', type=positive_int, default=cores, metavar='N', help='number of parallel runs'
+            )
+            command.add_argument(
+                '--minutes', type=positive_float, metavar='M', help='time limit; the next call resumes'
+            )
+            command.add_argument('--device', help='device, as for train.py')
 
-    def act() -> None:
+    def run_command() -> None:
         args = parser.parse_args()
         tables = [load_table(name, args.scale, args.seeds or 0) for name in args.tables or table_names()]
         args.action(args, tables)
 
-    run_script('experiments', act)
+    run_script('experiments', run_command)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,11 @@
-"""Exits for a network that already works, against a network trained with its exits.
+"""Compare exits that are added to a trained network with exits that are trained with the network.
 
     python -m experiments.heads_only --scale cpu --data FOLDER_WITH_CIFAR100_PARQUET
 
-Trains Table 2's plain ResNet18 and its MENM, then gives the plain one exits as configs/heads_only.yaml does: without
-distillation, with the last exit as teacher, and with all of them. Shows minutes and test accuracy per exit, and whether
-backbone and last exit are still the plain network's: the tensors, and the answers to all test images, bit for bit.
+Trains the plain ResNet18 of Table 2 and its MENM. Then adds exits to the plain network with configs/heads_only.yaml:
+without distillation, with the last exit as teacher, and with all exits as teachers. Prints minutes and test accuracy
+per exit, and whether the weights of the backbone and the last exit's logits on all test images are unchanged bit for
+bit.
 """
 
 import argparse
@@ -25,29 +26,33 @@ from .runner import Runner, load_results
 
 TEACHERS = {
     'heads only, no distillation': dict(distill='none'),
-    'heads only, the last exit teaches': dict(distill='one-for-all'),
-    'heads only, all exits teach': dict(distill='all-for-all'),
+    'heads only, last exit as teacher': dict(distill='one-for-all'),
+    'heads only, all exits as teachers': dict(distill='all-for-all'),
 }
 
 
 def heads_only(whole: Run, weights: Path, **teacher: Any) -> Run:
-    """The run that trains the exits of a network alone.
+    """Derive the run that trains only the exits of a network.
 
     Args:
-        whole: The run that trains all of it.
-        weights: The plain network's.
-        **teacher: Flags that choose it.
+        whole: Run that trains the whole network.
+        weights: File with the weights of the plain network.
+        **teacher: Flags that choose the teacher.
+
+    Returns:
+        The run.
     """
     recipe: Dict[str, Any] = yaml.safe_load((ROOT / 'configs' / 'heads_only.yaml').read_text())
     return whole._replace(flags={**whole.flags, **recipe, **teacher, 'initial_checkpoint': str(weights)})
 
 
 def main() -> None:
+    """Train the networks and print the comparison."""
     parser = ScriptParser(prog='experiments.heads_only', description=__doc__.splitlines()[0])
     parser.add_argument('--scale', default='cpu')
     parser.add_argument('--data', metavar='PATH', help='folder with the Parquet files')
     parser.add_argument('--work', type=Path, default=ROOT / 'output' / 'heads_only', metavar='DIR')
-    parser.add_argument('--device', help='for train.py')
+    parser.add_argument('--device', help='device, as for train.py')
     args: argparse.Namespace = parser.parse_args()
     rows = {row.labels: row.runs[0] for row in load_table('table2', args.scale, seeds=1).rows}
     plain, menm, taught = (rows['ResNet18', method] for method in ('SE', 'MENM', 'One for all'))
@@ -60,23 +65,23 @@ def main() -> None:
         if errors:
             raise UserError(' '.join(errors))
 
-    def reader(run: Run) -> RunEvaluator:
+    def evaluator(run: Run) -> RunEvaluator:
         return RunEvaluator(args.work / run.id / 'train', args.device)
 
     train(plain)
-    before = reader(plain)
+    before = evaluator(plain)
     backbone = before.model.backbone.state_dict()
     weights = args.work.resolve() / 'plain.safetensors'
     save_file(backbone, weights)
-    given = {name: heads_only(taught, weights, **teacher) for name, teacher in TEACHERS.items()}
-    train(*given.values(), menm)
+    heads_only_runs = {name: heads_only(taught, weights, **teacher) for name, teacher in TEACHERS.items()}
+    train(*heads_only_runs.values(), menm)
 
     answers = before.logits('test').logits[-1]
     records, table = load_results(results), []
-    for name, run in {'plain network': plain, **given, 'all of it, no distillation': menm}.items():
+    for name, run in {'plain network': plain, **heads_only_runs, 'whole network, no distillation': menm}.items():
         test, minutes, same = records[run.id]['test'], records[run.id]['seconds'] / 60, ''
-        if name in given:
-            after = reader(run)
+        if name in heads_only_runs:
+            after = evaluator(run)
             state = after.model.backbone.state_dict()
             tensors = state.keys() == backbone.keys() and all(torch.equal(t, backbone[n]) for n, t in state.items())
             same = 'yes' if tensors and torch.equal(after.logits('test').logits[-1], answers) else 'NO'

@@ -1,4 +1,4 @@
-"""What a finished run is worth: ``python -m experiments.measure RUN OUT.json``, which reads the test split once."""
+"""Measure a finished run: ``python -m experiments.measure RUN OUT.json``, which reads the test split once."""
 
 import argparse
 import json
@@ -25,12 +25,16 @@ BATCH_SIZE = 250
 
 
 class RunEvaluator:
-    """Evaluates the best epoch of a run on the images of that run, in float32.
+    """Evaluates the best epoch of a run on the data of that run, in float32.
+
+    Args:
+        run: Folder of the run.
+        device: Device, as for validate.py; default: its default.
 
     Attributes:
-        model: The network.
-        checkpoint: The checkpoint that it comes from.
-        input_size: (C, H, W) of the images.
+        model: Network of the best epoch.
+        checkpoint: Content of its checkpoint.
+        input_size: Size of the images, (C, H, W).
     """
 
     def __init__(self, run: Path, device: Optional[str] = None):
@@ -47,7 +51,11 @@ class RunEvaluator:
         self._evaluator = Evaluator(self.model, data_config, config.data, config.device)
 
     def dataset(self, split: str) -> Dataset:
-        """The images of a split, or with ``validation`` those that chose the epoch."""
+        """Load a split.
+
+        Args:
+            split: Name of the split; ``validation`` for the images on which the best epoch was chosen.
+        """
         if split != 'validation':
             return load_dataset(self._data, split)
         if 'val_indices' in self.checkpoint:
@@ -55,11 +63,11 @@ class RunEvaluator:
         return load_dataset(self._data, self.checkpoint['val_split'])
 
     def logits(self, split: str) -> LabelledLogits:
-        """The logits of all exits on a split, with the targets."""
+        """Compute the logits of all exits on a split; see `dataset` for `split`."""
         return self._evaluator.logits(self.dataset(split))
 
     def mean_mixing_weights(self, split: str) -> Optional[torch.Tensor]:
-        """The CWEM's mean weights on a split, [K, K]; None where there is no CWEM."""
+        """Compute the mean mixing weights of the CWEM on a split, [K, K]; None if the run has no CWEM."""
         state = self.checkpoint.get('task_state', {}).get('criterion', {})
         if self.checkpoint['args']['distill'] != 'all-for-all' or not state:
             return None
@@ -70,13 +78,17 @@ class RunEvaluator:
 
 
 def measure(run: Path, device: Optional[str] = None) -> Dict[str, Any]:
-    """Evaluate a run's best epoch on the images that chose it and on the test split.
+    """Evaluate the best epoch of a run on the validation images and on the test split.
+
+    Args:
+        run: Folder of the run.
+        device: Device, as for validate.py; default: its default.
 
     Returns:
-        ``epoch``; ``validation`` and ``test``: accuracy per exit in %; ``rescued``: share right at an exit and wrong at
-        the last (paper, Table 1); ``macs``, ``params``, ``depth`` per exit; ``curve``: 39 times (mean multiply-adds,
-        test accuracy), thresholds fitted to the validation images; ``weights``: the CWEM's, averaged over the test
-        split (Table 15), where there is one.
+        ``epoch``; ``validation`` and ``test``: accuracy per exit in percent; ``rescued``: percentage of images that
+        are right at an exit and wrong at the last one (overthinking; paper, Table 1); ``macs``, ``params`` and
+        ``depth`` per exit; ``curve``: 39 pairs of mean multiply-adds and test accuracy, with thresholds fitted to the
+        validation images; ``weights``: mean mixing weights of the CWEM on the test split (Table 15), if there is one.
     """
     evaluator = RunEvaluator(run, device)
     val, test = evaluator.logits('validation'), evaluator.logits('test')
@@ -96,6 +108,7 @@ def measure(run: Path, device: Optional[str] = None) -> Dict[str, Any]:
 
 
 def main() -> None:
+    """Measure a run and write the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('run', type=Path)
     parser.add_argument('out', type=Path)

@@ -1,4 +1,4 @@
-"""From a table's file and a scale to the runs it takes."""
+"""Run plans: read the file of a table and a scale, and list the runs that they need."""
 
 import hashlib
 import itertools
@@ -30,12 +30,12 @@ Flags = Dict[str, Any]
 
 
 class Run(NamedTuple):
-    """One training.
+    """One training run.
 
     Attributes:
-        dataset: A key of datasets.yaml.
-        flags: train.py's, all that this run does not leave to their defaults; where the data lies aside.
-        seed: Of weights and batches; the split into training and held-out images is the same for all.
+        dataset: Key of datasets.yaml.
+        flags: Flags of train.py by name, without those that locate the data; the others keep their defaults.
+        seed: Seed of weights and batches; the split into training and held-out images does not depend on it.
     """
 
     dataset: str
@@ -44,13 +44,18 @@ class Run(NamedTuple):
 
     @property
     def id(self) -> str:
-        """A name that two runs share only if they are the same run."""
+        """Identifier of the run: 12 hexadecimal digits of a hash of its attributes."""
         text = json.dumps([self.dataset, self.flags, self.seed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Row(NamedTuple):
-    """One row of a table: a label per axis, and a run per seed."""
+    """One row of a table.
+
+    Attributes:
+        labels: Labels of the row, one per axis.
+        runs: Runs of the row, one per seed.
+    """
 
     labels: Tuple[str, ...]
     runs: List[Run]
@@ -60,15 +65,15 @@ class Table(NamedTuple):
     """A table or figure of the paper.
 
     Attributes:
-        name: Of its file.
-        title: What it shows.
-        dataset: A key of datasets.yaml.
-        axes: What its rows differ in.
-        rows: The product of the axes' values; none, where the scale leaves all networks out.
-        baselines: Values of the last axis to test the others against.
-        show: What a report makes of it: ``accuracy``, ``rescued``, ``cost``, ``weights``; ``anytime`` or ``budgeted``.
+        name: Name of the table's file.
+        title: Title of the table.
+        dataset: Key of datasets.yaml.
+        axes: Names of the axes in which rows differ.
+        rows: Rows for the product of the axes' values; empty if the scale excludes all networks.
+        baselines: Labels of the last axis that the other rows are compared with.
+        show: Parts of the report: ``accuracy``, ``rescued``, ``cost``, ``weights``, ``anytime`` or ``budgeted``.
         paper: Mean accuracy over the exits in the paper, by labels, where it is known.
-        note: What else a reader must know.
+        note: Remark in the report.
     """
 
     name: str
@@ -83,34 +88,44 @@ class Table(NamedTuple):
 
 
 def table_names(folder: Path = HERE / 'tables') -> List[str]:
-    """All there are, in the paper's order."""
+    """List the names of the files in a folder.
+
+    Args:
+        folder: Folder of YAML files; default: the folder of tables.
+
+    Returns:
+        Names without the suffix, with numbers in numeric order.
+    """
     names = [path.stem for path in folder.glob('*.yaml')]
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name)])
 
 
 def load_datasets() -> Dict[str, Dict[str, Any]]:
-    """What tables can be run on, by name."""
+    """Load the data sets of datasets.yaml by name."""
     return yaml.safe_load((HERE / 'datasets.yaml').read_text())
 
 
 def load_table(name: str, scale: str, seeds: int = 0) -> Table:
     """Read a table's file at a scale.
 
-    A run's flags are the data set's recipe, over it what the scale changes, the scale's part for the network, the
-    table's flags and the row's; null takes a flag away.
+    The flags of a run are merged from the recipe of the data set, the scale (general, for the data set, for the
+    network), the table and the row, and later ones override earlier ones. The value null removes a flag.
 
     Args:
-        name: Of a file in ``tables``.
-        scale: Of a file in ``scales``.
-        seeds: Runs per row, instead of the scale's number.
+        name: Name of a file in ``tables``.
+        scale: Name of a file in ``scales``.
+        seeds: Runs per row; 0 (default) for the number of the scale.
+
+    Returns:
+        The table with its rows.
 
     Raises:
-        UserError: There is no such table or scale.
+        UserError: The table or the scale does not exist.
     """
     spec, scaling = _read('tables', name), _read('scales', scale)
     dataset = spec['dataset']
-    about = load_datasets()[dataset]
-    recipe = {**yaml.safe_load((ROOT / about['recipe']).read_text()), **about.get('flags', {})}
+    entry = load_datasets()[dataset]
+    recipe = {**yaml.safe_load((ROOT / entry['recipe']).read_text()), **entry.get('flags', {})}
     common = yaml.safe_load((HERE / 'axes.yaml').read_text())
     axes = {axis: _values(axis, values, common) for axis, values in spec['axes'].items()}
     for axis, kept in scaling.get('keep', {}).items():
@@ -129,8 +144,9 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
             **scaling.get('networks', {}).get(model, {}),
             **own,
         }
-        idle = DISTILL_FLAGS if flags.get('distill') == 'none' else ()  # or one run would have several ids
-        flags = {key: value for key, value in flags.items() if value is not None and key not in idle}
+        # without distillation these flags have no effect, and equal runs would get different ids
+        unused = DISTILL_FLAGS if flags.get('distill') == 'none' else ()
+        flags = {key: value for key, value in flags.items() if value is not None and key not in unused}
         rows.append(Row(labels, [Run(dataset, flags, seed) for seed in range(seeds or scaling['seeds'])]))
     return Table(
         name,
@@ -154,7 +170,7 @@ def _read(kind: str, name: str) -> Dict[str, Any]:
 
 
 def _values(axis: str, values: Any, common: Dict[str, Dict[str, Flags]]) -> Dict[str, Flags]:
-    """An axis is {label: flags}, a list of values for the flag of its name, or labels of an axis in axes.yaml."""
+    """Flags by label of an axis, from {label: flags}, values of the flag `axis`, or a reference to axes.yaml."""
     if isinstance(values, dict) and 'use' in values:
         used = common[values['use']]
         return {label: used[label] or {} for label in values.get('only', used)}

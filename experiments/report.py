@@ -1,4 +1,4 @@
-"""Tables as Markdown, figures as PNG: ours beside the paper's figures where they are known."""
+"""Reports: tables as Markdown and figures as PNG, with the values of the paper where they are known."""
 
 import statistics
 from pathlib import Path
@@ -13,12 +13,15 @@ Found = Sequence[Tuple[Row, List[Dict[str, Any]]]]
 
 
 def report(table: Table, results: Records, scale: str) -> str:
-    """One table as a page of Markdown.
+    """Write the report of a table as Markdown.
 
     Args:
-        table: The table.
-        results: Finished runs by id.
-        scale: Its name.
+        table: Table.
+        results: Records of finished runs by id.
+        scale: Name of the scale.
+
+    Returns:
+        Text of the report.
     """
     found = _found(table, results)
     wanted = sum(len(row.runs) for row in table.rows)
@@ -28,22 +31,24 @@ def report(table: Table, results: Records, scale: str) -> str:
         parts.append(table.note)
     if not found:
         return '\n\n'.join([*parts, 'Nothing has been run yet.']) + '\n'
-    makers = dict(accuracy=_accuracy, rescued=_rescued, cost=_cost, weights=_weights)
+    makers = dict(accuracy=_accuracy, rescued=_overthinking, cost=_cost, weights=_weights)
     parts += [makers[kind](table, found) for kind in table.show if kind in makers]
     return '\n\n'.join(filter(None, parts)) + '\n'
 
 
 def _found(table: Table, results: Records) -> Found:
-    """The rows of which a run is finished, with its records."""
+    """Rows with at least one finished run, with the records of these runs."""
     found = [(row, [results[run.id] for run in row.runs if run.id in results]) for row in table.rows]
     return [(row, records) for row, records in found if records]
 
 
 def _setting(table: Table, scale: str, have: int, wanted: int) -> str:
     flags = table.rows[0].runs[0].flags
-    told = ('train_split', 'epochs', 'batch_size', 'lr', 'sched', 'model_kwargs', 'amp_dtype')
+    shown = ('train_split', 'epochs', 'batch_size', 'lr', 'sched', 'model_kwargs', 'amp_dtype')
     same = [
-        name for name in told if name in flags and all(row.runs[0].flags.get(name) == flags[name] for row in table.rows)
+        name
+        for name in shown
+        if name in flags and all(row.runs[0].flags.get(name) == flags[name] for row in table.rows)
     ]
     settings = ', '.join(f'{name} {flags[name]}' for name in same)
     return (
@@ -53,7 +58,7 @@ def _setting(table: Table, scale: str, have: int, wanted: int) -> str:
 
 
 def _accuracy(table: Table, found: Found) -> str:
-    """Test accuracy per exit and its mean, p-values against the baselines, the paper's mean; and what follows."""
+    """Test accuracy per exit, its mean, p-values against the baselines and the paper's mean, then the comparisons."""
     exits = max(len(records[0]['test']) for _, records in found)
     header = [*table.axes, 'Seeds', *(f'Ex{k + 1}' for k in range(exits)), 'Mean', 'Held-out mean']
     header += [f'p against {name}' for name in table.baselines]
@@ -61,7 +66,7 @@ def _accuracy(table: Table, found: Found) -> str:
     lines = []
     for row, records in found:
         columns = list(zip(*(r['test'] for r in records)))
-        # the last exit is at the right, the plain backbone's only one too
+        # aligned to the right, so that the plain backbone's only exit is in the column of the last exit
         cells = [*row.labels, len(records), *[''] * (exits - len(columns)), *map(_mean_std, columns)]
         cells += [_mean_std(_means(records)), _mean_std(_means(records, 'validation'))]
         cells += [_p_value(records, _partner(row, name, found)) for name in table.baselines]
@@ -71,7 +76,7 @@ def _accuracy(table: Table, found: Found) -> str:
 
 
 def _findings(table: Table, found: Found) -> str:
-    """A sentence for every row with a baseline above it and a figure of the paper: does the sign agree?"""
+    """Compare the sign of each difference from a baseline in a row above with the paper, one sentence each."""
     sentences = []
     order = [row.labels for row, _ in found]
     for row, records in found:
@@ -93,8 +98,8 @@ def _findings(table: Table, found: Found) -> str:
     return '\n\n' + '\n'.join(sentences) if sentences else ''
 
 
-def _rescued(table: Table, found: Found) -> str:
-    """Share of images that are right at an exit and wrong at the last."""
+def _overthinking(table: Table, found: Found) -> str:
+    """Percentage of images that are right at an exit and wrong at the last one (Table 1)."""
     found = [(row, records) for row, records in found if len(records[0]['rescued']) > 1]
     if not found:
         return ''
@@ -104,11 +109,13 @@ def _rescued(table: Table, found: Found) -> str:
         [*row.labels, *(f'{statistics.mean(c):.2f}' for c in list(zip(*(r['rescued'] for r in records)))[:-1])]
         for row, records in found
     ]
-    return 'Right at the exit and wrong at the last one, % of the test images:\n\n' + _markdown(header, lines)
+    return 'Overthinking: right at the exit and wrong at the last one, % of the test images:\n\n' + _markdown(
+        header, lines
+    )
 
 
 def _cost(table: Table, found: Found) -> str:
-    """Multiply-adds and parameters of the whole, mean depth of the exits (Table 7)."""
+    """Multiply-adds and parameters of the whole network, and mean depth of the exits (Table 7)."""
     lines = []
     for row, (record, *_) in found:
         depth = statistics.mean(record['depth'])
@@ -119,7 +126,7 @@ def _cost(table: Table, found: Found) -> str:
 
 
 def _weights(table: Table, found: Found) -> str:
-    """The CWEM's weights averaged over the test split and the seeds (Table 15)."""
+    """Mixing weights of the CWEM, averaged over the test split and the seeds (Table 15)."""
     parts = []
     for row, records in found:
         matrices = [r['weights'] for r in records if 'weights' in r]
@@ -136,10 +143,17 @@ def _weights(table: Table, found: Found) -> str:
 
 
 def figure(table: Table, results: Records, path: Path) -> bool:
-    """Draw accuracy over cost, ``anytime`` (the exits) or ``budgeted`` (39 thresholds), one panel per first label.
+    """Plot accuracy against cost, one panel per first label.
+
+    The points are the exits, or with ``budgeted`` in the table's `show` the 39 policies of the budgeted curve.
+
+    Args:
+        table: Table.
+        results: Records of finished runs by id.
+        path: PNG file to write.
 
     Returns:
-        Whether there was anything to draw.
+        Whether there were finished runs to plot.
     """
     import matplotlib
 
@@ -166,7 +180,7 @@ def figure(table: Table, results: Records, path: Path) -> bool:
 
 
 def _curve(records: List[Dict[str, Any]], budgeted: bool) -> Tuple[List[float], List[float]]:
-    """Means over the seeds of multiply-adds, in millions, and accuracy."""
+    """Means over the seeds: multiply-adds in millions, and accuracy in percent."""
     if budgeted:
         curves = [r['curve'] for r in records if 'curve' in r]
         pairs = [[statistics.mean(v) for v in zip(*points)] for points in zip(*curves)]
@@ -176,12 +190,12 @@ def _curve(records: List[Dict[str, Any]], budgeted: bool) -> Tuple[List[float], 
 
 
 def _means(records: List[Dict[str, Any]], split: str = 'test') -> List[float]:
-    """Mean over the exits, a number per seed."""
+    """Mean accuracy over the exits, one number per seed."""
     return [statistics.mean(r[split]) for r in records]
 
 
 def _partner(row: Row, name: str, found: Found) -> List[Dict[str, Any]]:
-    """The runs of the row that differs in its last label alone."""
+    """Records of the row that differs only in its last label, which is `name`."""
     return next((records for other, records in found if other.labels == (*row.labels[:-1], name)), [])
 
 

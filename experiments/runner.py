@@ -1,4 +1,4 @@
-"""Runs what is missing: several trainings at once, each resumable, none twice."""
+"""Runner of the missing runs: several resumable trainings in parallel, each done once."""
 
 import contextlib
 import fcntl
@@ -25,7 +25,14 @@ __all__ = ['Runner', 'load_results']
 
 
 def load_results(path: Path) -> Dict[str, Dict[str, Any]]:
-    """The finished runs in a file of JSON lines, by id."""
+    """Load the records of finished runs.
+
+    Args:
+        path: File of JSON lines; it need not exist.
+
+    Returns:
+        Records by run id.
+    """
     if not path.exists():
         return {}
     return {record['id']: record for record in map(json.loads, path.read_text().splitlines())}
@@ -36,11 +43,12 @@ class Runner:
 
     Args:
         results: File of JSON lines, one per finished run.
-        work: Folder for checkpoints and logs, one per run.
-        data: The data set.
-        scale: Its name, for the records.
-        device: For train.py; None for its default.
-        deadline: `time.monotonic` after which nothing starts and what runs is stopped, to be resumed another time.
+        work: Folder of the runs' checkpoints and logs.
+        data: Path of the data set; None for data sets that need no files.
+        scale: Name of the scale, for the records.
+        device: Device, as for train.py; None (default) for its default.
+        deadline: Time, as of `time.monotonic`, at which runs are stopped and no more are started; they can be resumed.
+            Default: none.
     """
 
     def __init__(
@@ -60,18 +68,22 @@ class Runner:
         self.deadline = deadline
 
     def run(self, runs: List[Run], jobs: int) -> List[str]:
-        """Run what is missing of `runs`, `jobs` at once.
+        """Run the missing ones of some runs.
+
+        Args:
+            runs: Runs; repeated and finished ones are skipped.
+            jobs: Number of parallel runs.
 
         Returns:
-            What went wrong, a line each; what was stopped by the deadline is not wrong.
+            Error messages, one per failed run. A run that the deadline stopped is not an error.
 
         Raises:
-            UserError: The data is not there.
+            UserError: The data does not exist.
         """
         done = load_results(self.results)
         missing = list({run.id: run for run in runs if run.id not in done}.values())
         for run in missing:
-            self._data_flags(run)  # a mistake is better found now
+            self._data_flags(run)  # reports wrong data before any run starts
         print(f'{len({run.id for run in runs})} runs, {len(missing)} missing', flush=True)
         environment = dict(os.environ)
         if jobs > 1 and not torch.cuda.is_available():
@@ -84,11 +96,11 @@ class Runner:
         folder = self.work / run.id
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / 'lock') as lock:
-            # another runner may have it, or may have finished it meanwhile
+            # another runner may hold it, or may have finished it in the meantime
             if lock is None or run.id in load_results(self.results) or self._deadline_passed():
                 return None
             config = folder / 'flags.yaml'
-            # the paper's loss, unless a table says otherwise
+            # the paper's loss has no ramp; a table may set one
             flags = {'distill_ramp': 'none', **run.flags, 'seed': run.seed, **self._data_flags(run)}
             config.write_text(yaml.safe_dump(flags, sort_keys=False))
             seconds = folder / 'seconds'
@@ -127,9 +139,9 @@ class Runner:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def _call(self, command: List[str], folder: Path, environment: Dict[str, str], lock: int) -> bool:
-        """Run a script of ours until it ends or time is up; its output goes to a file.
+        """Run a script until it ends or the deadline passes, with its output in a log file.
 
-        It holds the run's lock as long as it lives, even if this process dies before it.
+        The child process inherits the run's lock, so the lock holds until the child ends, even if this process dies.
         """
         with open(folder / 'log.txt', 'a') as log:
             process = subprocess.Popen(
@@ -146,19 +158,17 @@ class Runner:
                     process.wait()
 
     def _data_flags(self, run: Run) -> Dict[str, Any]:
-        """Where the data lies, in timm's words."""
+        """Flags of train.py that locate the data."""
         name = load_datasets()[run.dataset].get('reader', '')
         if name == 'digits':
             return dict(dataset='digits')
         if not self.data or not Path(self.data).exists():
-            raise UserError(f'--data {self.data!r}: there is no such file or folder; it must hold {run.dataset}.')
+            raise UserError(f'--data {self.data!r}: expected an existing file or folder with {run.dataset}.')
         path = Path(self.data).resolve()
         if any(path.rglob('*.parquet')):
             return dict(dataset=f'hfds/{path}', data_dir=str(self.work / 'cache'))
         if '[' in run.flags.get('train_split', ''):
-            raise UserError(
-                f'--data {self.data!r}: parts of a split, as this scale has, can only be read from Parquet.'
-            )
+            raise UserError(f'--data {self.data!r}: expected Parquet files, because this scale reads parts of a split.')
         return dict(dataset=name, data_dir=str(path))
 
 
@@ -168,7 +178,7 @@ def _versions(device: Optional[str]) -> Dict[str, str]:
             ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True
         ).stdout
     except OSError:
-        commit = ''  # no git, no commit
+        commit = ''  # git is not installed
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     return dict(
         timm_mlcsd=timm_mlcsd.__version__,
@@ -181,7 +191,7 @@ def _versions(device: Optional[str]) -> Dict[str, str]:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[Optional[int]]:
-    """A file descriptor that holds the file, None where another process does."""
+    """Yield a file descriptor with an exclusive lock on a file; None if another process holds the lock."""
     with open(path, 'w') as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

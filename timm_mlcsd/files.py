@@ -33,7 +33,7 @@ def atomic_write_all(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     """Replace several files of a folder, all or none.
 
     The first name is removed first and written last. If the process is killed in between, this file is missing, so
-    that old and new files are never taken for one set.
+    that the folder never looks complete with a mixture of old and new files.
 
     Args:
         folder: Folder of the files; created if it does not exist.

@@ -47,7 +47,7 @@ def explain_hub_errors(what: str) -> Iterator[None]:
 
 
 def failure_reason(error: BaseException) -> str:
-    """Reason why a call to the Hub failed, with advice where there is some."""
+    """Reason why a call to the Hub failed, with advice if there is any."""
     for e in _chain(error):
         if isinstance(e, OfflineModeIsEnabled):
             return 'HF_HUB_OFFLINE is set and the file is not in the local cache; unset it, or load once while online'

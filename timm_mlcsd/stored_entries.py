@@ -12,7 +12,7 @@ __all__ = ['MAX_NUMBER', 'MAX_SIDE', 'MAX_TEXT', 'check_data_config', 'check_pla
 MAX_SIDE = 4096
 # range of crop fractions; timm's networks have 0.875 to 1.15
 CROP_PCT = (0.1, 2.0)
-# smallest and largest absolute values of means and standard deviations, which are for pixels from 0 to 1
+# smallest standard deviation, and largest absolute mean and standard deviation, for pixels from 0 to 1
 STATISTICS = (1e-6, 1e6)
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')

@@ -132,7 +132,7 @@ def test_a_failed_run_is_reported_with_its_log(tmp_path):
     run = Run('digits', dict(TINY, exits=99), 0)
     (error,) = Runner(tmp_path / 'r.jsonl', tmp_path, None, 'smoke').run([run], 1)
     assert run.id in error and 'exits=99 is impossible' in (tmp_path / run.id / 'log.txt').read_text()
-    with pytest.raises(UserError, match='it must hold cifar100'):
+    with pytest.raises(UserError, match='expected an existing file or folder with cifar100'):
         Runner(tmp_path / 'r.jsonl', tmp_path, '/nowhere', 'smoke').run([Run('cifar100', TINY, 0)], 1)
 
 
@@ -214,11 +214,11 @@ def test_a_dead_runners_training_keeps_its_lock(tmp_path):
 
 def test_data_is_missed_before_anything_runs(tmp_path):
     runner = Runner(tmp_path / 'r.jsonl', tmp_path / 'work', None, 'smoke')
-    with pytest.raises(UserError, match='it must hold cifar100'):
+    with pytest.raises(UserError, match='expected an existing file or folder with cifar100'):
         runner.run([Run('digits', TINY, 0), Run('cifar100', TINY, 0)], 1)
     assert not (tmp_path / 'work').exists()
     sliced = Runner(tmp_path / 'r.jsonl', tmp_path / 'work', str(tmp_path), 'cpu')
-    with pytest.raises(UserError, match='can only be read from Parquet'):
+    with pytest.raises(UserError, match='expected Parquet files'):
         sliced.run([Run('cifar100', {**TINY, 'train_split': 'train[:50]'}, 0)], 1)
 
 

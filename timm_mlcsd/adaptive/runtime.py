@@ -60,9 +60,7 @@ class AdaptiveModel:
     def __init__(self, model: Union[MultiExitModel, ExportedModel], policy: ExitPolicy, costs: Optional[Costs] = None):
         policy.check(model.num_exits, model.exit_names)
         if not model.num_classes:
-            raise ValueError(
-                'the network has no classes (num_classes=0), expected at least 1; exits need class probabilities.'
-            )
+            raise ValueError('the network has no classes (num_classes=0); exits need class probabilities.')
         if isinstance(model, ExportedModel):
             costs = model.costs if costs is None else costs
         elif not model.resumable:

@@ -1,4 +1,4 @@
-"""What people read: tables, plots, model cards."""
+"""Reports: tables, plots, model cards and HTML pages."""
 
 from .model_card import check_license, is_own_card, model_card
 from .page import write_page

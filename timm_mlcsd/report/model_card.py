@@ -1,4 +1,4 @@
-"""The README.md of a network on the Hub."""
+"""Model cards, the README.md of networks on the Hugging Face Hub."""
 
 import hashlib
 import re
@@ -9,8 +9,8 @@ from ..errors import printable
 __all__ = ['check_license', 'is_own_card', 'model_card']
 
 _LICENSE = re.compile(r'[a-z][a-z0-9.-]{1,63}')
-# what YAML reads as another thing than text
-_NO_TEXT = ('false', 'no', 'null', 'off', 'on', 'true', 'yes')
+# words that YAML does not read as text
+_YAML_WORDS = ('false', 'no', 'null', 'off', 'on', 'true', 'yes')
 _MARK = '<!-- written by timm_mlcsd, {digest} -->'
 _MAX_TEXT = 200
 
@@ -26,7 +26,7 @@ license: {license}
 ---
 """
 
-_ADAPTIVE = """With `exit_policy.json`, which lies beside the weights, every image of a batch stops at its own exit:
+_ADAPTIVE = """With `exit_policy.json`, which is stored with the weights, every image of a batch stops at its own exit:
 
 ```python
 from timm_mlcsd.adaptive import AdaptiveModel
@@ -56,22 +56,23 @@ def model_card(
     """Write a model card.
 
     Args:
-        name: Title.
-        source: What ``timm.create_model`` takes to make the network, ``hf-hub:REPO`` say.
-        architecture: Registered name of the network.
-        input_size: (C, H, W).
-        exits: One dict per exit with ``exit``, ``tap``, ``macs``, ``params``, and ``top1`` where it was measured.
-        measured_on: Which images ``top1`` is of.
-        training: Settings worth knowing, by name.
-        license: Its identifier on the Hub.
-        adaptive: Whether an exit policy lies beside the weights.
+        name: Title of the card.
+        source: Name of the network for ``timm.create_model``, such as ``hf-hub:REPO``.
+        architecture: Registered name of the architecture.
+        input_size: Size of the images, (C, H, W).
+        exits: One dict per exit with ``exit`` (name), ``tap``, ``macs``, ``params``, and ``top1`` in percent if it was
+            measured.
+        measured_on: Name of the images that ``top1`` was measured on; default: not shown.
+        training: Training settings by name; default: not shown.
+        license: Identifier of the license on the Hub.
+        adaptive: Whether an exit policy is stored with the weights; default: False.
 
     Returns:
-        Markdown with the Hub's metadata in front and a mark at the end, by which `is_own_card` knows it again. Names
-        and settings are shown as they are: none of them becomes markup.
+        Markdown that starts with the Hub's metadata and ends with a digest, which `is_own_card` checks. Markup in
+        names and settings is escaped.
 
     Raises:
-        ValueError: The license is not an identifier such as the Hub has.
+        ValueError: The license is not a valid identifier.
     """
     check_license(license)
     size = 'x'.join(map(str, input_size))
@@ -105,15 +106,26 @@ def model_card(
 
 
 def check_license(license: Any) -> None:
-    """Raise a ValueError for what cannot be an identifier of a license on the Hub."""
-    if not isinstance(license, str) or not _LICENSE.fullmatch(license) or license in _NO_TEXT:
+    """Check the identifier of a license.
+
+    Args:
+        license: Identifier, such as ``apache-2.0``.
+
+    Raises:
+        ValueError: The value cannot be an identifier of the Hub.
+    """
+    if not isinstance(license, str) or not _LICENSE.fullmatch(license) or license in _YAML_WORDS:
         raise ValueError(
             f'license {_line(license)!r}: expected an identifier of the Hub, such as apache-2.0, mit or other.'
         )
 
 
 def is_own_card(text: str) -> bool:
-    """Whether `model_card` wrote this text, and nothing in it has been changed since."""
+    """Whether a text is the unchanged result of `model_card`.
+
+    Args:
+        text: Text of a README.md.
+    """
     card, _, mark = text.rstrip('\n').rpartition('\n')
     return mark == _MARK.format(digest=_digest(f'{card}\n'))
 
@@ -123,18 +135,18 @@ def _digest(card: str) -> str:
 
 
 def _line(value: Any) -> str:
-    """The start of a value as one line of characters that can be seen."""
+    """Format a value as one line of printable characters, limited in length."""
     text = printable(' '.join(str(value).split()))
     return text if len(text) <= _MAX_TEXT else f'{text[:_MAX_TEXT]} ...'
 
 
 def _text(value: Any) -> str:
-    """A value as Markdown that shows it: no markup, no HTML, no link."""
+    """Format a value as Markdown text, with markup, HTML and links escaped."""
     return re.sub(r'([\\`*_\[\]<>|~&#$!@{}^]|:(?=//)|(?<=www)\.)', r'\\\1', _line(value), flags=re.IGNORECASE)
 
 
 def _code(value: Any) -> str:
-    """A value as code in Markdown, also in a table; as text where code could not show it."""
+    """Format a value as Markdown code; as text if it contains characters that code cannot show in a table."""
     text = _line(value)
     return _text(value) if not text or set(text) & set('`|\\') else f'`{text}`'
 
@@ -155,7 +167,7 @@ model = timm.create_model({source!r}, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 image = transform(Image.open('photo.jpg').convert('RGB')).unsqueeze(0)
 with torch.no_grad():
-    for exit, logits in model.iter_exits(image):  # what lies behind the last one pulled is never computed
+    for exit, logits in model.iter_exits(image):  # later exits are not computed after a break
         probability, label = logits.softmax(-1).max(-1)
         print(f'exit {{exit + 1}}: class {{label.item()}} with {{probability.item():.2f}}')
         if probability > 0.9:

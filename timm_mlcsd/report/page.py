@@ -1,4 +1,4 @@
-"""One self-contained page about a network that leaves early."""
+"""Self-contained HTML page about the early exits of a network."""
 
 import importlib.resources
 import json
@@ -9,17 +9,17 @@ __all__ = ['write_page']
 
 
 def write_page(path: Union[str, Path], data: Dict[str, Any]) -> None:
-    """Write a page to look at in a browser: curves, exits, reliability, pictures, and a slider for the budget.
+    """Write an HTML page with curves, exits, reliability diagrams, example images and a slider for the budget.
 
     Args:
-        path: HTML file to write; it needs nothing else, no network either.
-        data: Plain values: ``title``, ``about``, ``exits`` (names), ``backbone`` (cost, top1), ``anytime`` and
-            ``sweep`` (pairs of cost and top1), ``policies`` (cost, top1, fractions), ``chosen`` (which of them),
-            ``speed`` (rows of name, adaptive, backbone), ``reliability`` (per exit ``before`` and ``ece`` in percent,
-            and ``bins``: begin, end, accuracy, share), ``pictures`` (``src``, ``truth``, ``group``: first or last,
-            ``says``: label and probability per exit, ``leaves``: exit under each policy).
+        path: HTML file to write; it needs no other files and no network connection.
+        data: JSON values by name: ``title``; ``about``; ``exits`` (names); ``backbone`` (cost, top1); ``anytime`` and
+            ``sweep`` (pairs of cost and top1); ``policies`` (cost, top1, fractions); ``chosen`` (index of a policy);
+            ``speed`` (rows of name, adaptive, backbone); ``reliability`` (per exit ``before`` and ``ece`` in percent,
+            and ``bins``: lower bound, upper bound, accuracy, share); ``pictures`` (``src``; ``truth``; ``group``, first
+            or last; ``says``, label and probability per exit; ``leaves``, exit under each policy).
     """
     template = importlib.resources.files(__package__).joinpath('page.html').read_text(encoding='utf-8')
-    # inside a script element only `</` could end it early
+    # a `</` in the data would end the script element
     content = json.dumps(data).replace('<', '\\u003c')
     Path(path).write_text(template.replace('"__DATA__"', content), encoding='utf-8')

@@ -1,4 +1,4 @@
-"""Figures, drawn with matplotlib (extra ``[plot]``)."""
+"""Plots with matplotlib (extra ``[plot]``)."""
 
 from pathlib import Path
 from typing import Mapping, Sequence, Tuple, Union
@@ -11,12 +11,12 @@ def plot_accuracy_against_cost(
     curves: Mapping[str, Sequence[Tuple[float, float]]],
     title: str = '',
 ) -> None:
-    """Draw accuracy in % against MMACs, a point per exit (paper, Figs. 2 and 3).
+    """Plot accuracy in percent against MMACs, one point per exit (paper, Figs. 2 and 3).
 
     Args:
-        path: PNG to write.
-        curves: A name and the points (MMACs, accuracy) of each network.
-        title: Above the figure.
+        path: PNG file to write.
+        curves: Points (MMACs, accuracy) of each network, by its name.
+        title: Title of the figure; default: none.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -8,11 +8,14 @@ __all__ = ['format_table']
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Align columns: text to the left, everything else to the right; floats with two digits.
+    """Format a table with aligned columns: text to the left, other values to the right, floats with two decimals.
 
     Args:
-        headers: One per column.
-        rows: Values; None leaves a cell empty. Text is shown with what a terminal would obey escaped.
+        headers: Titles of the columns.
+        rows: Values, one row per line; None for an empty cell. Control characters in text are escaped.
+
+    Returns:
+        The table as lines of text.
     """
     cells = [[_text(v) for v in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]

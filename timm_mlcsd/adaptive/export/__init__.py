@@ -92,9 +92,7 @@ def export_stages(
         if missing:
             raise ValueError(f'format=\'onnx\' needs {", ".join(missing)}: {install_hint("onnx")}.')
     if not model.num_classes:
-        raise ValueError(
-            'the network has no classes (num_classes=0), expected at least 1; exits need class probabilities.'
-        )
+        raise ValueError('the network has no classes (num_classes=0); exits need class probabilities.')
     dtype = next(model.parameters()).dtype
     if format == 'onnx' and dtype != torch.float32:
         raise ValueError(f'the weights are {dtype}; ONNX graphs are written in float32: call model.float() first.')
