@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import timm_mlcsd  # noqa: F401  (registers the models)
@@ -26,6 +27,8 @@ COMMANDS = {
     'mlcsd-predict': predict_parser,
     'mlcsd-push': push_parser,
 }
+# a training that is much shorter than the recipe of the README
+SHORT = dict(epochs=1, batch_size=128, workers=0, model_kwargs={'channels': [4, 8, 8, 16]})
 
 
 def python_blocks(page: str) -> list:
@@ -47,13 +50,24 @@ def model():
 
 def test_all_examples_are_run_here():
     counts = {page: len(python_blocks(page)) for page in PAGES if python_blocks(page)}
-    assert counts == {'README.md': 1, 'docs/models.md': 1, 'docs/adaptive.md': 1}
+    assert counts == {'README.md': 2, 'docs/models.md': 1, 'docs/adaptive.md': 1}
 
 
-def test_readme_example_runs():
+def test_training_loop_runs():
     namespace = dict(loader=[(torch.randn(2, 3, 32, 32), torch.randint(100, (2,)))])
-    exec(*python_blocks('README.md'), namespace)
+    exec(python_blocks('README.md')[0], namespace)
     assert namespace['loss'].isfinite()
+
+
+def test_training_from_python_runs(monkeypatch, tmp_path):
+    recipe = yaml.safe_load((ROOT / 'configs' / 'quickstart.yaml').read_text())
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / 'quickstart.yaml').write_text(yaml.safe_dump({**recipe, **SHORT}))
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(python_blocks('README.md')[1], namespace)
+    assert len(namespace['evaluation'].exits) == 4 and namespace['evaluation'].num_samples == 360
+    assert namespace['folder'].parent.name == 'output' and (namespace['folder'] / 'model_best.pth.tar').is_file()
 
 
 def test_early_exit_example_runs(model):
