@@ -19,6 +19,7 @@ from timm_mlcsd.cli.push import push_parser
 ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
+LINKED = [*PATHS, *sorted(ROOT.glob('experiments/*.md')), *sorted(ROOT.glob('benchmarks/*.md'))]
 COMMANDS = {
     './train.py': train_parser,
     './validate.py': validate_parser,
@@ -41,6 +42,12 @@ def flags_in(text: str) -> set:
 
 def options(parser) -> set:
     return {option for action in parser._actions for option in action.option_strings}
+
+
+def anchors(path: Path) -> set:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r'^#+ (.*)$', re.sub(r'^```.*?^```', '', path.read_text(), flags=re.S | re.M), re.M)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
 @pytest.fixture
@@ -90,3 +97,22 @@ def test_flags_exist(page):
     known = set().union(*(options(parser()) for parser in (*COMMANDS.values(), torchrun_parser)))
     known.add('--data')  # of python -m experiments.heads_only
     assert flags_in(PAGES[page]) <= known, flags_in(PAGES[page]) - known
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_command_lines_use_flags_of_their_command(page):
+    for language, block in re.findall(r'^```(\w*)\n(.*?)^```$', PAGES[page].replace('\\\n', ' '), re.S | re.M):
+        for line in [] if language else block.splitlines():
+            command = line.partition(' ')[0]
+            if command in COMMANDS:
+                assert flags_in(line) <= options(COMMANDS[command]()), line
+
+
+@pytest.mark.parametrize('page', LINKED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for link in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
+        if not re.match(r'\w+:', link):
+            name, _, anchor = link.partition('#')
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
