@@ -111,7 +111,8 @@ def test_command_lines_use_flags_of_their_command(page):
 @pytest.mark.parametrize('page', LINKED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(page):
     for link in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
-        if not re.match(r'\w+:', link):
+        # report/page.html is made when the site is built, and checked there
+        if not re.match(r'\w+:', link) and link != 'report/page.html':
             name, _, anchor = link.partition('#')
             target = page.parent / name if name else page
             assert target.exists(), link
