@@ -21,7 +21,6 @@ from .files import atomic_write_all
 from .hub_config import write_config
 from .hub_errors import explain_hub_errors, failure_reason, has_no_connection, is_missing_file
 from .models import MultiExitModel, create_named
-from .registered import registered
 from .report import is_own_card, model_card
 from .stored import check_config, check_values, missing_weights
 from .stored_entries import check_data_config, class_list
@@ -102,7 +101,7 @@ def save_pretrained(
             policy = policy.for_weights(model)
     names = label_names(model) if class_names is None else class_list(class_names, model.num_classes)
     check_data_config(data_config or {})
-    image_mode = (data_config or {}).get(IMAGE_MODE, registered(model).pretrained_cfg.get(IMAGE_MODE))
+    image_mode = (data_config or {}).get(IMAGE_MODE, model.pretrained_cfg.get(IMAGE_MODE))
     data_config = resolve_input_data_config(model, {'input_size': model.probe_size, **(data_config or {})})
     data_config[IMAGE_MODE] = image_mode
     card_text = _card(
@@ -242,7 +241,7 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
     missing = missing_weights(model, shapes)
     if missing and kwargs.get('pretrained_strict', True):
         raise UserError(f'{name} has no weights for {", ".join(missing[:3])}, {len(missing)} in all.')
-    cfg = registered(model).pretrained_cfg
+    cfg = model.pretrained_cfg
     stored = cfg['num_classes']
     if model.num_classes not in (0, stored):
         _logger.warning(f'{name} has {stored} classes: the classifiers for {model.num_classes} are new and untrained.')
@@ -362,4 +361,4 @@ def _card(
         if not all(isinstance(top1, (int, float)) and math.isfinite(top1) for top1 in accuracies):
             raise ValueError(f'results: expected a dict with a number top1 for each of {len(rows)} exits.')
         rows = [dict(row, top1=top1) for row, top1 in zip(rows, accuracies)]
-    return model_card(name, source, registered(model).default_cfg['architecture'], input_size, rows, **kwargs)
+    return model_card(name, source, model.default_cfg['architecture'], input_size, rows, **kwargs)

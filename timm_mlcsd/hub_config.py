@@ -11,7 +11,6 @@ from .data import IMAGE_MODE
 from .errors import one_line
 from .file_checks import read_json
 from .models import MultiExitModel, is_tap
-from .registered import registered
 from .stored import check_config, is_network_argument
 
 __all__ = ['write_config']
@@ -38,7 +37,7 @@ def write_config(
     """
     # arguments of a backbone that was created before; its pretrained weights are part of the stored ones
     backbone = getattr(model, 'backbone', model)
-    exit_args = registered(model).exit_args
+    exit_args = model.exit_args
     model_args = {**_creation_args(backbone), **_creation_args(model), **exit_args, 'pretrained_backbone': False}
     pool = get_global_pool(backbone)
     if isinstance(pool, str):

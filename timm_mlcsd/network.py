@@ -12,7 +12,6 @@ from .data import IMAGE_MODE, pad_names
 from .errors import UserError, as_user_error
 from .hub import CONFIG, HUB_SCHEMES, POLICY, URI_SCHEMES, find_policy, from_pretrained, label_names
 from .models import MultiExitModel, create_named
-from .registered import registered
 from .stored import check_model_source, check_values
 from .stored_entries import class_list
 
@@ -65,7 +64,7 @@ def load_network(source: Union[str, Path], use_ema: bool = False) -> Network:
             policy_file = find_policy(source)
             names = label_names(model)
         data_config = resolve_data_config({}, model=model)
-        cfg = registered(model).pretrained_cfg
+        cfg = model.pretrained_cfg
         if cfg.get(IMAGE_MODE):
             data_config[IMAGE_MODE] = cfg[IMAGE_MODE]
         return Network(model, data_config, names, {}, policy_file)

@@ -13,7 +13,6 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from .data import IMAGE_MODE
 from .errors import one_line
 from .models import MultiExitModel, create_named
-from .registered import registered
 from .stored_entries import (
     MAX_NUMBER,
     MAX_SIDE,
@@ -290,6 +289,6 @@ def _as_names(value: Any) -> Set[str]:
 
 
 def _classifier_names(model: MultiExitModel) -> List[str]:
-    last = registered(model).get_classifier()
+    last = model.get_classifier()
     modules = [last] if isinstance(last, torch.nn.Module) else last
     return [name for name, module in model.named_modules() if any(module is m for m in modules)]

@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from .data import IMAGE_MODE, IMAGE_MODES
 from .errors import printable
+from .file_checks import CROP_MODES, INTERPOLATIONS
 
 __all__ = ['MAX_NUMBER', 'MAX_SIDE', 'MAX_TEXT', 'check_data_config', 'check_plain_value', 'class_list', 'short_repr']
 
@@ -14,8 +15,6 @@ MAX_SIDE = 4096
 CROP_PCT = (0.1, 2.0)
 # smallest standard deviation, and largest absolute mean and standard deviation, for pixels from 0 to 1
 STATISTICS = (1e-6, 1e6)
-INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-CROP_MODES = ('center', 'squash', 'border')
 # far above any width, depth or number of classes of timm's networks
 MAX_NUMBER = 1_000_000
 MAX_TEXT = 1000

@@ -78,6 +78,11 @@ def test_mistakes_are_one_line_and_exit_code_2(small, folder, flags, message, ca
     assert 'Traceback' not in error
 
 
+def test_a_folder_of_data_that_a_flag_took_is_named(small, capsys):
+    assert run(train.main, [*small[1:], '--pretrained-backbone', small[0]]) == 2
+    assert f'--pretrained-backbone {small[0]}: expected a tag of weights and data' in capsys.readouterr().err
+
+
 def test_mistakes_with_checkpoints(trained, small, tmp_path, capsys):
     def error_of(main, argv):
         assert run(main, argv) == 2

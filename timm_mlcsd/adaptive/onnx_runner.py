@@ -50,7 +50,7 @@ POLICY = dict(
 SUFFIXES = {'onnx': 'onnx', 'torch': 'pt2'}
 # Pillow modes and their channels; the first mode with a given number of channels is the default
 IMAGE_MODES = {'L': 1, 'LA': 2, 'RGB': 3, 'RGBA': 4, 'CMYK': 4, 'YCbCr': 3, 'HSV': 3}
-INTERPOLATIONS = {'nearest': 0, 'lanczos': 1, 'bilinear': 2, 'bicubic': 3, 'box': 4, 'hamming': 5}
+INTERPOLATIONS = {'nearest': 0, 'bilinear': 2, 'bicubic': 3, 'box': 4, 'hamming': 5, 'lanczos': 1}
 CROP_MODES = ('center', 'squash', 'border')
 # limits memory: a longer image would be resized to gigabytes before the crop
 MAX_ASPECT_RATIO = 256

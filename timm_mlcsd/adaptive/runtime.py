@@ -11,7 +11,6 @@ import torch
 from ..cost import exit_costs
 from ..models import MultiExitModel
 from ..network import load_network
-from ..registered import registered
 from .evaluate import Costs, cumulative_costs
 from .exported import MANIFEST, ExportedModel
 from .policy import ExitHistory, ExitPolicy
@@ -69,7 +68,7 @@ class AdaptiveModel:
             )
         else:
             model.eval()
-            costs = exit_costs(model, registered(model).probe_size) if costs is None else costs
+            costs = exit_costs(model, model.probe_size) if costs is None else costs
         policy.check_weights(model)
         self.model = model
         self.policy = policy

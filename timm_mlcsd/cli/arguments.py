@@ -10,6 +10,7 @@ from typing import Any, Dict, Generic, List, NoReturn, Optional, Sequence, Tuple
 from timm.utils import ParseKwargs
 
 from ..errors import UserError
+from ..file_checks import INTERPOLATIONS
 
 __all__ = [
     'KeyValues',
@@ -299,9 +300,8 @@ def budget(text: str) -> str:
 
 def interpolation(text: str) -> str:
     """How images are resized, in timm's words; empty for the model's way."""
-    known = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-    if text and text not in known:
-        raise argparse.ArgumentTypeError(f'expected one of {", ".join(known)}, got {_short(text)}')
+    if text and text not in INTERPOLATIONS:
+        raise argparse.ArgumentTypeError(f'expected one of {", ".join(INTERPOLATIONS)}, got {_short(text)}')
     return text
 
 

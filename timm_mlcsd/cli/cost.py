@@ -12,7 +12,6 @@ import torch
 from ..cost import exit_costs, exit_times
 from ..errors import UserError, run_script
 from ..models import DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS, MultiExitBackbone, MultiExitModel, create_named
-from ..registered import registered
 from ..report import format_table
 from .arguments import KeyValues, ScriptParser, exits, image_side, integer, positive_int
 
@@ -64,7 +63,7 @@ def compare_heads(args: argparse.Namespace) -> str:
     else:
         models = {PLAIN: _LastOnly(model), 'its own': model}
     heads = [name for name in models if name != PLAIN]
-    input_size = tuple(args.input_size or registered(model).probe_size)
+    input_size = tuple(args.input_size or model.probe_size)
     costs = {head: exit_costs(m, input_size) for head, m in models.items()}
     # alternately, so that drifts of the machine's speed affect all alike
     rounds = [

@@ -40,8 +40,8 @@ def _train(config: TrainConfig) -> None:
     tag = config.model.pretrained_backbone
     if not config.data.dataset and not config.data.data_dir and isinstance(tag, str):
         raise UserError(
-            f'no data: give a path (./train.py DIR), or --dataset digits, which needs none. --pretrained-backbone took '
-            f'{tag!r} for a tag.'
+            f'--pretrained-backbone {tag}: expected a tag of weights and data to train on, got no data; if {tag!r} is '
+            f'the folder of the data, put it in front of the flags.'
         )
     device = resolve_device(config.device)
     dist_context = init_distributed(device)

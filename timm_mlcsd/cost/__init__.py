@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..models import MetaRunner, MultiExitModel
+from ..models import MetaRunner, MultiExitModel, eval_mode
 
 __all__ = ['ExitCost', 'ExitTime', 'exit_costs', 'exit_times', 'stage_times']
 
@@ -184,22 +184,20 @@ def stage_times(
         ValueError: The network is not resumable.
     """
     _check_resumable(model)
-    was_training = model.training
-    model.eval()
     synchronize = torch.cuda.synchronize if images.device.type == 'cuda' else lambda: None
     runs = []
-    for _ in range(repeats + 1):
-        state, marks = images, []
-        for k in range(model.num_exits):
-            for run in (model.run_stage, model.run_head):
-                synchronize()
-                start = time.perf_counter()
-                with autocast or contextlib.nullcontext():
-                    result = run(k, state)
-                synchronize()
-                marks.append(1000 * (time.perf_counter() - start))
-                state = result if run == model.run_stage else state
-        runs.append(marks)
-    model.train(was_training)
+    with eval_mode(model):
+        for _ in range(repeats + 1):
+            state, marks = images, []
+            for k in range(model.num_exits):
+                for run in (model.run_stage, model.run_head):
+                    synchronize()
+                    start = time.perf_counter()
+                    with autocast or contextlib.nullcontext():
+                        result = run(k, state)
+                    synchronize()
+                    marks.append(1000 * (time.perf_counter() - start))
+                    state = result if run == model.run_stage else state
+            runs.append(marks)
     medians = [statistics.median(marks) for marks in zip(*runs[1:])]
     return [ExitTime(*pair) for pair in zip(medians[::2], medians[1::2])]

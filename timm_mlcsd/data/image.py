@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from .. import file_checks
+
 __all__ = ['IMAGE_MODES', 'MAX_ASPECT_RATIO', 'convert_image', 'read_image']
 
 # Pillow modes with 8 bits per channel that other modes can be converted to
-IMAGE_MODES = ('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV')
+IMAGE_MODES = tuple(file_checks.IMAGE_MODES)
 # a more elongated image would need gigabytes when it is resized before the crop
 MAX_ASPECT_RATIO = 256
 

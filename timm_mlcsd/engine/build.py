@@ -15,7 +15,6 @@ from ..data import IMAGE_MODE, default_image_mode
 from ..errors import UserError, as_user_error
 from ..losses import MLCSDLoss
 from ..models import MultiExitModel, create_named, load_backbone
-from ..registered import registered
 from ..task import MLCSDTask
 from .data_config import DataConfig
 from .loaders import AugmentConfig, mixup_active
@@ -142,8 +141,7 @@ def model_identity(model: MultiExitModel, name: str, model_args: Dict[str, Any])
     if ':' in name:
         # timm keeps the arguments stored with a model together with those given
         model_args = {k: v for k, v in getattr(model, '_model_args', {}).items() if k != 'pretrained_backbone'}
-    attributes = registered(model)
-    return dict(arch=attributes.default_cfg['architecture'], model_args={**model_args, **attributes.exit_args})
+    return dict(arch=model.default_cfg['architecture'], model_args={**model_args, **model.exit_args})
 
 
 def resolve_data_config(
@@ -160,11 +158,11 @@ def resolve_data_config(
         UserError: The values do not fit the network.
     """
     # timm's name for networks that are made for one size
-    fixed = data.img_size and registered(getattr(model, 'backbone', model)).pretrained_cfg.get('fixed_input_size')
+    fixed = data.img_size and getattr(model, 'backbone', model).pretrained_cfg.get('fixed_input_size')
     hint = f' (--model-kwargs img_size={data.img_size} makes it for that size)' if fixed else ''
     with as_user_error(f'the data flags do not fit the model{hint}'):
         config = resolve_input_data_config(model, vars(data), pretrained_cfg=stored)
-        registered(model).check_input_size(*config['input_size'][1:])
+        model.check_input_size(*config['input_size'][1:])
         mode = data.input_img_mode or (stored or {}).get(IMAGE_MODE)
         if mode and mode != default_image_mode(config['input_size'][0]):
             config[IMAGE_MODE] = mode
@@ -199,7 +197,7 @@ def check_heads_only(config: ModelConfig, model: MultiExitModel, resumed: bool) 
             '--initial-checkpoint FILE, or take those of --model with --pretrained-backbone or --pretrained.'
         )
     source = getattr(model, 'backbone', model) if config.pretrained_backbone else model
-    classes = registered(source).pretrained_cfg.get('num_classes')
+    classes = source.pretrained_cfg.get('num_classes')
     if classes != model.num_classes:
         raise UserError(
             f'--heads-only: these weights know {classes} classes and the data has {model.num_classes}, so the last '

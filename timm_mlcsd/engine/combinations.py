@@ -74,8 +74,8 @@ def _check_augmentation(augment: AugmentConfig) -> None:
     if augment.cutmix_minmax and not _increase(augment.cutmix_minmax):
         raise _mistake('--cutmix-minmax', augment.cutmix_minmax, 'the smaller share first')
     for flag, bounds in (('--scale', augment.scale), ('--ratio', augment.ratio)):
-        if bounds[0] > bounds[1]:
-            raise _mistake(flag, bounds, 'the smaller number first')
+        if not 0 < bounds[0] <= bounds[1]:
+            raise _mistake(flag, bounds, 'the smaller number first, and both above 0')
 
 
 def check_input(data: DataConfig) -> None:

@@ -1,12 +1,12 @@
 """The whole configuration of a training: what train.py's flags set, and what a run writes into args.yaml."""
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Dict
+from dataclasses import dataclass, field
 
 from .build import LossConfig, ModelConfig
 from .data_config import TrainDataConfig
 from .device import DeviceConfig
 from .epoch import LoopConfig
+from .flat_config import FlatConfig
 from .loaders import AugmentConfig
 from .logs import LogConfig
 from .optimizer import OptimizerConfig, SchedulerConfig
@@ -40,16 +40,14 @@ class TrainerConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(FlatConfig):
     """A training, one part per owner; the names of all fields are those of train.py's flags.
 
     Examples:
         ```python
-        config = TrainConfig(
-            data=TrainDataConfig(dataset='digits', img_size=32, val_split='validation'),
-            model=ModelConfig('mlcsd_resnet18', exits=4, small_input=True),
-            scheduler=SchedulerConfig(epochs=10),
-        )
+        with open('configs/quickstart.yaml') as recipe:
+            config = TrainConfig.from_dict(yaml.safe_load(recipe))
+        config.model.exits = 4
         folder = train(config)
         ```
     """
@@ -65,25 +63,3 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     log: LogConfig = field(default_factory=LogConfig)
-
-    def to_dict(self) -> Dict[str, Any]:
-        """All settings by the names of the flags, as plain values."""
-        flat: Dict[str, Any] = {}
-        for part in asdict(self).values():
-            flat.update(part)
-        return flat
-
-    @classmethod
-    def from_dict(cls, settings: Dict[str, Any]) -> 'TrainConfig':
-        """Create a configuration from settings by the names of the flags; missing ones have their default.
-
-        Raises:
-            ValueError: A name is unknown.
-        """
-        parts, left = {}, dict(settings)
-        for part, default in vars(cls()).items():
-            names = [f.name for f in fields(default)]
-            parts[part] = type(default)(**{name: left.pop(name) for name in names if name in left})
-        if left:
-            raise ValueError(f'unknown settings: {", ".join(sorted(left))}.')
-        return cls(**parts)

@@ -77,9 +77,8 @@ def load_dataset(
     class_map = read_class_map(config, source)
     if prefix == 'hfids' and not is_training:
         num_samples = 1  # timm insists, and uses it for training only
-    hint = (
-        ' (--train-num-samples N tells how long it is)' if source.is_stream and is_training and not num_samples else ''
-    )
+    length_unknown = source.is_stream and is_training and not num_samples
+    hint = ' (--train-num-samples N tells how long it is)' if length_unknown else ''
     hint = f' with the classes of --class-map {config.class_map}' if config.class_map else hint
     what = f'split {split!r} of --dataset {config.dataset!r} at {config.data_dir!r} cannot be read{hint}'
     keys: Dict[str, Any] = dict(input_key=config.input_key, target_key=config.target_key) if source.has_keys else {}
@@ -99,8 +98,9 @@ def load_dataset(
             trust_remote_code=config.dataset_trust_remote_code,
             **keys,
         )
-    with as_user_error(what):
-        source.check(getattr(dataset, 'reader', None), config, split, class_map)
+    if source.check is not None:
+        with as_user_error(what):
+            source.check(getattr(dataset, 'reader', None), config, split, class_map)
     return _with_checked_images(dataset, prefix, config, image_mode, is_training)
 
 

@@ -8,7 +8,6 @@ from typing import List
 
 import torch
 
-from ..registered import registered
 from ..report import format_table
 from .logs import check_packages
 from .signals import StopRequested
@@ -55,7 +54,7 @@ def dry_run(trainer: Trainer) -> None:
         return
     images = config.data.batch_size * dist_context.size * config.loop.grad_accum_steps
     per_epoch = seconds * trainer.updates_per_epoch
-    heads = sum(p.numel() for p in registered(model).heads.parameters())
+    heads = sum(p.numel() for p in model.heads.parameters())
     rows = [
         ('parameters of the backbone', f'{(sum(p.numel() for p in model.parameters()) - heads) / 1e6:.2f} M'),
         ('parameters of the heads', f'{heads / 1e6:.2f} M'),

@@ -1,5 +1,6 @@
 """Accuracy and logits of every exit of a network on a data set."""
 
+import itertools
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -9,15 +10,16 @@ from torch.utils.data import Dataset
 from ..adaptive import ExitPolicy
 from ..errors import UserError, as_user_error
 from ..losses import MLCSDLoss
-from ..models import MultiExitModel, MultiExitOutput
+from ..models import MultiExitModel, MultiExitOutput, eval_mode
 from .data_config import DataConfig
 from .device import DeviceConfig, compile_forward, make_autocast, resolve_device, to_channels_last
 from .loaders import eval_loader
 
 __all__ = ['Evaluation', 'Evaluator', 'ExitMetrics', 'LabelledLogits', 'accumulate', 'finalize']
 
-# batches of logits that are kept already
+# number of samples whose metrics are computed at once
 CHUNK = 1024
+NO_IMAGES = 'there are no images to evaluate on.'
 
 
 class ExitMetrics(NamedTuple):
@@ -153,13 +155,11 @@ class Evaluator:
             data: Data set, or loader of (images, class indices).
         """
         loader = self.loader(data) if isinstance(data, Dataset) else data
-        was_training = self.model.training
-        self.model.eval()
-        for images, target in loader:
-            with self.autocast:
-                logits = torch.stack(self.forward(self.prepared(images)).logits).float()
-            yield logits, target.to(self.device)
-        self.model.train(was_training)
+        with eval_mode(self.model):
+            for images, target in loader:
+                with self.autocast:
+                    logits = torch.stack(self.forward(self.prepared(images)).logits).float()
+                yield logits, target.to(self.device)
 
     def evaluate(self, data: Union[Dataset, Iterable[Any]]) -> Evaluation:
         """The metrics of every exit on a data set or loader.
@@ -177,7 +177,7 @@ class Evaluator:
         """
         pairs = [(z.cpu(), y.cpu()) for z, y in self.batches(data)]
         if not pairs:
-            raise UserError('there are no images to evaluate on.')
+            raise UserError(NO_IMAGES)
         logits = torch.cat([z for z, _ in pairs], dim=1)
         targets = torch.cat([y for _, y in pairs])
         if logits.isnan().any():
@@ -195,21 +195,20 @@ class Evaluator:
             criterion: The loss that the network was trained with.
             loader: Batches of (images, class indices).
             max_batches: Number of batches to average over, None for all.
+
+        Raises:
+            UserError: There are no images.
         """
         if criterion.mixer is None:
             return None
-        modes = self.model.training, criterion.training
-        self.model.eval()
-        criterion.eval()
         total, count = torch.zeros(self.model.num_exits, self.model.num_exits, device=self.device), 0
-        for number, (images, target) in enumerate(loader):
-            if number == max_batches:
-                break
-            with self.autocast:
-                weights = criterion.mixing_weights(self.forward(self.prepared(images)), target.to(self.device))
-            total, count = total + weights.float().sum(dim=0), count + len(weights)
-        self.model.train(modes[0])
-        criterion.train(modes[1])
+        with eval_mode(self.model), eval_mode(criterion):
+            for images, target in itertools.islice(loader, max_batches):
+                with self.autocast:
+                    weights = criterion.mixing_weights(self.forward(self.prepared(images)), target.to(self.device))
+                total, count = total + weights.float().sum(dim=0), count + len(weights)
+        if not count:
+            raise UserError(NO_IMAGES)
         return total / count
 
 
@@ -236,6 +235,6 @@ def finalize(totals: Optional[torch.Tensor]) -> Evaluation:
         UserError: They are of no images.
     """
     if totals is None or not totals[-1, 0]:
-        raise UserError('there are no images to evaluate on.')
+        raise UserError(NO_IMAGES)
     scale = totals.new_tensor([100.0, 100.0, 1.0, 100.0])[:, None] / totals[-1]
     return Evaluation([ExitMetrics(*column) for column in (totals[:-1] * scale).T.tolist()], int(totals[-1, 0]))

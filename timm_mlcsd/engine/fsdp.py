@@ -15,7 +15,6 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from ..distributed import DistributedContext
 from ..models import MultiExitModel
-from ..registered import registered
 from ..task import MLCSDTask
 
 __all__ = ['load_sharded', 'shard_task', 'sharded_state']
@@ -36,7 +35,7 @@ def shard_task(task: MLCSDTask, model: MultiExitModel, dist_context: Distributed
     names = set() if plan is None else {module.name for module in plan.modules}
     wrapped = getattr(model, 'backbone', model)
     blocks = [module for name, module in wrapped.named_modules() if name in names]
-    for module in [*blocks, *registered(model).heads, task.criterion]:
+    for module in [*blocks, *model.heads, task.criterion]:
         if next(module.parameters(), None) is not None:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -124,9 +124,6 @@ def train_loader(
     Raises:
         UserError: The settings do not go together.
     """
-    for flag, (low, high) in (('--scale', augment.scale), ('--ratio', augment.ratio)):
-        if not 0 < low <= high:
-            raise UserError(f'{flag} {low} {high}: the first must be above 0, and the second no smaller.')
     if config.cache_dataset:
         _check_cacheable(config, augment, dataset)
     if checked_images(dataset) is not None and not isinstance(dataset, IterableDataset):

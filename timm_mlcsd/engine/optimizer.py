@@ -9,7 +9,6 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..errors import UserError, as_user_error
 from ..models import MultiExitModel
-from ..registered import registered
 from ..task import MLCSDTask
 
 __all__ = ['OptimizerConfig', 'SchedulerConfig', 'create_optimizer', 'create_scheduler', 'lr_rule', 'scaled_lr']
@@ -134,7 +133,7 @@ def create_optimizer(
     with as_user_error(f'--opt {config.opt} cannot be made'):
         optimizer = create_optimizer_v2(task.trainable_module, **optimizer_kwargs(cfg=config))
     if config.exit_lr_mult != 1:
-        exits = [*registered(model).heads.parameters(), *task.criterion.parameters()]
+        exits = [*model.heads.parameters(), *task.criterion.parameters()]
         _scale_lr(optimizer, exits, config.exit_lr_mult)
     if not has_scheduler:
         # timm's schedules do this otherwise

@@ -7,7 +7,7 @@ from typing import Any, Callable, Collection, Dict, NamedTuple, Optional
 
 from .._timm import names_of_reader
 from ..data import check_class_folders, check_folder_has_split, exclude_non_images, load_class_map
-from ..errors import UserError, as_user_error, install_hint, printable
+from ..errors import UserError, install_hint, printable
 from .data_config import DataConfig
 
 __all__ = ['SOURCES', 'STREAMS', 'Source', 'check_source', 'read_class_map']
@@ -19,7 +19,8 @@ class Source(NamedTuple):
     """One of the ways in which timm reads data.
 
     Attributes:
-        check: Function that checks an opened reader, with the configuration, the split and the class map.
+        check: Function that checks an opened reader, with the configuration, the split and the class map; None where
+            the data set checks itself.
         package: Package that it needs, beside timm's own.
         extra: Extra that installs the package.
         is_stream: Whether its data set is iterable.
@@ -27,7 +28,7 @@ class Source(NamedTuple):
         has_class_names: Whether labels have names, so that a class map can give them indices.
     """
 
-    check: Callable[[Any, DataConfig, str, Optional[Dict[Any, int]]], None]
+    check: Optional[Callable[[Any, DataConfig, str, Optional[Dict[Any, int]]], None]] = None
     package: Optional[str] = None
     extra: str = ''
     is_stream: bool = False
@@ -89,8 +90,7 @@ def read_class_map(config: DataConfig, source: Source) -> Optional[Dict[Any, int
 
 
 def _check_folder(reader: Any, config: DataConfig, split: str, class_map: Optional[Dict[Any, int]]) -> None:
-    with as_user_error(f'split {split!r} at {config.data_dir!r} cannot be read'):
-        exclude_non_images(reader, class_map is not None)
+    exclude_non_images(reader, class_map is not None)
     check_class_folders(reader, config.class_map)
 
 
@@ -136,10 +136,6 @@ def _check_shards(reader: Any, config: DataConfig, split: str, class_map: Option
         raise UserError(f'split {split!r}: {len(missing)} of {len(shards)} shards are not there, {missing[0]!r} first.')
 
 
-def _no_check(reader: Any, config: DataConfig, split: str, class_map: Optional[Dict[Any, int]]) -> None:
-    """torchvision's data sets check themselves."""
-
-
 def _check_torchvision_has_split(name: str, root: Optional[str], split: str) -> None:
     """Refuse names that timm would take for the test images: with these data sets, any split that is not train."""
     if not root:
@@ -157,7 +153,7 @@ SOURCES: Dict[str, Source] = {
     'hfds': Source(_check_table, 'datasets', 'hfds'),
     'hfids': Source(_check_hub_stream, 'datasets', 'hfds', is_stream=True),
     'tfds': Source(_check_table, 'tensorflow_datasets', 'tfds', is_stream=True),
-    'torch': Source(_no_check, has_keys=False, has_class_names=False),
+    'torch': Source(has_keys=False, has_class_names=False),
     'wds': Source(_check_shards, 'webdataset', 'wds', is_stream=True, has_class_names=False),
 }
 STREAMS = tuple(name for name, source in SOURCES.items() if source.is_stream)

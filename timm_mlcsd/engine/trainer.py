@@ -13,7 +13,6 @@ from ..data import IndexedTargets, checked_images, class_label, pad_names
 from ..distributed import SINGLE_PROCESS, DistributedContext
 from ..errors import UserError, as_user_error, printable
 from ..models import MultiExitBackbone, MultiExitModel, MultiExitOutput
-from ..registered import registered
 from ..stored import check_model_source
 from ..task import MLCSDTask
 from .build import (
@@ -145,7 +144,7 @@ class Trainer:
         if config.heads_only:
             check_heads_only(config, self.model, resumed)
         if config.grad_checkpointing:
-            registered(self.model).set_grad_checkpointing()
+            self.model.set_grad_checkpointing()
         fsdp = self.config.trainer.fsdp
         if fsdp:
             check_fsdp(self.config, self.dist_context)

@@ -1,16 +1,17 @@
 """The configuration of a validation: what validate.py's flags set."""
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Dict, Optional, Union
+from dataclasses import dataclass, field
+from typing import Optional, Union
 
 from .data_config import DataConfig
 from .device import DeviceConfig
+from .flat_config import FlatConfig
 
 __all__ = ['ValidateConfig']
 
 
 @dataclass
-class ValidateConfig:
+class ValidateConfig(FlatConfig):
     """A validation; the names of all fields are those of validate.py's flags.
 
     Attributes:
@@ -57,28 +58,7 @@ class ValidateConfig:
     results_file: str = ''
     plot: str = ''
 
-    @classmethod
-    def from_dict(cls, settings: Dict[str, Any]) -> 'ValidateConfig':
-        """Create a configuration from settings by the names of the flags; missing ones have their default.
-
-        Raises:
-            ValueError: A name is unknown.
-        """
-        left = dict(settings)
-        parts: Dict[str, Any] = {}
-        for name, kind in (('data', DataConfig), ('device', DeviceConfig)):
-            parts[name] = kind(**{f.name: left.pop(f.name) for f in fields(kind) if f.name in left})
-        parts.update({f.name: left.pop(f.name) for f in fields(cls) if f.name in left})
-        if left:
-            raise ValueError(f'unknown settings: {", ".join(sorted(left))}.')
-        return cls(**parts)
-
     @property
     def source(self) -> str:
         """The network that is validated, as the user named it."""
         return self.checkpoint or self.model
-
-    def to_dict(self) -> Dict[str, Any]:
-        """All settings by the names of the flags, as plain values."""
-        flat = asdict(self)
-        return {**flat.pop('data'), **flat.pop('device'), **flat}

@@ -17,7 +17,6 @@ from ..errors import UserError, as_user_error, install_hint
 from ..hub import URI_SCHEMES
 from ..models import MultiExitModel
 from ..network import Network, load_network
-from ..registered import registered
 from ..report import format_table, plot_accuracy_against_cost, write_page
 from .benchmark import benchmark_policy, tables
 from .build import resolve_data_config
@@ -180,7 +179,7 @@ def with_trained_data(config: ValidateConfig, network: Network) -> Tuple[Validat
     for key in ('input_key', 'target_key', 'input_img_mode', 'in_chans'):
         if getattr(data, key) is None:
             setattr(data, key, trained.get(key))
-    data.in_chans = data.in_chans or registered(network.model).in_chans
+    data.in_chans = data.in_chans or network.model.in_chans
     data_config = resolve_data_config(data, network.model, network.checkpoint.get('data_config') or network.data_config)
     with as_user_error(f'--in-chans {data.in_chans}'):
         data.input_img_mode = data_config.get(IMAGE_MODE) or default_image_mode(data.in_chans)

@@ -7,7 +7,7 @@ from .multi_exit import MultiExitModel, MultiExitOutput
 from .ranet import RANet
 from .registry import create_named  # registers mlcsd_* with timm
 from .shufflenetv2 import ShuffleNetV2
-from .stages.meta import MetaRunner
+from .stages.meta import MetaRunner, eval_mode
 from .stages.taps import is_tap
 from .weights import load_backbone, weights_digest
 
@@ -26,6 +26,7 @@ __all__ = [
     'ShuffleNetV2',
     'create_multi_exit',
     'create_named',
+    'eval_mode',
     'is_tap',
     'load_backbone',
     'weights_digest',

@@ -1,6 +1,6 @@
 """Common interface of all multi-exit networks."""
 
-from typing import Any, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -32,6 +32,12 @@ class MultiExitModel(nn.Module):
         num_classes: Number of classes C; 0 for exits that return pooled features instead of logits.
         exit_feature_dim: Channels D of the features, or one number per exit, [K], if they differ.
         resumable: Whether `run_stage` and `run_head` work one by one, so that inference can stop at an exit.
+        heads: Heads of the exits; without the last one where the backbone's own classifier is the last exit.
+        in_chans: Number of image channels.
+        probe_size: Default size of an image, (C, H, W).
+        exit_args: Arguments of the exits that create the network again, by name.
+        pretrained_cfg: timm's configuration of the weights, by name.
+        default_cfg: The same dictionary under timm's other name.
 
     Examples:
         ```python
@@ -48,6 +54,32 @@ class MultiExitModel(nn.Module):
     num_classes: int
     exit_feature_dim: Union[int, List[int]]
     resumable: bool = True
+    heads: nn.ModuleList
+    in_chans: int
+    probe_size: Tuple[int, ...]
+    exit_args: Dict[str, Any]
+    pretrained_cfg: Dict[str, Any]
+    default_cfg: Dict[str, Any]
+
+    def get_classifier(self) -> Union[nn.Module, Sequence[nn.Module]]:
+        """Classifier of the last exit, or several."""
+        raise NotImplementedError
+
+    def check_input_size(self, height: int, width: int) -> None:
+        """Check that images of this size are large enough for the network.
+
+        Args:
+            height: Height of the images in pixels.
+            width: Width of the images in pixels.
+
+        Raises:
+            ValueError: They are too small.
+        """
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Switch the recomputation of activations in the backward pass on or off."""
+        raise NotImplementedError
 
     def run_stage(self, k: int, state: Any) -> Any:
         """Compute stage k.

@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ...cost import exit_costs
 from ...errors import install_hint, one_line
 from ...file_checks import MANIFEST_FORMAT, SUFFIXES, VERSION, check_class_names, check_data_config, check_manifest
-from ...models import MultiExitModel, weights_digest
-from ...registered import registered
+from ...models import MultiExitModel, eval_mode, weights_digest
 from ...version import __version__
 from ..exported import MANIFEST, read_manifest
 from ..policy import ExitPolicy
@@ -112,7 +111,7 @@ def export_stages(
         format=MANIFEST_FORMAT,
         version=VERSION,
         kind=format,
-        architecture=registered(model).default_cfg['architecture'],
+        architecture=model.default_cfg['architecture'],
         num_classes=model.num_classes,
         class_names=class_names,
         data_config=data_config,
@@ -129,7 +128,8 @@ def export_stages(
     with tempfile.TemporaryDirectory(prefix=f'.{directory.name}.', dir=directory.parent) as folder:
         partial = Path(folder) / 'partial'
         partial.mkdir()
-        manifest['stages'] = _write_stages(model, policy, input_size, partial, format)
+        with eval_mode(model):
+            manifest['stages'] = _write_stages(model, policy, input_size, partial, format)
         if format == 'onnx':
             shutil.copyfile(Path(__file__).parent.with_name('onnx_runner.py'), partial / RUNNER)
             manifest['runner_digest'] = _digest(partial / RUNNER)
@@ -185,8 +185,6 @@ def _digest(path: Path) -> str:
 def _write_stages(
     model: MultiExitModel, policy: ExitPolicy, input_size: Sequence[int], folder: Path, format: str
 ) -> List[Dict[str, Any]]:
-    was_training = model.training
-    model.eval()
     costs = exit_costs(model, input_size)
     weight = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -229,7 +227,6 @@ def _write_stages(
             )
         )
         state, _ = model.run_exit(k, state, answers=False)
-    model.train(was_training)
     return stages
 
 
