@@ -109,50 +109,20 @@ def tables(
     batch_size: int,
 ) -> Tuple[str, Dict[str, Any]]:
     """The tables to print, and the same values for the results file."""
-    right = result.prediction == test.targets
-    before = expected_calibration_error(*test)
-    after = expected_calibration_error(test.answers(policy), test.targets)
-    exits = []
-    for k, share in enumerate(result.exit_fractions):
-        here = result.exit_index == k
-        top1 = 100 * right[here].double().mean().item() if here.any() else None
-        threshold = [*policy.thresholds, -math.inf][k]
-        exits.append(
-            dict(
-                threshold='off' if threshold == math.inf else threshold if threshold > -math.inf else 'rest',
-                share=100 * share,
-                top1=top1,
-                temperature=policy.temperatures[k] if policy.temperatures else 1.0,
-                ece=before[k],
-                ece_of_answers=after[k],
-            )
-        )
-    headers = ('Exit', 'Threshold', 'Leave here %', 'Top-1 of these %', 'Temperature', 'ECE %', 'ECE of the answers %')
+    exits = _per_exit(policy, result, test)
     rows = [
         (f'Ex{k}', f'{t:.4f}' if isinstance(t, float) else t, *rest)
         for k, (t, *rest) in enumerate(map(dict.values, exits), 1)
     ]
-    plain_macs = backbone_macs(costs)
-    beside = [
-        ('Top-1 %', run.top1, run.backbone_top1, None),
-        ('MMACs', result.cost / 1e6, plain_macs / 1e6, result.cost / plain_macs),
-        (
-            f'Images/s, batch {min(batch_size, len(right))}',
-            *run.images_per_second,
-            run.images_per_second[0] / run.images_per_second[1],
-        ),
-        *(
-            (f'ms at batch 1, {name}', *pair, pair[0] / pair[1])
-            for name, pair in zip(('median', '90th percentile', '99th percentile'), run.latencies)
-        ),
-    ]
+    beside = _beside_backbone(result, run, backbone_macs(costs), min(batch_size, len(test.targets)))
     moved = int((run.exit_index != result.exit_index).sum())
+    headers = ('Exit', 'Threshold', 'Leave here %', 'Top-1 of these %', 'Temperature', 'ECE %', 'ECE of the answers %')
     text = '\n'.join(
         [
             format_table(headers, rows),
             '',
             format_table(('', 'Adaptive', 'Plain backbone', 'Ratio'), beside),
-            f'(the runtime took the exit that the logits call for on all but {moved} of {len(right)} images)',
+            f'(the runtime took the exit that the logits call for on all but {moved} of {len(test.targets)} images)',
         ]
     )
     record = dict(
@@ -163,3 +133,41 @@ def tables(
         other_exit_than_the_logits=moved,
     )
     return text, record
+
+
+def _per_exit(policy: ExitPolicy, result: PolicyResult, test: LabelledLogits) -> List[Dict[str, Any]]:
+    """Threshold, share of images, accuracy in % and calibration error of every exit."""
+    right = result.prediction == test.targets
+    before = expected_calibration_error(*test)
+    after = expected_calibration_error(test.answers(policy), test.targets)
+    exits = []
+    for k, share in enumerate(result.exit_fractions):
+        here = result.exit_index == k
+        threshold = [*policy.thresholds, -math.inf][k]
+        exits.append(
+            dict(
+                threshold='off' if threshold == math.inf else threshold if threshold > -math.inf else 'rest',
+                share=100 * share,
+                top1=100 * right[here].double().mean().item() if here.any() else None,
+                temperature=policy.temperatures[k] if policy.temperatures else 1.0,
+                ece=before[k],
+                ece_of_answers=after[k],
+            )
+        )
+    return exits
+
+
+def _beside_backbone(
+    result: PolicyResult, run: PolicyBenchmark, plain_macs: float, batch_size: int
+) -> List[Tuple[str, float, float, Optional[float]]]:
+    """Rows of a quantity's name, the adaptive network's value, the plain backbone's, and their ratio."""
+    speeds = run.images_per_second
+    return [
+        ('Top-1 %', run.top1, run.backbone_top1, None),
+        ('MMACs', result.cost / 1e6, plain_macs / 1e6, result.cost / plain_macs),
+        (f'Images/s, batch {batch_size}', *speeds, speeds[0] / speeds[1]),
+        *(
+            (f'ms at batch 1, {name}', *pair, pair[0] / pair[1])
+            for name, pair in zip(('median', '90th percentile', '99th percentile'), run.latencies)
+        ),
+    ]

@@ -84,19 +84,7 @@ def export_stages(
             the folder contains other files, a stage cannot be exported, or the outputs of a graph differ from the
             model's. The folder is unchanged then.
     """
-    if format not in FORMATS:
-        raise ValueError(f'format={format!r} is unknown; choose one of {", ".join(FORMATS)}.')
-    if format == 'onnx':
-        missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ValueError(f'format=\'onnx\' needs {", ".join(missing)}: {install_hint("onnx")}.')
-    if not model.num_classes:
-        raise ValueError('the network has no classes (num_classes=0); exits need class probabilities.')
-    dtype = next(model.parameters()).dtype
-    if format == 'onnx' and dtype != torch.float32:
-        raise ValueError(f'the weights are {dtype}; ONNX graphs are written in float32: call model.float() first.')
-    if not model.resumable:
-        raise ValueError(f'the network has no stages to export: {model.why_not_resumable}.')
+    _check_exportable(model, format)
     policy.check(model.num_exits, model.exit_names)
     policy.check_weights(model)
     directory = Path(directory).resolve()  # keeps a symbolic link to the folder
@@ -135,15 +123,36 @@ def export_stages(
             manifest['runner_digest'] = _digest(partial / RUNNER)
         check_manifest(manifest, 'the export')
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n', encoding='utf-8')
-        old = Path(folder) / 'old'
-        if directory.exists():
-            directory.rename(old)
-        try:
-            partial.rename(directory)
-        except OSError:
-            if old.exists():
-                old.rename(directory)
-            raise
+        _replace_folder(directory, partial, Path(folder) / 'old')
+
+
+def _check_exportable(model: MultiExitModel, format: str) -> None:
+    """Raise a ValueError if a network cannot be exported in a format."""
+    if format not in FORMATS:
+        raise ValueError(f'format={format!r} is unknown; choose one of {", ".join(FORMATS)}.')
+    if format == 'onnx':
+        missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f'format=\'onnx\' needs {", ".join(missing)}: {install_hint("onnx")}.')
+    if not model.num_classes:
+        raise ValueError('the network has no classes (num_classes=0); exits need class probabilities.')
+    dtype = next(model.parameters()).dtype
+    if format == 'onnx' and dtype != torch.float32:
+        raise ValueError(f'the weights are {dtype}; ONNX graphs are written in float32: call model.float() first.')
+    if not model.resumable:
+        raise ValueError(f'the network has no stages to export: {model.why_not_resumable}.')
+
+
+def _replace_folder(directory: Path, new: Path, old: Path) -> None:
+    """Move a new folder to the place of another one, which is moved aside; the other one stays if that fails."""
+    if directory.exists():
+        directory.rename(old)
+    try:
+        new.rename(directory)
+    except OSError:
+        if old.exists():
+            old.rename(directory)
+        raise
 
 
 def _check_replaceable(directory: Path) -> None:
