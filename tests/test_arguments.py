@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from timm_mlcsd.adaptive import onnx_runner
+from timm_mlcsd.adaptive.export import onnx_runner
 from timm_mlcsd.cli.arguments import Number, ScriptParser, exits, integer, number
 from timm_mlcsd.cli.cost import cost_parser
 from timm_mlcsd.cli.export import export_parser

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from timm_mlcsd import file_checks
-from timm_mlcsd.adaptive import ExitPolicy, onnx_runner
+from timm_mlcsd.adaptive import ExitPolicy
+from timm_mlcsd.adaptive.export import onnx_runner
 from timm_mlcsd.adaptive.exported import read_manifest
 
 POLICY = {'format': 'timm_mlcsd exit policy', 'version': 1, 'thresholds': [0.5, 'off']}

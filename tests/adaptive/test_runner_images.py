@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from timm.data import create_loader
 
-from timm_mlcsd.adaptive import onnx_runner
+from timm_mlcsd.adaptive.export import onnx_runner
 from timm_mlcsd.data.image import IMAGE_MODES, MAX_ASPECT_RATIO, read_image
 
 

@@ -10,7 +10,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import timm_mlcsd
-from timm_mlcsd.adaptive import AGGREGATES, SCORES, AdaptiveModel, ExitPolicy, evaluate_policy, fit_weights, onnx_runner
+from timm_mlcsd.adaptive import AGGREGATES, SCORES, AdaptiveModel, ExitPolicy, evaluate_policy, fit_weights
+from timm_mlcsd.adaptive.export import onnx_runner
 from timm_mlcsd.cost import exit_costs
 
 INF = math.inf

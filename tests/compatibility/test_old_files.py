@@ -59,7 +59,7 @@ def test_policy(old, folder):
 
 
 def test_exported_folder(old):
-    ours = pytest.importorskip('timm_mlcsd.adaptive.onnx_runner', exc_type=ImportError)
+    ours = pytest.importorskip('timm_mlcsd.adaptive.export.onnx_runner', exc_type=ImportError)
     spec = importlib.util.spec_from_file_location('old_runner', old / 'exported' / 'runner.py')
     runner = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = runner  # NamedTuple looks its module up

@@ -11,8 +11,8 @@ from ..engine.validate_config import ValidateConfig
 from .arguments import ScriptParser, budget, number, positive_float
 from .data_flags import add_data_flags, add_device_flags, add_train_data_flags
 from .model_flags import add_loss_flags, add_model_flags
-from .recipe_flags import add_recipe_flags
 from .run_flags import add_process_flags, add_run_flags
+from .training_flags import add_training_flags
 
 __all__ = ['train_parser', 'validate_parser']
 
@@ -29,7 +29,7 @@ def train_parser() -> argparse.ArgumentParser:
     add_train_data_flags(add_data_flags(parser, trains=True))
     add_model_flags(parser)
     add_loss_flags(parser)
-    add_recipe_flags(parser)
+    add_training_flags(parser)
     add_device_flags(parser)
     add_process_flags(parser)
     add_run_flags(parser)

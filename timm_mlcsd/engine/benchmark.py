@@ -10,7 +10,7 @@ from ..adaptive import AdaptiveModel, ExitPolicy, PolicyResult, expected_calibra
 from ..cost import ExitCost
 from ..report import format_table
 from .evaluator import Evaluator, LabelledLogits
-from .policy import backbone_macs
+from .fit_policy import backbone_macs
 
 __all__ = ['PolicyBenchmark', 'benchmark_policy', 'tables']
 

@@ -21,7 +21,7 @@ from ..cost import ExitCost
 from ..data import class_label
 from .benchmark import PolicyBenchmark
 from .evaluator import LabelledLogits
-from .policy import backbone_macs
+from .fit_policy import backbone_macs
 
 __all__ = ['ExampleGallery', 'page_data']
 

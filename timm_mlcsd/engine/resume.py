@@ -24,7 +24,7 @@ from .epoch import Progress
 from .fsdp import load_sharded
 from .held_out import is_same_data
 
-__all__ = ['AUTO', 'RunConfig', 'check_same_run', 'find_checkpoint', 'resume', 'run_folder']
+__all__ = ['AUTO', 'RunConfig', 'check_same_model_and_data', 'find_checkpoint', 'resume', 'run_folder']
 
 _logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def find_checkpoint(config: RunConfig, folder: Path) -> Tuple[Optional[Dict[str,
     return checkpoint, checkpoint is not None and config.no_resume_opt
 
 
-def check_same_run(
+def check_same_model_and_data(
     checkpoint: Dict[str, Any],
     identity: Dict[str, Any],
     val_data: Dataset,

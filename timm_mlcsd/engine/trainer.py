@@ -35,7 +35,7 @@ from .fsdp import shard_task, sharded_state
 from .held_out import is_same_data, warn_of_seen_images
 from .loaders import eval_loader, set_epoch, train_loader
 from .optimizer import create_optimizer, create_scheduler, lr_rule, scaled_lr
-from .resume import check_same_run, resume
+from .resume import check_same_model_and_data, resume
 from .signals import SigtermHandler, StopRequested, StopSource, iterate_in_lockstep
 
 __all__ = ['EpochResult', 'Trainer']
@@ -190,7 +190,7 @@ class Trainer:
     def _resume(self, checkpoint: Dict[str, Any], weights_only: bool) -> None:
         same_data = is_same_data(self.config.data, checkpoint)
         identity = self.identity if weights_only else dict(self.identity, data_config=self.data_config)
-        check_same_run(checkpoint, identity, self.val_data, weights_only, same_data)
+        check_same_model_and_data(checkpoint, identity, self.val_data, weights_only, same_data)
         self.start_epoch, self.best, self.progress = resume(
             checkpoint,
             self.task,

@@ -24,9 +24,9 @@ from .combinations import check_input
 from .datasets import check_classes, class_names, load_dataset, same_split
 from .device import resolve_device
 from .evaluator import Evaluation, Evaluator
+from .fit_policy import check_policy_flags, fit_or_load_policy, reports_on_half, saved_policy_path
 from .gallery import ExampleGallery, page_data
 from .held_out import halves_of, held_out, is_data_of, is_same_data
-from .policy import check_policy_flags, fit_or_load_policy, reports_on_half, saved_policy_path
 from .validate_config import ValidateConfig
 
 __all__ = ['load_model', 'load_split', 'validate', 'with_trained_data']

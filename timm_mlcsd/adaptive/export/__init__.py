@@ -119,7 +119,7 @@ def export_stages(
         with eval_mode(model):
             manifest['stages'] = _write_stages(model, policy, input_size, partial, format)
         if format == 'onnx':
-            shutil.copyfile(Path(__file__).parent.with_name('onnx_runner.py'), partial / RUNNER)
+            shutil.copyfile(Path(__file__).with_name('onnx_runner.py'), partial / RUNNER)
             manifest['runner_digest'] = _digest(partial / RUNNER)
         check_manifest(manifest, 'the export')
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n', encoding='utf-8')

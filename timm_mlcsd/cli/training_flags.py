@@ -15,10 +15,10 @@ from .arguments import (
     train_interpolation,
 )
 
-__all__ = ['add_recipe_flags']
+__all__ = ['add_training_flags']
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Add the groups Optimizer, Schedule, Augmentation and EMA."""
     group = parser.add_argument_group('Optimizer')
     _add_optimizer_flags(group)
