@@ -96,7 +96,9 @@ def test_one_threshold_is_the_best_there_is():
     results = [evaluate_policy(logits, targets, [1, 3], p) for p in tries]
     for budget in (1.0, 1.3, 1.7, 2.0, 2.6, 3.0):
         best = max(r.accuracy for r in results if r.cost <= budget + 1e-9)
-        ours = evaluate_policy(logits, targets, [1, 3], calibrate(logits, targets, [1, 3], budget=budget))
+        ours = evaluate_policy(
+            logits, targets, [1, 3], calibrate(logits, targets, [1, 3], budget=budget, method='optimal')
+        )
         assert ours.cost <= budget + 1e-9 and ours.accuracy == pytest.approx(best)
 
 
@@ -118,7 +120,7 @@ def test_cheapest_within_a_drop():
     whole = evaluate_policy(*data, COSTS, ExitPolicy([INF] * 3)).accuracy
     costs = []
     for drop in (0.0, 1.0, 3.0, 100.0):
-        result = evaluate_policy(*data, COSTS, calibrate(*data, COSTS, max_drop=drop))
+        result = evaluate_policy(*data, COSTS, calibrate(*data, COSTS, max_drop=drop, confidence=None))
         assert result.accuracy >= whole - drop - 1e-9
         costs.append(result.cost)
     assert costs == sorted(costs, reverse=True) and costs[0] < 4 and costs[-1] == 1
@@ -141,7 +143,7 @@ def test_the_search_gains_much_over_the_sweep():
     'kwargs, message',
     [
         (dict(budget=0.5), r'budget=0.5 is out of reach: expected a mean cost from 1 to 4'),
-        (dict(max_drop=-50), r'max_drop=-50 is out of reach: expected at least'),
+        (dict(max_drop=-50, confidence=None), r'max_drop=-50 is out of reach: expected at least'),
         (dict(), 'expected exactly one of the two'),
         (dict(budget=1, max_drop=1), 'expected exactly one of the two'),
         (dict(budget=2, method='magic'), "method='magic' is unknown; choose one of optimal"),
@@ -263,7 +265,7 @@ def test_nothing_is_fitted_to_logits_that_are_not_finite(value, largest):
         fit_weights,
         confidence_bins,
         expected_calibration_error,
-        lambda z, y: calibrate(z, y, COSTS[:3], max_drop=1),
+        lambda z, y: calibrate(z, y, COSTS[:3], max_drop=1, confidence=None),
         lambda z, y: budgeted_curve((z, y), (z, y), COSTS[:3]),
         lambda z, y: thresholds_for_exit_rates(z, [0.5, 0.25, 0.25]),
         lambda z, y: evaluate_policy(z, y, COSTS[:3], ExitPolicy([0.5, 0.5])),
@@ -278,7 +280,9 @@ def test_classes_that_cannot_be_are_as_if_they_were_not_there():
     assert fit_temperatures(wider, targets) == pytest.approx(fit_temperatures(logits, targets), rel=1e-6)
     for ours, theirs in zip(fit_weights(wider, targets), fit_weights(logits, targets)):
         assert ours == pytest.approx(theirs, rel=1e-6)
-    ours, theirs = (calibrate(z, targets, COSTS[:3], max_drop=1, aggregate='mean') for z in (wider, logits))
+    ours, theirs = (
+        calibrate(z, targets, COSTS[:3], max_drop=1, confidence=None, aggregate='mean') for z in (wider, logits)
+    )
     assert ours.thresholds == pytest.approx(theirs.thresholds, rel=1e-6)
     with pytest.raises(ValueError, match='label is -inf, first at exit 0, sample 0'):
         fit_temperatures(wider, targets.fill_(10))

@@ -11,7 +11,7 @@ import timm
 from scripts import assert_same, run
 
 from timm_mlcsd import save_pretrained
-from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy
+from timm_mlcsd.adaptive import THRESHOLD_METHODS, AdaptiveModel, ExitPolicy
 from timm_mlcsd.cli import predict, push, train, validate
 from timm_mlcsd.engine import validation
 from timm_mlcsd.network import load_checkpoint
@@ -40,7 +40,8 @@ def failure(argv, capsys, main=validate.main):
 
 
 @pytest.mark.parametrize(
-    'goal', [('--budget', '97%'), ('--budget', '2.35'), ('--max-drop', 0), ('--latency-budget', 50)]
+    'goal',
+    [('--budget', '97%'), ('--budget', '2.35'), ('--max-drop', 0, '--confidence', 'none'), ('--latency-budget', 50)],
 )
 def test_a_policy_for_every_goal(goal, flags, mine, tmp_path, capsys):
     out = tmp_path / 'results.json'
@@ -155,9 +156,45 @@ def test_broken_policy_files_are_one_line(mine, folder, capsys):
 def test_a_split_of_its_own_calibrates(flags, folder, tmp_path, capsys):
     shutil.copytree(folder / 'test', tmp_path / 'other' / 'val')
     shutil.copytree(folder / 'test', tmp_path / 'other' / 'test')
-    argv = [*flags, '--data-dir', tmp_path / 'other', '--calibration-split', 'val', '--max-drop', 0]
+    argv = [*flags, '--data-dir', tmp_path / 'other', '--calibration-split', 'val', '--max-drop', 50]
     assert run(validate.main, argv) == 0
     assert 'fitted to 12 images of val' in capsys.readouterr().out
+
+
+def test_a_certified_policy_says_so(flags, mine, tmp_path, capsys):
+    out = tmp_path / 'results.json'
+    assert (
+        run(validate.main, [*flags, '--max-drop', 80, '--confidence', 0.9, '--save-policy', '--results-file', out]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert 'certified: drop on new images of at most 80 points, with confidence 0.9, from 3 images' in printed
+    policy = ExitPolicy.load(mine)
+    assert policy.certificate == dict(risk='drop', limit=80, confidence=0.9, images=3, bound='binomial')
+    record = json.loads(out.read_text())['adaptive']
+    assert record['policy']['certificate'] == policy.certificate
+    assert record['calibration']['method'] == 'exit_rates' and record['calibration']['cross_validated'] is None
+    # a policy from a file says what was certified about it
+    assert run(validate.main, flags) == 0
+    assert 'certified: drop on new images of at most 80 points' in capsys.readouterr().out
+
+
+def test_a_budget_is_cross_validated(flags, tmp_path, capsys):
+    out = tmp_path / 'results.json'
+    assert run(validate.main, [*flags, '--budget', '97%', '--results-file', out]) == 0
+    calibration = json.loads(out.read_text())['adaptive']['calibration']
+    assert calibration['method'] in THRESHOLD_METHODS and len(calibration['cross_validated']) == 2
+    assert f'method {calibration["method"]}: top-1 ' in capsys.readouterr().out
+
+
+def test_what_cannot_be_certified(flags, capsys):
+    error = failure([*flags, '--max-drop', 5], capsys)
+    assert '--max-drop: max_drop=5: 5 images (2 to fit, 3 to certify) can certify a drop of 63.16 points' in error
+    assert 'give 79 images' in error and 'confidence none' in error
+    assert '--risk selective: expected --max-drop P' in failure([*flags, '--risk', 'selective'], capsys)
+    assert "risk='selective': expected a confidence" in failure(
+        [*flags, '--max-drop', 50, '--risk', 'selective', '--confidence', 'none'], capsys
+    )
+    assert 'argument --confidence: expected a number at least 0.5' in failure([*flags, '--confidence', 1], capsys)
 
 
 def test_mistakes(flags, mine, tmp_path, capsys):
@@ -166,7 +203,7 @@ def test_mistakes(flags, mine, tmp_path, capsys):
     assert '--budget, --max-drop: give one' in failure([*flags, '--budget', '97%', '--max-drop', 0], capsys)
     assert 'argument --budget: expected a positive number of MMACs' in failure([*flags, '--budget', 'half'], capsys)
     assert re.search('budget=.* is out of reach: expected a mean', failure([*flags, '--budget', '0.1%'], capsys))
-    assert 'max_drop=-90.0 is out of reach' in failure([*flags, '--max-drop', -90], capsys)
+    assert 'max_drop=-90.0 is out of reach' in failure([*flags, '--max-drop', -90, '--confidence', 'none'], capsys)
     assert '--score, --aggregate and --method are of a policy to fit' in failure([*flags, '--score', 'margin'], capsys)
     assert '--save-policy: no policy is fitted' in failure([*flags, '--save-policy'], capsys)
     assert 'must end in .html' in failure([*flags, '--max-drop', 0, '--report', tmp_path / 'page.pdf'], capsys)
@@ -240,7 +277,7 @@ def test_own_images_in_one_folder_get_a_policy(folder, small_flags, tmp_path, ca
 
 def test_a_policy_of_other_weights_is_refused(mine, flags, folder, capsys):
     photo = folder / 'test' / 'red' / '0.png'
-    assert run(validate.main, [*flags, '--max-drop', 50, '--save-policy']) == 0
+    assert run(validate.main, [*flags, '--max-drop', 80, '--save-policy']) == 0
     assert run(predict.main, [mine, photo]) == 0 and run(validate.main, flags) == 0
     capsys.readouterr()
     last = mine / 'last.pth.tar'

@@ -1,20 +1,52 @@
 """Calibration of exit thresholds on cached validation logits."""
 
 import math
-from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from dataclasses import replace
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 
 from .evaluate import CachedLogits, Costs, ExitLogits, PolicyResult, as_logits, is_number
+from .exit_rates import geometric_sweep
+from .methods import METHODS, choose_method, cross_validated, fit_to_goal, last_exit_alone, policy_path
 from .policy import ExitPolicy
-from .search import Goal, best_thresholds
+from .risk import RISKS, certify, images_needed, lowest_limit, split
+from .samples import FitSamples
+from .scaling import fit_temperatures, fit_weights
+from .search import Goal
 
-__all__ = ['THRESHOLD_METHODS', 'CurvePoint', 'budgeted_curve', 'calibrate', 'thresholds_for_exit_rates']
+__all__ = ['THRESHOLD_METHODS', 'Calibration', 'CurvePoint', 'budgeted_curve', 'calibrate', 'run_calibration']
 
-THRESHOLD_METHODS = ('optimal', 'exit_rates', 'paper')
+THRESHOLD_METHODS = (*METHODS, 'auto')
 
-# MSDNet's sweep: one set of exit rates per p, in proportion to p, p^2, ..., p^K
-EXIT_RATE_BASES = tuple(i / 20 for i in range(1, 40))
+# methods among which `auto` chooses for a budget, the default first
+CANDIDATES = ('shrunk', 'exit_rates', 'optimal', 'quantile')
+# with fewer samples to fit a path to, the exit rates alone vary less
+FEW = 1000
+# thresholds are searched for on at most that many samples, and checked on all
+MAX_SEARCH = 20_000
+# shares of the goal that are kept back where the search sees a part of the samples
+MARGINS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+class Calibration(NamedTuple):
+    """Result of a calibration.
+
+    Attributes:
+        policy: The fitted policy.
+        method: Method that fitted its thresholds.
+        accuracy: Accuracy on the samples that it was fitted to, in percent.
+        cost: Mean cost on these samples.
+        cross_validated: Accuracy in percent and mean cost of the method on samples that it was not fitted to, by
+            cross-validation; None without it.
+    """
+
+    policy: ExitPolicy
+    method: str
+    accuracy: float
+    cost: float
+    cross_validated: Optional[Tuple[float, float]] = None
 
 
 class CurvePoint(NamedTuple):
@@ -31,108 +63,105 @@ class CurvePoint(NamedTuple):
     test: PolicyResult
 
 
-@torch.no_grad()
-def thresholds_for_exit_rates(logits: ExitLogits, rates: Sequence[float], **kwargs: Any) -> ExitPolicy:
-    """Fit a policy under which given shares of the samples leave at each exit (MSDNet's rule).
-
-    The threshold of exit k is the score of rank floor(N * rates[k]), highest first, among the samples that have not
-    left before. If that rank is 0 or larger than the number of these samples, the exit is off.
-
-    Args:
-        logits: Logits of K exits on N validation samples, [K, N, C].
-        rates: Share of the samples that leaves at each exit, [K], with sum 1.
-        **kwargs: Further arguments of `ExitPolicy`: ``score``, ``aggregate``, ``temperatures``, ``weights``,
-            ``exit_names``.
-
-    Returns:
-        The policy with these thresholds.
-
-    Raises:
-        ValueError: The rates are not K shares that sum to 1.
-    """
-    logits = as_logits(logits)
-    rates = rates.tolist() if isinstance(rates, torch.Tensor) else list(rates)
-    if len(rates) != len(logits) or not all(is_number(r) and 0 <= r <= 1 for r in rates) or abs(sum(rates) - 1) > 1e-6:
-        raise ValueError(f'rates={rates}: expected {len(logits)} shares, one per exit, that sum to 1.')
-    all_on = ExitPolicy((0.0,) * (len(logits) - 1), **kwargs)
-    samples = CachedLogits(logits, torch.zeros(logits.shape[1], dtype=torch.long))
-    return all_on.with_thresholds(_thresholds_for_rates(samples, all_on, rates))
-
-
-def _thresholds_for_rates(
-    samples: CachedLogits, all_on: ExitPolicy, rates: Sequence[float], lowest_correct: bool = False
-) -> List[float]:
-    """Thresholds, [K-1], for exit rates, [K].
-
-    With `lowest_correct`, each threshold is raised to the lowest score of the leaving samples that are classified
-    correctly.
-    """
-    num_samples = len(samples.targets)
-    counts = [math.floor(num_samples * rate + 1e-9) for rate in rates]  # 0.29 * 100 is 28.999999999999996
-    remaining = torch.ones_like(samples.targets, dtype=torch.bool)
-    thresholds = [0.0 if count else math.inf for count in counts[:-1]]
-    for k, count in enumerate(counts[:-1]):
-        if count > remaining.sum():
-            thresholds[k] = math.inf
-        if thresholds[k] == math.inf:
-            continue
-        scores, predictions = samples.answers(all_on.with_thresholds(thresholds))  # without the exits that are off
-        threshold = scores[k][remaining].topk(count).values[-1].item()
-        if lowest_correct:
-            correct = scores[k][remaining & (predictions[k] == samples.targets) & (scores[k] >= threshold)]
-            threshold = correct.min().item() if len(correct) else math.inf
-        thresholds[k] = threshold
-        remaining &= scores[k] < threshold
-    return thresholds
-
-
-def _geometric_sweep(samples: CachedLogits, all_on: ExitPolicy, lowest_correct: bool = False) -> Iterator[List[float]]:
-    """Yield thresholds, [K-1], for each of MSDNet's 39 geometric distributions of the samples over the exits."""
-    for p in EXIT_RATE_BASES:
-        rates = [p**k for k in range(1, all_on.num_exits + 1)]
-        yield _thresholds_for_rates(samples, all_on, [rate / sum(rates) for rate in rates], lowest_correct)
-
-
-@torch.no_grad()
-def calibrate(
-    logits: ExitLogits,
-    targets: torch.Tensor,
-    costs: Costs,
-    *,
-    budget: Optional[float] = None,
-    max_drop: Optional[float] = None,
-    method: str = 'optimal',
-    **kwargs: Any,
-) -> ExitPolicy:
-    """Fit thresholds to validation logits.
-
-    Exactly one of `budget` and `max_drop` is given.
-
-    Args:
-        logits: Logits of K exits on N validation samples, [K, N, C].
-        targets: Labels, [N].
-        costs: Cumulative cost of answering at each exit, [K] (MACs or milliseconds, say); or `ExitCost` or
-            `ExitTime` per exit.
-        budget: Largest allowed mean cost per sample, in the unit of `costs`; fits the most accurate policy.
-        max_drop: Largest allowed drop of accuracy below the last exit, in percentage points; fits the cheapest policy.
-        method: ``optimal`` (default): search for the best thresholds; ``exit_rates``: the best of MSDNet's sweep of
-            geometric exit rates; ``paper``: the same sweep, with each threshold at the lowest score of the samples
-            that leave there and are correct (MLCSD, "Budgeted batch classification results").
-        **kwargs: Further arguments of `ExitPolicy`: ``score``, ``aggregate``, ``temperatures``, ``weights``,
-            ``exit_names``.
-
-    Returns:
-        The fitted policy.
-
-    Raises:
-        ValueError: Neither or both of `budget` and `max_drop` are given, or no policy meets the goal; the message
-            contains the reachable range.
+def calibrate(logits: ExitLogits, targets: Optional[torch.Tensor], costs: Costs, **kwargs: Any) -> ExitPolicy:
+    """Fit thresholds to validation logits: the policy of `run_calibration`, with the same arguments.
 
     Examples:
         ```python
         policy = calibrate(logits, targets, exit_costs(model, (3, 32, 32)), budget=0.3e9)
+        policy = calibrate(logits, targets, exit_costs(model, (3, 32, 32)), max_drop=2.0, temperatures='fit')
         ```
     """
+    return run_calibration(logits, targets, costs, **kwargs).policy
+
+
+@torch.no_grad()
+def run_calibration(
+    logits: ExitLogits,
+    targets: Optional[torch.Tensor],
+    costs: Costs,
+    *,
+    budget: Optional[float] = None,
+    max_drop: Optional[float] = None,
+    confidence: Optional[float] = 0.95,
+    risk: str = 'drop',
+    method: str = 'auto',
+    temperatures: Union[str, Sequence[float], None] = None,
+    weights: Union[str, Sequence[Sequence[float]], None] = None,
+    **kwargs: Any,
+) -> Calibration:
+    """Fit thresholds to validation logits.
+
+    Exactly one of `budget` and `max_drop` is given. With `max_drop`, the samples must not have been used before: one
+    part of them fits the policies, the other part certifies one of them (`timm_mlcsd.adaptive.risk`).
+
+    Args:
+        logits: Logits of K exits on N validation samples, [K, N, C].
+        targets: Labels, [N]; None for samples without labels, with ``risk='disagreement'``.
+        costs: Cumulative cost of answering at each exit, [K] (MACs or milliseconds, say); or `ExitCost` or
+            `ExitTime` per exit.
+        budget: Largest allowed mean cost per sample, in the unit of `costs`; fits the most accurate policy.
+        max_drop: Largest allowed risk, in percentage points; fits the cheapest policy.
+        confidence: Probability that the risk of the policy on new samples is at most `max_drop`, over the draw of the
+            validation samples; default 0.95. None: the drop on the validation samples themselves is at most
+            `max_drop`, without a guarantee for others.
+        risk: ``drop`` (default): accuracy below that of the last exit; ``selective``: share of wrong answers among the
+            samples that leave early; ``disagreement``: share of samples whose answer differs from the last exit's.
+        method: How thresholds are found. ``optimal``: search for the best ones; ``exit_rates``: the best of MSDNet's
+            sweep of geometric exit rates; ``shrunk``: halfway between these two; ``quantile``: one quantile of the
+            scores for all exits; ``paper``: the sweep, with each threshold at the lowest score of the samples that
+            leave there and are correct (MLCSD, "Budgeted batch classification results"). ``auto`` (default): for a
+            budget, ``shrunk`` unless another one is clearly better in cross-validation; for a certified risk,
+            ``exit_rates`` or, with many samples, ``shrunk``; otherwise ``optimal``.
+        temperatures: Temperatures of the policy, [K]; ``'fit'`` fits them to the samples that thresholds are fitted
+            to; None (default) for 1.
+        weights: Weights of the policy; ``'fit'`` fits them to these samples too.
+        **kwargs: Further arguments of `ExitPolicy`: ``score``, ``aggregate``, ``exit_names``.
+
+    Returns:
+        The fitted policy; with a certified risk it has a ``certificate``.
+
+    Raises:
+        ValueError: Neither or both of `budget` and `max_drop` are given, no policy meets the goal, or the samples are
+            too few to certify it; the message contains the reachable range.
+    """
+    _check(budget, max_drop, confidence, risk, method, targets)
+    logits = as_logits(logits)
+    last_answers = logits[-1].argmax(-1)
+    cached = CachedLogits(logits, last_answers if targets is None else targets)
+    certified = max_drop is not None and confidence is not None
+    fit_rows, fresh_rows = split(len(cached.targets)) if certified else (np.arange(len(cached.targets)), None)
+    template = _template(cached, fit_rows, temperatures, weights, kwargs)
+    if isinstance(temperatures, str) and targets is None and template.temperatures is not None:
+        # the others agree with the last exit as often as their scores say; its own says nothing without labels
+        template = replace(template, temperatures=(*template.temperatures[:-1], 1.0))
+    samples = FitSamples(CachedLogits(logits, last_answers) if risk == 'disagreement' else cached)
+    if budget is not None:
+        return _within_budget(samples, costs, budget, template, method)
+    assert max_drop is not None  # as budget is None
+    if fresh_rows is not None and confidence is not None:
+        parts = samples.subset(fit_rows), samples.subset(fresh_rows)
+        return _certified(samples, *parts, costs, template, method, risk, max_drop, confidence)
+    method = 'optimal' if method == 'auto' else method
+    lowest = samples.evaluate(last_exit_alone(template), costs).accuracy - max_drop
+    goals = [Goal(min_accuracy=lowest + margin * (100 - lowest)) for margin in MARGINS]
+    policy = _fit_checked(samples, costs, goals, template, method)
+    if policy is None:
+        best = max(samples.evaluate(p, costs).accuracy for p in _reach(samples, template)) - lowest - max_drop
+        raise ValueError(
+            f'max_drop={max_drop} is out of reach: expected at least {-best:.2f}, the best that was found.'
+        )
+    return Calibration(policy, method, *samples.evaluate(policy, costs)[:2])
+
+
+def _check(
+    budget: Optional[float],
+    max_drop: Optional[float],
+    confidence: Optional[float],
+    risk: str,
+    method: str,
+    targets: Optional[torch.Tensor],
+) -> None:
     if (budget is None) == (max_drop is None):
         raise ValueError(f'budget={budget}, max_drop={max_drop}: expected exactly one of the two.')
     for name, value in (('budget', budget), ('max_drop', max_drop)):
@@ -140,29 +169,135 @@ def calibrate(
             raise ValueError(f'{name}={value!r}: expected a number.')
     if method not in THRESHOLD_METHODS:
         raise ValueError(f'method={method!r} is unknown; choose one of {", ".join(THRESHOLD_METHODS)}.')
-    samples = CachedLogits(logits, targets)
-    num_exits = len(samples.logits)
-    all_on = ExitPolicy((0.0,) * (num_exits - 1), **kwargs)
-    # policies with a single exit on, at which all samples leave; tried after the last exit alone
-    single = [[math.inf] * k + [0.0] + [math.inf] * (num_exits - 2 - k) for k in range(num_exits - 1)]
-    candidates = []
-    for thresholds in ([math.inf] * (num_exits - 1), *single, *_geometric_sweep(samples, all_on, method == 'paper')):
-        policy = all_on.with_thresholds(thresholds)
-        candidates.append((policy, samples.evaluate(policy, costs)))
-    goal = Goal(budget=budget) if max_drop is None else Goal(min_accuracy=candidates[0][1].accuracy - max_drop)
-    feasible = [(policy, result) for policy, result in candidates if goal.is_met(result.accuracy, result.cost)]
-    if not feasible:
-        raise ValueError(_infeasible_message([result for _, result in candidates], budget, max_drop))
-    policy = max(feasible, key=lambda pair: goal.key(pair[1].accuracy, pair[1].cost))[0]
-    return best_thresholds(samples, costs, goal, policy) if method == 'optimal' else policy
+    if risk not in RISKS:
+        raise ValueError(f'risk={risk!r} is unknown; choose one of {", ".join(RISKS)}.')
+    if confidence is not None and not (is_number(confidence) and 0.5 <= confidence < 1):
+        raise ValueError(f'confidence={confidence!r}: expected a number from 0.5 to below 1, or None.')
+    if budget is not None and risk != 'drop':
+        raise ValueError(f'risk={risk!r}: expected max_drop, the limit of the risk, got budget={budget}.')
+    if confidence is None and risk == 'selective':
+        raise ValueError("risk='selective': expected a confidence, got None; it is only certified, not fitted.")
+    if targets is None and risk != 'disagreement':
+        raise ValueError("targets=None: expected labels; only risk='disagreement' does without them.")
 
 
-def _infeasible_message(results: Sequence[PolicyResult], budget: Optional[float], max_drop: Optional[float]) -> str:
-    if max_drop is None:
-        low, high = min(r.cost for r in results), max(r.cost for r in results)
-        return f'budget={budget:.6g} is out of reach: expected a mean cost from {low:.6g} to {high:.6g}.'
-    gain = max(r.accuracy for r in results) - results[0].accuracy
-    return f'max_drop={max_drop} is out of reach: expected at least {-gain:.2f}, the best value that was found.'
+def _template(
+    cached: CachedLogits,
+    rows: np.ndarray,
+    temperatures: Union[str, Sequence[float], None],
+    weights: Union[str, Sequence[Sequence[float]], None],
+    kwargs: Dict[str, Any],
+) -> ExitPolicy:
+    """Policy with all exits on, whose temperatures and weights see the given samples only."""
+    for name, value in (('temperatures', temperatures), ('weights', weights)):
+        if isinstance(value, str) and value != 'fit':
+            raise ValueError(f"{name}={value!r}: expected numbers, 'fit' or None.")
+    if isinstance(temperatures, str) or isinstance(weights, str):
+        index = torch.from_numpy(rows[:: max(1, len(rows) // MAX_SEARCH)]).to(cached.targets.device)
+        data = cached.logits[:, index], cached.targets[index]
+        if isinstance(temperatures, str):
+            temperatures = fit_temperatures(*data)
+        if isinstance(weights, str):
+            weights = fit_weights(*data, temperatures)
+    return ExitPolicy(
+        (0.0,) * (len(cached.logits) - 1),
+        temperatures=temperatures,  # type: ignore[arg-type]  # the policy converts sequences to tuples
+        weights=weights,  # type: ignore[arg-type]
+        **kwargs,
+    )
+
+
+def _fit_checked(
+    samples: FitSamples, costs: Costs, goals: Sequence[Goal], template: ExitPolicy, method: str
+) -> Optional[ExitPolicy]:
+    """Fit to the first of some goals, the easiest one first, with which all samples meet the easiest one."""
+    part = _part(samples)
+    for goal in goals:
+        policy = fit_to_goal(part, costs, goal, template, method)
+        if policy is not None and goals[0].is_met(*samples.evaluate(policy, costs)[:2]):
+            return policy
+        if part is samples:
+            return None
+    return None
+
+
+def _part(samples: FitSamples) -> FitSamples:
+    """At most MAX_SEARCH of the samples, evenly spaced."""
+    if len(samples) <= MAX_SEARCH:
+        return samples
+    return samples.subset(np.linspace(0, len(samples) - 1, MAX_SEARCH).astype(int))
+
+
+def _reach(samples: FitSamples, template: ExitPolicy) -> List[ExitPolicy]:
+    """Policies whose costs and accuracies show what is in reach."""
+    off = [math.inf] * (template.num_exits - 1)
+    single = [template.with_thresholds([*off[:k], 0.0, *off[k + 1 :]]) for k in range(template.num_exits - 1)]
+    return [last_exit_alone(template), *single, *geometric_sweep(_part(samples), template)]
+
+
+def _within_budget(samples: FitSamples, costs: Costs, budget: float, template: ExitPolicy, method: str) -> Calibration:
+    """Fit the most accurate policy within a budget."""
+    validated: Optional[Tuple[float, float]] = None
+    if method == 'auto':
+        held_out = cross_validated(_part(samples), costs, Goal(budget=budget), template, CANDIDATES)
+        method = choose_method(held_out, _price(samples, costs, budget, template)) or CANDIDATES[0]
+        if method in held_out:
+            validated = 100 * float(held_out[method].correct.mean()), float(held_out[method].costs.mean())
+    goals = [Goal(budget=budget * (1 - margin)) for margin in MARGINS]
+    policy = _fit_checked(samples, costs, goals, template, method)
+    if policy is None:
+        reach = [samples.evaluate(p, costs).cost for p in _reach(samples, template)]
+        raise ValueError(
+            f'budget={budget:.6g} is out of reach: expected a mean cost from {min(reach):.6g} to {max(reach):.6g}.'
+        )
+    return Calibration(policy, method, *samples.evaluate(policy, costs)[:2], validated)
+
+
+def _price(samples: FitSamples, costs: Costs, budget: float, template: ExitPolicy) -> float:
+    """Accuracy in points per unit of cost around a budget, along MSDNet's sweep."""
+    results = sorted(samples.evaluate(p, costs)[1::-1] for p in geometric_sweep(_part(samples), template))
+    nearest = min(range(len(results)), key=lambda i: abs(results[i][0] - budget))
+    (low, worse), (high, better) = results[max(nearest - 2, 0)], results[min(nearest + 2, len(results) - 1)]
+    return max(better - worse, 0.0) / (high - low) if high > low else 0.0
+
+
+def _certified(
+    samples: FitSamples,
+    fit: FitSamples,
+    fresh: FitSamples,
+    costs: Costs,
+    template: ExitPolicy,
+    method: str,
+    risk: str,
+    max_drop: float,
+    confidence: float,
+) -> Calibration:
+    """The boldest certified policy of a path."""
+    count = len(samples)
+    if not (len(fit) and len(fresh)):
+        raise ValueError(f'{count} images are too few to certify anything; give at least 5.')
+    best = lowest_limit(len(fresh), confidence)
+    what = {'drop': 'a drop', 'selective': 'a share of wrong early answers', 'disagreement': 'a disagreement'}[risk]
+    about = (
+        f'max_drop={max_drop:g}: {count} images ({len(fit)} to fit, {len(fresh)} to certify) can certify {what} of '
+        f'{best:.2f} points at best with confidence {confidence:g}'
+    )
+    if max_drop < best:
+        more = f'give {images_needed(max_drop, confidence)} images, ' if max_drop > 0 else ''
+        raise ValueError(f'{about}; {more}allow more, or ask for no guarantee (confidence none).')
+    if method == 'auto':
+        method = 'exit_rates' if len(fit) < FEW else 'shrunk'
+    path = policy_path(fit, costs, template, method)
+    found = certify(path, fit, fresh, risk, min(max_drop, 100.0), confidence)
+    if found.position == 0 and len(path) > 1:
+        raise ValueError(
+            f'{about}, if no sample is lost; under the most careful of {len(path) - 1} policies too many are; give '
+            f'more images, allow more, or ask for no guarantee (confidence none).'
+        )
+    numbers = dict(limit=float(max_drop), confidence=float(confidence), images=len(fresh))
+    certificate = dict(risk=risk, **numbers, bound=found.bound or 'none needed')
+    policy = replace(found.policy, certificate=certificate)
+    return Calibration(policy, method, *samples.evaluate(policy, costs)[:2])
 
 
 @torch.no_grad()
@@ -186,6 +321,6 @@ def budgeted_curve(
     """
     fit, report = CachedLogits(*val), CachedLogits(*test)
     all_on = ExitPolicy((0.0,) * (len(fit.logits) - 1), **kwargs)
-    policies = [all_on.with_thresholds(thresholds) for thresholds in _geometric_sweep(fit, all_on)]
+    policies = geometric_sweep(FitSamples(fit), all_on)
     points = [CurvePoint(policy, fit.evaluate(policy, costs), report.evaluate(policy, costs)) for policy in policies]
     return sorted(points, key=lambda point: point.test.cost)

@@ -4,6 +4,7 @@ import math
 import numbers
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple, TypeGuard, Union
 
+import numpy as np
 import torch
 
 from ..cost import ExitCost, ExitTime
@@ -22,6 +23,8 @@ __all__ = [
 
 ExitLogits = Union[torch.Tensor, Sequence[torch.Tensor]]
 Costs = Union[torch.Tensor, Sequence[float], Sequence[ExitCost], Sequence[ExitTime]]
+# number of samples whose answers are computed at once
+CHUNK = 2**16
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -175,6 +178,19 @@ class CachedLogits:
         self.targets = as_targets(targets, self.logits)
         self._cache: Dict[Tuple, Tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @staticmethod
+    def key(policy: ExitPolicy) -> Tuple:
+        """Key of equal answers: what the policy computes, and which exits take part in it, [K] at the end."""
+        # without averaging and patience, an exit's answer does not depend on the other exits
+        independent = policy.aggregate == 'last' and policy.score != 'patience'
+        on = [independent or policy.is_on(k) for k in range(policy.num_exits)]
+        return (policy.score, policy.aggregate, policy.temperatures, policy.weights, *on)
+
+    def scored(self, policy: ExitPolicy) -> Tuple[np.ndarray, np.ndarray]:
+        """Scores and correctness of all exits if no sample leaves, [K, N] each, on the CPU."""
+        scores, predictions = self.answers(policy)
+        return scores.cpu().numpy(), (predictions == self.targets).cpu().numpy()
+
     def answers(self, policy: ExitPolicy) -> Tuple[torch.Tensor, torch.Tensor]:
         """Scores and predictions of all exits if no sample leaves.
 
@@ -185,26 +201,24 @@ class CachedLogits:
             Scores, [K, N], and predicted classes, [K, N]. Exits that are off may have the score -inf.
         """
         policy.check(len(self.logits))
-        # without averaging and patience, an exit's answer does not depend on the other exits
-        independent = policy.aggregate == 'last' and policy.score != 'patience'
-        on = [independent or policy.is_on(k) for k in range(policy.num_exits)]
-        key = (policy.score, policy.aggregate, policy.temperatures, policy.weights, *on)
+        key = self.key(policy)
         if key not in self._cache:
-            self._cache[key] = self._compute_answers(policy, on)
+            self._cache[key] = self._compute_answers(policy, key[-policy.num_exits :])
         return self._cache[key]
 
     def _compute_answers(self, policy: ExitPolicy, on: Sequence[bool]) -> Tuple[torch.Tensor, torch.Tensor]:
         shape, device = self.logits.shape[:2], self.logits.device
         scores = torch.full(shape, -torch.inf, dtype=self.logits.dtype, device=device)
         predictions = torch.zeros(shape, dtype=torch.long, device=device)
-        history = None
-        for k in range(policy.num_exits):
-            if on[k]:
-                answer, scores[k], history = policy.step(k, self.logits[k], history)
-                predictions[k] = answer.argmax(-1)
-                # temperatures and weights can overflow finite logits
-                if (scores[k] == -torch.inf).any():
-                    check_finite(answer[None])
+        for part in torch.arange(shape[1], device=device).split(CHUNK):
+            rows, history = slice(int(part[0]), int(part[-1]) + 1), None
+            for k in range(policy.num_exits):
+                if on[k]:
+                    answer, scores[k, rows], history = policy.step(k, self.logits[k, rows], history)
+                    predictions[k, rows] = answer.argmax(-1)
+                    # temperatures and weights can overflow finite logits
+                    if (scores[k, rows] == -torch.inf).any():
+                        check_finite(answer[None])
         return scores, predictions
 
     def evaluate(self, policy: ExitPolicy, costs: Costs) -> PolicyResult:
@@ -219,9 +233,12 @@ class CachedLogits:
         """
         total = cumulative_costs(costs, policy)
         scores, predictions = self.answers(policy)
-        leaves = torch.stack([score >= t for score, t in zip(scores, [*policy.thresholds, -torch.inf])])
-        exit_index = leaves.int().argmax(0)  # argmax returns the first; all samples leave at the last exit
-        prediction = predictions.gather(0, exit_index[None])[0]
+        exit_index = torch.full_like(predictions[0], policy.num_exits - 1)
+        prediction = predictions[-1]
+        for k in reversed(range(policy.num_exits - 1)):
+            leaves = scores[k] >= policy.thresholds[k]
+            exit_index = torch.where(leaves, k, exit_index)
+            prediction = torch.where(leaves, predictions[k], prediction)
         counts = exit_index.bincount(minlength=policy.num_exits).double().cpu()
         return PolicyResult(
             accuracy=100 * (prediction == self.targets).double().mean().item(),

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
@@ -56,6 +56,8 @@ class ExitPolicy:
             are rejected. None (default) for any weights. Set by `for_weights`, like the next two.
         calibration_data: Name of the data set that the policy was fitted to.
         calibration_images: Number of images that the policy was fitted to.
+        certificate: What `calibrate` certified about these thresholds: ``risk``, ``limit`` in points, ``confidence``,
+            number of ``images`` and ``bound``; None (default) for nothing.
 
     Raises:
         ValueError: An argument is out of its range, or the arguments contradict each other.
@@ -75,9 +77,10 @@ class ExitPolicy:
     weights_digest: Optional[str] = None
     calibration_data: Optional[str] = None
     calibration_images: Optional[int] = None
+    certificate: Optional[Dict[str, Any]] = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        content = {field.name: _to_builtin(getattr(self, field.name)) for field in fields(self)}
+        content = {f.name: _to_builtin(getattr(self, f.name)) for f in fields(self)}
         if isinstance(content['thresholds'], list):
             content['thresholds'] = ['off' if t == math.inf else t for t in content['thresholds']]
         content = check_policy({'format': POLICY_FORMAT, 'version': VERSION, **content}, 'ExitPolicy')
@@ -97,8 +100,8 @@ class ExitPolicy:
         return k == self.num_exits - 1 or self.thresholds[k] != math.inf
 
     def with_thresholds(self, thresholds: Sequence[float]) -> 'ExitPolicy':
-        """Copy of the policy with other thresholds, [K-1]."""
-        return replace(self, thresholds=tuple(thresholds))
+        """Copy of the policy with other thresholds, [K-1], for which a certificate does not hold."""
+        return replace(self, thresholds=tuple(thresholds), certificate=None)
 
     def check(self, num_exits: int, exit_names: Optional[Sequence[str]] = None) -> None:
         """Check that the policy fits a network.
@@ -246,7 +249,7 @@ class ExitPolicy:
         thresholds = ['off' if t == math.inf else t for t in self.thresholds]
         content = {'format': POLICY_FORMAT, 'version': VERSION, **asdict(self), 'thresholds': thresholds}
         # left out if None, as in files of earlier releases
-        optional = ('weights_digest', 'calibration_data', 'calibration_images')
+        optional = ('weights_digest', 'calibration_data', 'calibration_images', 'certificate')
         return {name: value for name, value in content.items() if value is not None or name not in optional}
 
     @classmethod

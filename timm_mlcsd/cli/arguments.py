@@ -17,6 +17,7 @@ __all__ = [
     'Number',
     'ScriptParser',
     'budget',
+    'confidence',
     'epochs',
     'exits',
     'fraction',
@@ -296,6 +297,11 @@ def budget(text: str) -> str:
             f'{_short(text)}'
         ) from None
     return text
+
+
+def confidence(text: str) -> Optional[float]:
+    """A probability from 0.5, or none."""
+    return None if text == 'none' else number(at_least=0.5, below=1)(text)
 
 
 def interpolation(text: str) -> str:

@@ -5,10 +5,10 @@ Defaults are those of the configurations that the flags fill.
 
 import argparse
 
-from ..adaptive import AGGREGATES, SCORES, THRESHOLD_METHODS
+from ..adaptive import AGGREGATES, RISKS, SCORES, THRESHOLD_METHODS
 from ..engine.config import TrainConfig
 from ..engine.validate_config import ValidateConfig
-from .arguments import ScriptParser, budget, number, positive_float
+from .arguments import ScriptParser, budget, confidence, number, positive_float
 from .data_flags import add_data_flags, add_device_flags, add_train_data_flags
 from .model_flags import add_loss_flags, add_model_flags
 from .run_flags import add_process_flags, add_run_flags
@@ -101,8 +101,20 @@ def _add_policy_goal_flags(group: argparse._ArgumentGroup) -> None:
         '--max-drop',
         type=number(at_least=-100, at_most=100),
         metavar='P',
-        help='fit a policy: the cheapest that loses at most P percentage points of accuracy against the last exit '
-        '(default: no such limit)',
+        help='fit a policy: the cheapest whose --risk is at most P percentage points (default: no such limit)',
+    )
+    group.add_argument(
+        '--confidence',
+        type=confidence,
+        metavar='C',
+        help='probability with which the risk on new images is at most --max-drop; none to look at the calibration '
+        'images alone, without a guarantee for others',
+    )
+    group.add_argument(
+        '--risk',
+        choices=RISKS,
+        help='what --max-drop limits: accuracy lost against the last exit, share of wrong answers among early ones, or '
+        'share of answers that differ from the last exit',
     )
     group.add_argument(
         '--score',
@@ -118,8 +130,9 @@ def _add_policy_goal_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         '--method',
         choices=THRESHOLD_METHODS,
-        help="how thresholds are found: a search for the best, the best of MSDNet's exit rates, or the way of the "
-        'paper (default: optimal)',
+        help="how thresholds are found: a search for the best, halfway between that and exit rates, the best of "
+        "MSDNet's exit rates, one quantile for all exits, the way of the paper, or what is best in cross-validation "
+        '(default: auto)',
     )
 
 

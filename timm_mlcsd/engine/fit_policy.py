@@ -2,9 +2,9 @@
 
 import math
 from pathlib import Path
-from typing import Any, Dict, Iterable, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
-from ..adaptive import ExitPolicy, calibrate, fit_temperatures, fit_weights
+from ..adaptive import Calibration, ExitPolicy, run_calibration
 from ..adaptive.evaluate import Costs
 from ..cost import ExitCost, stage_times
 from ..data import ClassNames, has_split_folders
@@ -44,6 +44,8 @@ def check_policy_flags(config: ValidateConfig) -> None:
         raise UserError('--save-policy: no policy is fitted; give --budget, --latency-budget or --max-drop.')
     if config.latency_budget is not None and not 0 < config.latency_budget < math.inf:
         raise UserError(f'--latency-budget {config.latency_budget} must be a positive number of milliseconds.')
+    if config.risk != 'drop' and config.max_drop is None:
+        raise UserError(f'--risk {config.risk}: expected --max-drop P, the limit of the risk.')
     if config.max_drop is not None and not math.isfinite(config.max_drop):
         raise UserError(f'--max-drop {config.max_drop} must be a number of points.')
     if config.budget is not None:
@@ -107,7 +109,7 @@ def _fit(
     val: LabelledLogits,
     costs: Sequence[ExitCost],
     loader: Iterable[Any],
-) -> ExitPolicy:
+) -> Calibration:
     """Fit the policy that the configuration asks for.
 
     Args:
@@ -117,12 +119,6 @@ def _fit(
         costs: Costs of the exits.
         loader: Loader of the calibration images, the first of which the stages are timed with.
     """
-    fitted: Dict[str, Any] = dict(score=config.score or 'confidence', aggregate=config.aggregate or 'last')
-    with as_user_error('the validation images do not fit the network'):
-        fitted['temperatures'] = fit_temperatures(*val)
-        if config.aggregate == 'fitted':
-            fitted['weights'] = fit_weights(*val, fitted['temperatures'])
-    fitted['exit_names'] = evaluator.model.exit_names
     budget, flag = None, '--max-drop'
     cost_or_time: Costs = costs
     if config.budget is not None:
@@ -132,13 +128,19 @@ def _fit(
         example = evaluator.prepared(next(iter(loader))[0][:1])
         cost_or_time = stage_times(evaluator.model, example, repeats=20, autocast=evaluator.autocast)
     with as_user_error(flag):
-        return calibrate(
+        return run_calibration(
             *val,
             cost_or_time,
             budget=budget,
             max_drop=config.max_drop,
-            method=config.method or 'optimal',
-            **fitted,
+            confidence=config.confidence,
+            risk=config.risk,
+            method=config.method or 'auto',
+            temperatures='fit',
+            weights='fit' if config.aggregate == 'fitted' else None,
+            score=config.score or 'confidence',
+            aggregate=config.aggregate or 'last',
+            exit_names=evaluator.model.exit_names,
         )
 
 
@@ -206,13 +208,56 @@ def _check_not_fitted_to(policy: ExitPolicy, path: Path, config: ValidateConfig,
         )
 
 
+class ChosenPolicy(NamedTuple):
+    """The policy of a validation.
+
+    Attributes:
+        policy: The policy.
+        val: Logits on the calibration images; None where they were not needed.
+        origin: Where the policy comes from.
+        calibration: How it was fitted; None for a policy from a file.
+    """
+
+    policy: ExitPolicy
+    val: Optional[LabelledLogits]
+    origin: str
+    calibration: Optional[Calibration] = None
+
+    def describe(self) -> List[str]:
+        """Lines about what was fitted and certified."""
+        lines = []
+        if self.calibration is not None:
+            fitted = self.calibration
+            line = f'method {fitted.method}: top-1 {fitted.accuracy:.2f} on the calibration images'
+            if fitted.cross_validated is not None:
+                line += f', {fitted.cross_validated[0]:.2f} in cross-validation'
+            lines.append(line)
+        certificate = self.policy.certificate
+        if certificate is not None:
+            what = {'drop': 'drop', 'selective': 'wrong early answers', 'disagreement': 'disagreement'}
+            lines.append(
+                f'certified: {what[certificate["risk"]]} on new images of at most {certificate["limit"]:g} points, '
+                f'with confidence {certificate["confidence"]:g}, from {certificate["images"]} images '
+                f'({certificate["bound"]} test)'
+            )
+        return lines
+
+    def record(self) -> Dict[str, Any]:
+        """The same for the results file."""
+        record: Dict[str, Any] = dict(fitted_to=self.origin)
+        if self.calibration is not None:
+            values = self.calibration._asdict()
+            record['calibration'] = {name: value for name, value in values.items() if name != 'policy'}
+        return record
+
+
 def fit_or_load_policy(
     config: ValidateConfig,
     network: Network,
     evaluator: Evaluator,
     names: Optional[ClassNames],
     costs: Sequence[ExitCost],
-) -> Tuple[ExitPolicy, Optional[LabelledLogits], str]:
+) -> ChosenPolicy:
     """Fit the policy, or load it.
 
     Args:
@@ -222,8 +267,8 @@ def fit_or_load_policy(
         names: Classes of the images to report on.
         costs: Costs of the exits.
 
-    Returns:
-        The policy, the logits on the calibration images where they were needed, and where the policy comes from.
+    Raises:
+        UserError: The policy does not fit the network, or none can be fitted.
     """
     goals = {flag: getattr(config, flag) for flag in ('budget', 'latency_budget', 'max_drop')}
     goal = ', '.join(f'{flag.replace("_", " ")} {value}' for flag, value in goals.items() if value is not None)
@@ -233,13 +278,13 @@ def fit_or_load_policy(
             policy = ExitPolicy.load_for(path, network.model)
         _check_not_fitted_to(policy, path, config, network.checkpoint)
         if not config.report:
-            return policy, None, f'policy {path}'
+            return ChosenPolicy(policy, None, f'policy {path}')
     dataset, split = load_calibration(config, network.checkpoint)
     check_classes(class_names(dataset), network.class_names or names, split)
     loader = evaluator.loader(dataset)
     val = evaluator.logits(loader)
     if not goal:
-        return policy, val, f'policy {path}'
-    policy = _fit(config, evaluator, val, costs, loader)
-    policy = policy.for_weights(network.model, data=split, images=len(val.targets))
-    return policy, val, f'fitted to {len(val.targets)} images of {split}, {goal}'
+        return ChosenPolicy(policy, val, f'policy {path}')
+    calibration = _fit(config, evaluator, val, costs, loader)
+    policy = calibration.policy.for_weights(network.model, data=split, images=len(val.targets))
+    return ChosenPolicy(policy, val, f'fitted to {len(val.targets)} images of {split}, {goal}', calibration)

@@ -72,8 +72,9 @@ class ExampleGallery:
 
 
 def _settings(policy: ExitPolicy) -> Dict[str, Any]:
-    """All fields of a policy except its thresholds."""
-    return {field.name: getattr(policy, field.name) for field in fields(policy) if field.name != 'thresholds'}
+    """All fields of a policy except its thresholds and what was certified about them."""
+    left_out = ('thresholds', 'certificate')
+    return {field.name: getattr(policy, field.name) for field in fields(policy) if field.name not in left_out}
 
 
 def _policies(policy: ExitPolicy, val: LabelledLogits, costs: Sequence[ExitCost]) -> List[ExitPolicy]:

@@ -25,7 +25,9 @@ class ValidateConfig(FlatConfig):
         adaptive: Whether images leave early.
         budget: Mean cost per image, in MMACs or percent of the plain backbone.
         latency_budget: Mean milliseconds per image.
-        max_drop: Loss of accuracy in points that is allowed.
+        max_drop: Risk in points that is allowed.
+        confidence: Probability with which the risk on new images is allowed; None for the calibration images alone.
+        risk: Kind of risk.
         score: Exit score of a fitted policy.
         aggregate: Kind of answers of a fitted policy.
         method: How thresholds are found.
@@ -48,6 +50,8 @@ class ValidateConfig(FlatConfig):
     budget: Optional[str] = None
     latency_budget: Optional[float] = None
     max_drop: Optional[float] = None
+    confidence: Optional[float] = 0.95
+    risk: str = 'drop'
     score: Optional[str] = None
     aggregate: Optional[str] = None
     method: Optional[str] = None

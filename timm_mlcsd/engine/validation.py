@@ -86,7 +86,8 @@ def _validate_adaptive(
 ) -> Tuple[Evaluation, Dict[str, Any]]:
     """Evaluate all exits, and a policy beside the plain backbone; returns the metrics and the record of the policy."""
     names = class_names(dataset)
-    policy, val, origin = fit_or_load_policy(config, network, evaluator, names, costs)
+    chosen = fit_or_load_policy(config, network, evaluator, names, costs)
+    policy, origin = chosen.policy, chosen.origin
     loader = evaluator.loader(dataset)
     test = evaluator.logits(loader)
     result = test.evaluate()
@@ -96,16 +97,16 @@ def _validate_adaptive(
     gallery = ExampleGallery(adaptive, test, policy, evaluator.data_config) if config.report else None
     benchmark = benchmark_policy(evaluator, policy, loader, len(test.targets), gallery.collect if gallery else None)
     text, record = tables(policy, adaptive, benchmark, test, costs, config.data.batch_size)
-    print(f'\nAdaptive, {origin}: {policy.score}, aggregate {policy.aggregate}\n{text}')
-    record['fitted_to'] = origin
+    print(f'\nAdaptive, {origin}: {policy.score}, aggregate {policy.aggregate}', *chosen.describe(), text, sep='\n')
+    record.update(chosen.record())
     if config.save_policy:
         policy.save(saved_policy_path(config))
         print(f'policy: {saved_policy_path(config)}')
     if gallery is not None:
-        assert val is not None  # a report needs the logits, so the policy comes with them
+        assert chosen.val is not None  # a report needs the logits, so the policy comes with them
         title = f'{config.source} on {split}'
         names = names or network.class_names
-        write_page(config.report, page_data(title, origin, policy, val, test, costs, benchmark, gallery, names))
+        write_page(config.report, page_data(title, origin, policy, chosen.val, test, costs, benchmark, gallery, names))
         print(f'page: {config.report}')
     return result, record
 

@@ -26,6 +26,7 @@ __all__ = ['AdaptiveModel', 'Prediction']
 
 SCORES = ('confidence', 'entropy', 'margin', 'patience')
 AGGREGATES = ('last', 'mean', 'fitted')
+RISKS = ('drop', 'selective', 'disagreement')
 POLICY_FORMAT = 'timm_mlcsd exit policy'
 MANIFEST_FORMAT = 'timm_mlcsd exported stages'
 VERSION = 1
@@ -46,6 +47,7 @@ POLICY = dict(
     weights_digest=None,
     calibration_data=None,
     calibration_images=None,
+    certificate=None,
 )
 SUFFIXES = {'onnx': 'onnx', 'torch': 'pt2'}
 # Pillow modes and their channels; the first mode with a given number of channels is the default
@@ -446,7 +448,22 @@ def check_policy(content: Any, source: str) -> Dict[str, Any]:
         _check_text(where('calibration_data'), policy['calibration_data'])
     if policy['calibration_images'] is not None:
         _check_integer(where('calibration_images'), policy['calibration_images'], 1, 10**12)
+    if policy['certificate'] is not None:
+        policy['certificate'] = _check_certificate(where('certificate'), policy['certificate'])
     return policy
+
+
+def _check_certificate(where: str, certificate: Any) -> Dict[str, Any]:
+    """Check what a calibration certified, and return a copy of it."""
+    names = ('risk', 'limit', 'confidence', 'images', 'bound')
+    if not isinstance(certificate, dict) or set(certificate) != set(names):
+        _raise_invalid(where, f'an object with {", ".join(names)}', certificate)
+    _check_choice(f'{where}.risk', certificate['risk'], RISKS)
+    _check_number(f'{where}.limit', certificate['limit'], 0, 100)
+    _check_number(f'{where}.confidence', certificate['confidence'], 0.5, 1)
+    _check_integer(f'{where}.images', certificate['images'], 1, 10**12)
+    _check_text(f'{where}.bound', certificate['bound'])
+    return {name: certificate[name] for name in names}
 
 
 def check_manifest(manifest: Any, source: str) -> None:
