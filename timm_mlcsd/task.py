@@ -151,13 +151,20 @@ class MLCSDTask(TrainingTask):
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.eval_model
 
-    def setup_ema(self, *args: Any, device: Optional[torch.device] = None, **kwargs: Any) -> nn.Module:
+    def setup_ema(
+        self,
+        decay: float = 0.9999,
+        use_warmup: bool = False,
+        device: Optional[torch.device] = None,
+        **kwargs: Any,
+    ) -> nn.Module:
         """Set up the EMA of model and loss as timm does, without averaging the memory banks of the loss.
 
         The trained and the averaged module share the memory banks if both have the same device and dtype.
 
         Args:
-            *args: Arguments of ``TrainingTask.setup_ema``.
+            decay: Weight of the past in the averages; default 0.9999.
+            use_warmup: Whether to start with a smaller weight; default False.
             device: Device of the averaged module; default that of the trained module.
             **kwargs: Further arguments of ``TrainingTask.setup_ema``.
 
@@ -172,7 +179,7 @@ class MLCSDTask(TrainingTask):
         )
         # remove the memory banks during the setup, which would copy them
         _set_buffers(criterion, {name: bank.new_empty(0) for name, bank in shared.items()})
-        ema = super().setup_ema(*args, device=device, **kwargs)
+        ema = super().setup_ema(decay, use_warmup, device=device, **kwargs)
         for module in (criterion, unwrap_model(self.get_trainable_module(ema=True)).criterion):
             _set_buffers(module, shared)
         return ema

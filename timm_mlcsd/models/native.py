@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -326,10 +326,6 @@ class NativeMultiExit(MultiExitModel):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the stages in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> Set[str]:
-        """Return the names of the parameters to exclude from weight decay: none."""
-        return set()
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Return a function from names to layer groups: 0 for the stem, then one group per stage and its head."""

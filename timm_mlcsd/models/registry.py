@@ -64,10 +64,11 @@ default_cfgs = generate_default_cfgs({PREFIX + arch: _multi_exit_cfg(arch) for a
 def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
     def create(pretrained: bool = False, **kwargs: Any) -> MultiExitBackbone:
         if pretrained and not kwargs.get('pretrained_cfg') and not kwargs.get('pretrained_cfg_overlay'):
+            cfg = get_pretrained_cfg(arch)
+            tag = f' (or a tag, such as {cfg.tag!r})' if cfg is not None and cfg.tag else ''
             raise ValueError(
                 f'pretrained=True: there are no multi-exit weights for {PREFIX}{arch}. For timm\'s weights in the '
-                f'backbone pass pretrained_backbone=True (or a tag, such as '
-                f'{get_pretrained_cfg(arch).tag!r}); for your own pass checkpoint_path=...'
+                f'backbone pass pretrained_backbone=True{tag}; for your own pass checkpoint_path=...'
             )
         # multi-exit weights include those of the backbone
         if pretrained:

@@ -33,7 +33,7 @@ def remove_first_downsamplings(backbone: nn.Module, root: ModuleCall, undo: Exit
     Raises:
         ValueError: The backbone has no strided layers at its beginning, or one that reduces more than 4 times.
     """
-    image_width = root.input.shape[-1]
+    image_width = root.image_size[-1]
     found = False
     for call in root.in_return_order():
         factor = _reduction(call)
