@@ -3,7 +3,7 @@
 import difflib
 import pickle
 from functools import partial
-from typing import Any, Callable
+from typing import Any, Callable, Dict
 
 import timm
 import torch
@@ -73,10 +73,10 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
         # multi-exit weights include those of the backbone
         if pretrained:
             kwargs.pop('pretrained_backbone', None)
-        indices = {}
+        indices: Dict[str, Any] = {}
         if kwargs.get('features_only') and 'out_indices' not in kwargs:
             with torch.device('meta'):
-                plain = timm.create_model(arch, features_only=True)
+                plain: Any = timm.create_model(arch, features_only=True)
             indices['out_indices'] = tuple(plain.feature_info.out_indices)
         return build_model_with_cfg(
             partial(create_multi_exit, arch),
