@@ -6,7 +6,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationEvaluator
 
-from timm_mlcsd import MLCSDLoss, MLCSDTask
+from timm_mlcsd import MLCSDLoss, MLCSDTask, MultiExitModel
 
 
 def make(**kwargs):
@@ -45,6 +45,33 @@ def test_optimizer_and_clipping_see_both_parameter_sets():
     decayed = {id(p) for g in optimizer.param_groups if g['weight_decay'] for p in g['params']}
     assert id(task.criterion.mixer.conv.weight) in decayed
     assert id(task.criterion.mixer.norm.weight) not in decayed
+
+
+class OwnNetwork(MultiExitModel):
+    """The least that a network of one's own has to define."""
+
+    num_exits = 2
+    exit_feature_dim = 4
+
+    def __init__(self):
+        super().__init__()
+        self.heads = torch.nn.ModuleList(torch.nn.Conv2d(3, 4, 1) for _ in range(2))
+
+    def run_stage(self, k, state):
+        return state
+
+    def run_head(self, k, state):
+        feature = self.heads[k](state)
+        return feature.mean(dim=(-2, -1)), feature
+
+
+def test_a_network_of_ones_own_can_be_optimized():
+    model = OwnNetwork()
+    task = MLCSDTask(model, MLCSDLoss(model.num_exits, model.exit_feature_dim), verbose=False)
+    optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.1, weight_decay=0.1)
+    assert {id(p) for group in optimizer.param_groups for p in group['params']} == {id(p) for p in task.parameters()}
+    task(torch.randn(8, 3, 4, 4), torch.randint(4, (8,)))['loss'].backward()
+    optimizer.step()
 
 
 def test_layer_decay_reaches_criterion_and_model():
@@ -94,6 +121,11 @@ def test_ema_averages_model_and_criterion():
     averaged = task.get_trainable_module(ema=True).module.criterion.mixer.conv.weight
     torch.testing.assert_close(averaged, before + 0.5)
     assert task.get_eval_model(ema=True) is not task.get_eval_model()
+
+
+def test_ema_takes_the_arguments_of_timm_by_position():
+    ema = make().setup_ema(0.5, True, torch.device('cpu'))
+    assert (ema.decay, ema.use_warmup, ema.device) == (0.5, True, torch.device('cpu'))
 
 
 def test_ema_does_not_average_what_is_remembered_of_images():

@@ -3,7 +3,7 @@
 import sys
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, Optional, Type
 
 import torch
 import torch.nn as nn
@@ -122,8 +122,9 @@ def input_decoders(reader: Any, change: Callable[[Any], Any]) -> None:
     reader._input_decoders = lambda: decoders
 
 
-def wds_target_error() -> type:
+def wds_target_error() -> Type[Exception]:
     """Return the class of the error that timm's webdataset reader raises for a missing label; needs webdataset."""
     from timm.data.readers.reader_wds import WdsTargetKeyError
 
-    return WdsTargetKeyError
+    error: Type[Exception] = WdsTargetKeyError
+    return error

@@ -1,6 +1,6 @@
 """timm training task for multi-exit networks, which trains, wraps and saves model and loss together."""
 
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional, Set, cast
 
 import torch
 import torch.nn as nn
@@ -22,24 +22,25 @@ class MultiExitTrainableModule(nn.Module):
         criterion: Loss of the model.
     """
 
-    def __init__(self, model: nn.Module, criterion: MLCSDLoss):
+    def __init__(self, model: MultiExitModel, criterion: MLCSDLoss):
         super().__init__()
         self.model = model
         self.criterion = criterion
 
-    def no_weight_decay(self):
+    def no_weight_decay(self) -> Set[str]:
         """Return the names of the parameters to exclude from weight decay."""
         return {f'model.{name}' for name in self.model.no_weight_decay()}
 
-    def group_matcher(self, coarse: bool = False):
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Return a function from parameter names to layer groups; the loss belongs to the last group.
 
         Raises:
             ValueError: timm defines no layer groups for the backbone.
         """
-        if not hasattr(self.model, 'group_matcher'):
+        matcher: Any = getattr(self.model, 'group_matcher', None)
+        if matcher is None:
             raise ValueError('timm defines no layer groups (group_matcher) for this backbone; do not use layer_decay.')
-        layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+        layers: Dict[str, int] = group_parameters(self.model, matcher(coarse=coarse), reverse=True)
         last = max(layers.values())
         return lambda name: layers[name[len('model.') :]] if name.startswith('model.') else last
 
@@ -86,14 +87,15 @@ class MLCSDTask(TrainingTask):
         verbose: bool = True,
     ):
         super().__init__(device=device or next(model.parameters()).device, verbose=verbose)
-        self.trainable_module = MultiExitTrainableModule(model, criterion.to(device=self.device))
+        self.trainable_module: nn.Module = MultiExitTrainableModule(model, criterion.to(device=self.device))
 
     @property
     def criterion(self) -> MLCSDLoss:
         """Loss of the model."""
-        return unwrap_model(self.trainable_module).criterion
+        criterion: MLCSDLoss = unwrap_model(self.trainable_module).criterion
+        return criterion
 
-    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'MLCSDTask':
+    def prepare_distributed(self, device_ids: Optional[List[int]] = None, **ddp_kwargs: Any) -> 'MLCSDTask':
         """Wrap model and loss together in DistributedDataParallel.
 
         To be repeated after parameters have been frozen or unfrozen. Memory banks of the loss are excluded, because the
@@ -135,7 +137,9 @@ class MLCSDTask(TrainingTask):
             # broadcast, because the first process saves its EMA module
             distribute_bn(self.trainable_module_ema, world_size)
 
-    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
+    def compile(  # type: ignore[override]  # timm overrides nn.Module.compile, with these arguments
+        self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any
+    ) -> nn.Module:
         """Compile the forward pass with the loss for training, and the model for evaluation.
 
         Args:
@@ -146,18 +150,26 @@ class MLCSDTask(TrainingTask):
         Returns:
             Compiled model for evaluation.
         """
-        model = self.trainable_module.model
-        self.eval_model = torch.compile(model, backend=backend, mode=mode, **compile_kwargs)
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        return self.eval_model
+        options: Dict[str, Any] = dict(backend=backend, mode=mode, **compile_kwargs)
+        model = _compiled(self.trainable_module.get_submodule('model'), options)
+        self.eval_model = model
+        self.trainable_module = _compiled(self.trainable_module, options)
+        return model
 
-    def setup_ema(self, *args: Any, device: Optional[torch.device] = None, **kwargs: Any) -> nn.Module:
+    def setup_ema(
+        self,
+        decay: float = 0.9999,
+        use_warmup: bool = False,
+        device: Optional[torch.device] = None,
+        **kwargs: Any,
+    ) -> nn.Module:
         """Set up the EMA of model and loss as timm does, without averaging the memory banks of the loss.
 
         The trained and the averaged module share the memory banks if both have the same device and dtype.
 
         Args:
-            *args: Arguments of ``TrainingTask.setup_ema``.
+            decay: Weight of the past in the averages; default 0.9999.
+            use_warmup: Whether to start with a smaller weight; default False.
             device: Device of the averaged module; default that of the trained module.
             **kwargs: Further arguments of ``TrainingTask.setup_ema``.
 
@@ -172,7 +184,7 @@ class MLCSDTask(TrainingTask):
         )
         # remove the memory banks during the setup, which would copy them
         _set_buffers(criterion, {name: bank.new_empty(0) for name, bank in shared.items()})
-        ema = super().setup_ema(*args, device=device, **kwargs)
+        ema: nn.Module = super().setup_ema(decay, use_warmup, device=device, **kwargs)
         for module in (criterion, unwrap_model(self.get_trainable_module(ema=True)).criterion):
             _set_buffers(module, shared)
         return ema
@@ -241,7 +253,12 @@ class MLCSDTask(TrainingTask):
             Dict of ``loss``, its components (see `MLCSDLoss`), ``output`` (logits of the last exit, [B, C]) and
             ``exit_logits`` (logits of all exits, K tensors [B, C]).
         """
-        return self.trainable_module(input, target, indices)
+        result: Dict[str, Any] = self.trainable_module(input, target, indices)
+        return result
+
+
+def _compiled(module: nn.Module, options: Dict[str, Any]) -> nn.Module:
+    return cast(nn.Module, torch.compile(module, **options))  # torch.compile is typed for functions
 
 
 def _set_buffers(module: nn.Module, buffers: Dict[str, torch.Tensor]) -> None:

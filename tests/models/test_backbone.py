@@ -155,6 +155,23 @@ def test_small_input_where_it_makes_no_sense(name, message):
         create_multi_exit(name, exits=1, small_input=True)
 
 
+class WithFlag(timm.models.resnet.ResNet):
+    """ResNet whose forward passes more than the images to ``forward_features``."""
+
+    def forward_features(self, x, flag=False):
+        return super().forward_features(x)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x, flag=True))
+
+
+def test_small_input_of_a_backbone_that_passes_flags():
+    backbone = timm.create_model('test_resnet', num_classes=5)
+    backbone.__class__ = WithFlag
+    model = create_multi_exit(backbone, exits=3, small_input=True)
+    assert [f.shape[-1] for f in model.train()(torch.randn(2, 3, 32, 32)).features] == [4, 4, 4]
+
+
 def test_nothing_behind_the_last_pulled_exit_runs():
     model = make().eval()
     ran = []

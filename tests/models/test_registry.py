@@ -19,6 +19,17 @@ def test_pretrained_multi_exit_weights_do_not_exist():
         timm.create_model('mlcsd_resnet50', pretrained=True)
 
 
+def test_a_backbone_without_a_tag_is_not_offered_one():
+    with pytest.raises(ValueError, match=r'pass pretrained_backbone=True; for your own'):
+        timm.create_model('mlcsd_davit_giant', pretrained=True)
+
+
+def test_a_backbone_without_a_configuration_is_not_offered_a_tag(monkeypatch):
+    monkeypatch.setattr('timm_mlcsd.models.registry.get_pretrained_cfg', lambda name: None)
+    with pytest.raises(ValueError, match=r'pass pretrained_backbone=True; for your own'):
+        timm.create_model('mlcsd_resnet18', pretrained=True)
+
+
 @pytest.mark.parametrize(
     'name, message',
     [

@@ -7,7 +7,7 @@ and pools are not counted, as is usual. Counting runs on the meta device, withou
 import contextlib
 import statistics
 import time
-from typing import ContextManager, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,12 +61,14 @@ class _DepthCounter(TorchDispatchMode):
         depths: Number of weighted layers on the longest path to a tensor, by tensor.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.read = set()
+        self.read: Set[int] = set()
         self.depths = WeakIdKeyDictionary()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Tuple = (), kwargs: Optional[Dict[str, Any]] = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         inputs = [t for t in tree_iter((args, kwargs or {})) if isinstance(t, torch.Tensor)]
         self.read.update(id(t) for t in inputs)
@@ -99,8 +101,9 @@ def exit_costs(model: MultiExitModel, input_size: Sequence[int]) -> List[ExitCos
         ValueError: The images are too small for the network, or it is not resumable.
     """
     _check_resumable(model)
-    if hasattr(model, 'prepare'):
-        model.prepare(input_size)
+    prepare: Any = getattr(model, 'prepare', None)
+    if prepare is not None:
+        prepare(input_size)
     on_meta = MetaRunner(model)
     params = {id(on_meta.tensors[name]): p.numel() for name, p in model.named_parameters()}
     path, counter = _DepthCounter(), FlopCounterMode(display=False)
@@ -188,9 +191,11 @@ def stage_times(
     runs = []
     with eval_mode(model):
         for _ in range(repeats + 1):
-            state, marks = images, []
+            state: Any = images
+            marks: List[float] = []
             for k in range(model.num_exits):
-                for run in (model.run_stage, model.run_head):
+                steps: Tuple[Callable[[int, Any], Any], ...] = (model.run_stage, model.run_head)
+                for run in steps:
                     synchronize()
                     start = time.perf_counter()
                     with autocast or contextlib.nullcontext():

@@ -29,7 +29,7 @@ from .preprocess import IMAGE_MODE, Preprocessing, default_image_mode
 from .recording_sampler import RecordingSampler
 from .sample_keys import probe_keys, sample_keys
 from .stream import CheckedStream
-from .subset import ConvertedImages, IndexedTargets, TransformSubset, hold_out
+from .subset import ConvertedImages, IndexedTargets, TransformSubset, hold_out, num_images
 
 __all__ = [
     'IMAGE_MODE',
@@ -69,6 +69,7 @@ __all__ = [
     'is_hidden',
     'load_class_map',
     'names_by_index',
+    'num_images',
     'pad_names',
     'probe_keys',
     'read_image',

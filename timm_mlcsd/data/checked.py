@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError, one_line
 from .image import read_image
+from .subset import num_images
 
 __all__ = [
     'CheckedImages',
@@ -36,9 +37,13 @@ class BrokenSampleTracker:
 
     limit: int
     named: Set[Any]
-    found: Collection[Any]
 
-    def merge(self, others: Iterable[Collection[Any]]) -> None:
+    @property
+    def found(self) -> Collection[Any]:
+        """Broken images by number or name."""
+        raise NotImplementedError
+
+    def merge(self, others: Iterable[Any]) -> None:
         """Include broken images that other processes have `found`.
 
         Args:
@@ -51,7 +56,8 @@ class BrokenSampleTracker:
         raise NotImplementedError
 
     def _describe_total(self) -> str:
-        return f'of {len(self)} images'
+        """Return which images are meant, after the number of broken ones."""
+        raise NotImplementedError
 
     def check(self) -> None:
         """Log the broken images that have been found since the last check.
@@ -112,7 +118,8 @@ class CheckedImages(BrokenSampleTracker, Dataset):
     def found(self) -> List[int]:
         """Indices of all known broken images."""
         # of a copy, because other processes may write while nonzero counts and collects
-        return self.broken.clone().nonzero().flatten().tolist()
+        found: List[int] = self.broken.clone().nonzero().flatten().tolist()
+        return found
 
     def merge(self, others: Iterable[List[int]]) -> None:
         """Include broken images that other processes have `found`; see `BrokenSampleTracker.merge`."""
@@ -134,6 +141,9 @@ class CheckedImages(BrokenSampleTracker, Dataset):
             return f'{name} ({one_line(e, 120)})'
         return f'{name}, which can be read now'
 
+    def _describe_total(self) -> str:
+        return f'of {len(self)} images'
+
 
 class SubstituteBroken(Dataset):
     """Data set for training that returns the next readable image instead of a broken one, so that batches stay full.
@@ -152,12 +162,12 @@ class SubstituteBroken(Dataset):
             images = checked_images(self.dataset)
             if sample is not None:
                 return self.transform(sample[0]) if self.transform else sample[0], sample[1]
-            if images is not None and int(images.broken.sum()) > images.limit:
+            if images is not None and len(images.found) > images.limit:
                 break
         raise ValueError('too many images are broken')
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return num_images(self.dataset)
 
 
 class DropBroken:
@@ -301,7 +311,8 @@ class CheckedLoader:
     @property
     def mixup_enabled(self) -> bool:
         """Whether the loader mixes batches; can be set."""
-        return self.loader.mixup_enabled
+        enabled: bool = self.loader.mixup_enabled
+        return enabled
 
     @mixup_enabled.setter
     def mixup_enabled(self, enabled: bool) -> None:

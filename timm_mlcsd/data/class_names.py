@@ -144,7 +144,7 @@ def _from_text(path: Path, flag: str) -> Dict[str, int]:
 
 def _from_pickle(path: Path, flag: str) -> Dict[Any, int]:
     try:
-        mapping = class_map.load_class_map(str(path))  # timm's unpickler runs no code
+        mapping: Dict[Any, int] = class_map.load_class_map(str(path))  # timm's unpickler runs no code
     except Exception as e:  # damaged pickles raise errors of any type
         raise UserError(f'{flag} cannot be read: {one_line(e)}') from e
     is_valid = isinstance(mapping, dict) and all(

@@ -1,9 +1,10 @@
 """Cache small images on the training device, and crop, flip and normalise them there, batch by batch."""
 
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Sized, Tuple
 
 import numpy as np
 import torch
+from timm.data import Mixup
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 __all__ = ['CachedLoader', 'cache_images']
@@ -76,7 +77,7 @@ class CachedLoader:
         hflip: float = 0.0,
         vflip: float = 0.0,
         erase: Optional[Callable] = None,
-        mixup: Optional[Callable] = None,
+        mixup: Optional[Mixup] = None,
         channels_last: bool = False,
         sampler: Optional[Sampler] = None,
     ):
@@ -107,7 +108,9 @@ class CachedLoader:
             self.mixup.mixup_enabled = enabled
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.targets if self.sampler is None else self.sampler), self.batch_size)
+        chosen = self.targets if self.sampler is None else self.sampler
+        assert isinstance(chosen, Sized)  # the images on the device are no stream
+        whole, rest = divmod(len(chosen), self.batch_size)
         return whole + bool(rest and not self.training)
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:

@@ -92,7 +92,8 @@ def exclude_non_images(reader: Any, class_map: bool = False) -> None:
 
 def _classes(reader: Any) -> Dict[str, int]:
     # timm's tar reader uses another name for the attribute
-    return reader.class_to_idx if hasattr(reader, 'class_to_idx') else reader.class_name_to_idx
+    classes: Dict[str, int] = reader.class_to_idx if hasattr(reader, 'class_to_idx') else reader.class_name_to_idx
+    return classes
 
 
 def _image_paths(reader: Any) -> List[str]:
@@ -151,7 +152,10 @@ def _walk(root: str) -> List[str]:
         UserError: A symbolic link leads to a folder that contains it, or to a file below `root`. Its images would be
             counted twice, possibly both for training and held out.
     """
-    found, links, plain, folders_seen = [], [], {}, {}
+    found: List[str] = []
+    links: List[str] = []
+    plain: Dict[str, str] = {}
+    folders_seen: Dict[str, str] = {}
     for place, folders, files in os.walk(root, followlinks=True):
         below, real = os.path.normpath(os.path.relpath(place, root)), os.path.realpath(place)
         if os.path.islink(place) and f'{os.path.realpath(os.path.dirname(place))}/'.startswith(f'{real}/'):
@@ -286,8 +290,8 @@ def check_class_folders(reader: Any, class_map: str) -> None:
     for folder in folders:
         *outer, name = os.path.relpath(folder, above or None).split(os.sep)
         places[name].add(outer[0] if outer else '')
-    mixed = [sorted(filter(_is_split, tops)) for tops in places.values()]
-    mixed = next((splits for splits in (*mixed, sorted(filter(_is_split, places))) if len(splits) > 1), None)
+    groups = [sorted(filter(_is_split, tops)) for tops in places.values()]
+    mixed = next((splits for splits in (*groups, sorted(filter(_is_split, places))) if len(splits) > 1), None)
     if mixed:
         advice = (
             'use one of them as DIR, or rename them to train, val and test, with one folder per class in each'

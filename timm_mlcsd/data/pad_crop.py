@@ -17,13 +17,15 @@ class PadCrop:
     """
 
     def __init__(self, size: Sequence[int], padding: int = 4):
-        self.size = tuple(size)
+        height, width = size
+        self.size = (height, width)
         self.padding = padding
         self.crop = transforms.RandomCrop(self.size, padding=padding)
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Return an augmented copy of the image, in the size of the crop."""
-        return self.crop(self.resize(image))
+        cropped: Image.Image = self.crop(self.resize(image))
+        return cropped
 
     def resize(self, image: Image.Image) -> Image.Image:
         """Resize an image to the size of the crop, without padding or cropping."""

@@ -1,7 +1,7 @@
 """Record the images of each batch, so that error messages can name them."""
 
 from array import array
-from typing import Iterator, List
+from typing import Iterator, List, Sized
 
 from torch.utils.data import Sampler
 
@@ -23,6 +23,7 @@ class RecordingSampler(Sampler):
         self.drawn = array('q')
 
     def __len__(self) -> int:
+        assert isinstance(self.sampler, Sized)  # samplers of data sets that are no streams
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:

@@ -42,7 +42,7 @@ def probe_keys(dataset: Any) -> torch.Tensor:
 
 
 def _identity(dataset: Any, index: int, of_content: bool) -> bytes:
-    reader = getattr(dataset, 'reader', None)
+    reader: Any = getattr(dataset, 'reader', None)
     if hasattr(reader, 'samples') and not of_content:  # files; the path includes the class folder
         return os.fsencode(os.path.normpath(reader.filename(index, absolute=False)).replace(os.sep, '/'))
     if reader is not None:
@@ -51,6 +51,7 @@ def _identity(dataset: Any, index: int, of_content: bool) -> bytes:
         except Exception:  # a broken sample can be identified only by its index
             return f'number {index}'.encode()
         with file:
-            return file.read() + f' {target}'.encode()
+            content: bytes = file.read()
+        return content + f' {target}'.encode()
     image, target = dataset[index]
     return np.asarray(image).tobytes() + f' {image.size} {image.mode} {target}'.encode()

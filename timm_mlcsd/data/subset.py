@@ -1,13 +1,13 @@
 """Data sets that wrap other data sets."""
 
-from typing import Any, Callable, Optional, Sequence, Tuple
+from typing import Any, Callable, Optional, Sequence, Sized, Tuple
 
 import torch
 from torch.utils.data import Dataset
 
 from .image import convert_image
 
-__all__ = ['ConvertedImages', 'IndexedTargets', 'TransformSubset', 'hold_out']
+__all__ = ['ConvertedImages', 'IndexedTargets', 'TransformSubset', 'hold_out', 'num_images']
 
 
 class TransformSubset(Dataset):
@@ -53,7 +53,7 @@ class ConvertedImages(Dataset):
         return self.transform(image) if self.transform else image, target
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return num_images(self.dataset)
 
 
 class IndexedTargets(Dataset):
@@ -75,7 +75,13 @@ class IndexedTargets(Dataset):
         return self.transform(image) if self.transform else image, torch.tensor([int(target), index])
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return num_images(self.dataset)
+
+
+def num_images(dataset: Dataset) -> int:
+    """Return the number of images of a data set that states it."""
+    assert isinstance(dataset, Sized)  # all but streams of unknown length
+    return len(dataset)
 
 
 def hold_out(num_samples: int, fraction: float, seed: int) -> Tuple[Sequence[int], Sequence[int]]:

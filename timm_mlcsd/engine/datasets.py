@@ -2,7 +2,7 @@
 
 import logging
 from functools import partial
-from typing import Any, Dict, Optional, Sized, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from PIL import ImageMode
@@ -25,6 +25,7 @@ from ..data import (
     hold_out,
     image_endings,
     names_by_index,
+    num_images,
     probe_keys,
     read_image,
     same_names,
@@ -102,12 +103,6 @@ def load_dataset(
         with as_user_error(what):
             source.check(getattr(dataset, 'reader', None), config, split, class_map)
     return _with_checked_images(dataset, prefix, config, image_mode, is_training)
-
-
-def num_images(dataset: Dataset) -> int:
-    """Number of images of a data set that states it."""
-    assert isinstance(dataset, Sized)  # all but streams of unknown length
-    return len(dataset)
 
 
 def _image_mode(config: DataConfig) -> str:

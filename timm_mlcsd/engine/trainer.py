@@ -220,7 +220,8 @@ class Trainer:
         forward: Callable[[torch.Tensor], MultiExitOutput] = eval_model.forward_exits
         if config.trainer.fsdp:
             # under FSDP every forward pass must enter through the outermost module
-            forward = self.task.trainable_module.forward_exits
+            outermost: Any = self.task.trainable_module
+            forward = outermost.forward_exits
         self.evaluator = Evaluator(
             eval_model,
             self.data_config,

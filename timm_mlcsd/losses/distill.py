@@ -75,7 +75,8 @@ class DistillMethod(nn.Module):
         Returns:
             Losses averaged over the batch, [K].
         """
-        return self(batch)
+        losses: torch.Tensor = self(batch)
+        return losses
 
 
 class KD(DistillMethod):
@@ -106,8 +107,8 @@ class KD(DistillMethod):
         return limit_gradient(loss, strength * self.temperature * gap.norm(dim=-1), bounds).mean(dim=0)
 
     def _log_probs(self, batch: DistillBatch) -> Tuple[torch.Tensor, torch.Tensor]:
-        both = (batch.logits, batch.teacher_logits)
-        return tuple(F.log_softmax(z / self.temperature, dim=-1) for z in both)
+        log_p, log_t = (F.log_softmax(z / self.temperature, dim=-1) for z in (batch.logits, batch.teacher_logits))
+        return log_p, log_t
 
 
 class DKD(DistillMethod):
@@ -173,6 +174,7 @@ class CC(DistillMethod):
 
     def forward(self, batch: DistillBatch) -> torch.Tensor:
         """Compute the losses [K]; see `DistillMethod.forward`."""
+        assert batch.features is not None and batch.teacher_features is not None  # as reads_features is set
         difference = self._correlation(batch.features) - self._correlation(batch.teacher_features)
         return difference.square().mean(dim=(-2, -1))
 
@@ -218,6 +220,10 @@ class CRD(DistillMethod):
     hard_labels = True
     needs_indices = True
 
+    memory: torch.Tensor
+    scale: torch.Tensor
+    labels: torch.Tensor
+
     def __init__(
         self,
         num_learners: int,
@@ -245,6 +251,8 @@ class CRD(DistillMethod):
     def forward(self, batch: DistillBatch) -> torch.Tensor:
         """Compute the losses [K], and in training mode update the memory; see `DistillMethod.forward`."""
         n, indices = self.num_learners, batch.indices
+        # as reads_features and needs_indices are set
+        assert batch.features is not None and batch.teacher_features is not None and indices is not None
         pooled = torch.cat([batch.features[:, :n], batch.teacher_features[:, :n]], dim=1)
         embedding = self.embed(pooled.flatten(1).unsqueeze(-1).to(self.embed.weight.dtype))
         embedding = F.normalize(embedding.view(len(pooled), 2 * n, -1).transpose(0, 1), dim=-1)  # [2n, B, E]
@@ -263,7 +271,7 @@ class CRD(DistillMethod):
             scale = torch.where(self.scale > 0, self.scale, first)
             if self.training:
                 self.scale.copy_(scale)
-                self._update_memory(embedding.detach(), batch)
+                self._update_memory(embedding.detach(), indices, batch.target)
         e = e / scale[:, None, None]
         ratio = self.negatives / self.num_samples
         positive = -(e[..., 0] / (e[..., 0] + ratio)).log()
@@ -274,13 +282,13 @@ class CRD(DistillMethod):
         losses = losses[:n] + losses[n:]
         return F.pad(losses, (0, batch.logits.shape[1] - n))
 
-    def _update_memory(self, embedding: torch.Tensor, batch: DistillBatch) -> None:
+    def _update_memory(self, embedding: torch.Tensor, indices: torch.Tensor, target: torch.Tensor) -> None:
         """Average the embeddings [2n, B, E] of a batch into the memory, and store the labels, in all processes."""
-        old = self.memory[:, batch.indices]
+        old = self.memory[:, indices]
         new = F.normalize(self.momentum * old + (1 - self.momentum) * embedding, dim=-1)
         # a NaN would remain in the memory through all later averages
         new = torch.where(new.isfinite(), new, old)
-        new, indices, target = all_gather_rows(new.transpose(0, 1), batch.indices, batch.target)
+        new, indices, target = all_gather_rows(new.transpose(0, 1), indices, target)
         self.memory.index_copy_(1, indices, new.transpose(0, 1))
         self.labels.index_copy_(0, indices, target)
 

@@ -85,6 +85,9 @@ class MLCSDLoss(nn.Module):
         ```
     """
 
+    exit_weights: torch.Tensor
+    distill_scale: torch.Tensor
+
     def __init__(
         self,
         num_exits: int,
@@ -149,21 +152,26 @@ class MLCSDLoss(nn.Module):
             # DDP expects gradients for all parameters that require them
             self.mixer.requires_grad_(cwem_supervision == 'ce' or (cwem_supervision == 'kd' and alpha > 0))
             if alpha:
-                self.method = self._make_method(method, num_samples, dims[-1]) if isinstance(method, str) else method
+                learners = num_exits - (not self.mixer.supervises_last_exit)
+                self.method = self._make_method(method, learners, num_samples, dims[-1])
             if len(set(dims)) > 1:
                 self.projections.extend(
                     nn.Identity() if dim == dims[-1] else nn.Conv2d(dim, dims[-1], 1, bias=False) for dim in dims
                 )
                 self.projections.requires_grad_(beta > 0 or (self.method is not None and self.method.reads_features))
 
-    def _make_method(self, name: str, num_samples: Optional[int], feature_dim: int) -> DistillMethod:
-        if name == 'cc':
+    def _make_method(
+        self, method: Union[str, DistillMethod], learners: int, num_samples: Optional[int], feature_dim: int
+    ) -> DistillMethod:
+        if isinstance(method, DistillMethod):
+            return method
+        if method == 'cc':
             return CC()
-        if name == 'crd':
+        if method == 'crd':
             if not num_samples:
                 raise ValueError("method='crd' stores every training image: pass their number as num_samples.")
-            return CRD(self.num_exits - (not self.mixer.supervises_last_exit), feature_dim, num_samples)
-        return DISTILL_METHODS[name](self.temperature)
+            return CRD(learners, feature_dim, num_samples)
+        return DISTILL_METHODS[method](self.temperature)
 
     @property
     def needs_hard_labels(self) -> bool:
@@ -224,10 +232,10 @@ class MLCSDLoss(nn.Module):
         with torch.autocast(logits[0].device.type, enabled=False):
             logits = [_at_least_float32(z) for z in logits]
             exit_weights = self.exit_weights.to(logits[0].dtype)
-            parts = {'cls': sum(w * self.cls_loss(z, target) for w, z in zip(exit_weights, logits))}
+            parts = {'cls': _total([w * self.cls_loss(z, target) for w, z in zip(exit_weights, logits)])}
             loss = self.gamma * parts['cls']
             if self.mixer is not None:
-                parts.update(self._distill(torch.stack(logits, dim=1), features, target, indices))
+                parts.update(self._distill(self.mixer, torch.stack(logits, dim=1), features, target, indices))
                 distill_loss = sum(w * parts[n] for n, w in (('kd', self.alpha), ('ht', self.beta)) if n in parts)
                 loss = loss + self.distill_scale * distill_loss + parts.get('cwem', 0.0)
         return dict(loss=loss, **parts) if return_components else loss
@@ -249,23 +257,28 @@ class MLCSDLoss(nn.Module):
             raise ValueError(f'distill={self.distill!r} has no teacher, so there are no mixing weights.')
         logits, features = output
         with torch.autocast(logits[0].device.type, enabled=False):
-            logits = torch.stack([_at_least_float32(z) for z in logits], dim=1)
-            return self._mix(logits, self._align(features), target)
+            stacked = torch.stack([_at_least_float32(z) for z in logits], dim=1)
+            return self._mix(self.mixer, stacked, self._align(features), target)
 
     def _align(self, features: Sequence[torch.Tensor]) -> List[torch.Tensor]:
         """Convert features to at least float32, and to the channels and size of the last one, [B, D, H, W]."""
         features = [_at_least_float32(f) for f in features]
         if self.projections:
             features = [project(f) for project, f in zip(self.projections, features)]
-        size = features[-1].shape[-2:]
+        height, width = features[-1].shape[-2:]
+        size = (height, width)
         return [f if f.shape[-2:] == size else F.adaptive_avg_pool2d(f, size) for f in features]
 
-    def _mix(self, logits: torch.Tensor, features: Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    def _mix(
+        self, mixer: TeacherMixer, logits: torch.Tensor, features: Sequence[torch.Tensor], target: torch.Tensor
+    ) -> torch.Tensor:
         pooled = torch.stack([f.detach().amax(dim=(-2, -1)) for f in features], dim=1)
-        return self.mixer(pooled.to(self.exit_weights.dtype), logits.detach(), target).to(logits.dtype)
+        weights: torch.Tensor = mixer(pooled.to(self.exit_weights.dtype), logits.detach(), target)
+        return weights.to(logits.dtype)
 
     def _distill(
         self,
+        mixer: TeacherMixer,
         logits: torch.Tensor,
         features: Sequence[torch.Tensor],
         target: torch.Tensor,
@@ -273,13 +286,13 @@ class MLCSDLoss(nn.Module):
     ) -> Dict[str, torch.Tensor]:
         """Compute the components ``kd``, ``ht`` and ``cwem``, those of them that are on."""
         self._check_batch(target, indices)
-        parts = {}
+        parts: Dict[str, torch.Tensor] = {}
         features = self._align(features)
         pool = logits.detach()
-        weights = self._mix(pool, features, target)
+        weights = self._mix(mixer, pool, features, target)
         teacher = weights @ pool
-        if isinstance(self.mixer, CWEM) and self.cwem_supervision == 'ce':
-            parts['cwem'] = sum(self.cls_loss(t, target) for t in teacher.unbind(dim=1))
+        if isinstance(mixer, CWEM) and self.cwem_supervision == 'ce':
+            parts['cwem'] = _total([self.cls_loss(t, target) for t in teacher.unbind(dim=1)])
         exit_weights, bounds = self.exit_weights.to(logits.dtype), None
         if self.ramp is not None:
             exit_weights = exit_weights * self.ramp(logits, target)
@@ -316,7 +329,7 @@ class MLCSDLoss(nn.Module):
         """Compute L_HT from K features [B, N] and teachers [B, K, N]; a ramp limits the gradients."""
         pairs = zip(features, teachers.unbind(dim=1))
         if bounds is None:
-            return sum(w * F.mse_loss(f, g) for w, (f, g) in zip(exit_weights, pairs))
+            return _total([w * F.mse_loss(f, g) for w, (f, g) in zip(exit_weights, pairs)])
         losses = torch.stack([(f - g).square().mean(dim=1) for f, g in pairs], dim=1)
         # the gradient of the mean of N squares is 2/N times the difference
         lengths = 2 * (losses.detach() / features[0].shape[1]).sqrt()
@@ -350,6 +363,10 @@ def _check_exit_weights(weights: Sequence[float], num_exits: int) -> None:
         raise ValueError(f'exit_weights={weights} must be finite and not negative.')
     if not any(weights):
         raise ValueError(f'exit_weights={weights} leaves no exit to train: give one above 0.')
+
+
+def _total(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    return sum(terms[1:], terms[0])
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

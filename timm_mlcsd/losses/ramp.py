@@ -32,6 +32,10 @@ class AccuracyRamp(nn.Module):
         auto: Whether to make a step with every batch; default True.
     """
 
+    accuracy: torch.Tensor
+    right: torch.Tensor
+    seen: torch.Tensor
+
     def __init__(self, num_exits: int, momentum: float = 0.9):
         super().__init__()
         self.momentum = momentum
@@ -84,7 +88,8 @@ def label_pull(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     logits = logits.detach()
     labels = F.one_hot(target, logits.shape[-1]) if target.ndim == 1 else target
-    return (logits.softmax(dim=-1) - labels.to(logits.dtype).unsqueeze(1)).norm(dim=-1)
+    lengths: torch.Tensor = (logits.softmax(dim=-1) - labels.to(logits.dtype).unsqueeze(1)).norm(dim=-1)
+    return lengths
 
 
 def limit_gradient(losses: torch.Tensor, lengths: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ class CWEM(TeacherMixer):
 
     def forward(self, pooled: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Compute the mixing weights [B, K, K]; see `TeacherMixer.forward`."""
-        x = self.conv(pooled.flatten(1).unsqueeze(-1)).squeeze(-1)
+        x: torch.Tensor = self.conv(pooled.flatten(1).unsqueeze(-1)).squeeze(-1)
         if self.training and x.shape[0] == 1:
             norm = self.norm
             x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)

@@ -3,7 +3,7 @@
 import logging
 import math
 from contextlib import ExitStack
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union, cast
 from weakref import WeakSet
 
 import timm
@@ -14,6 +14,7 @@ from timm.models import get_model_input_config, get_model_traits
 
 from .contract import BackboneContract, check_pool
 from .heads import ExitHead, check_kinds, head_style
+from .module_types import ModuleListOf, TimmModel
 from .multi_exit import MultiExitModel, MultiExitOutput
 from .stages.executors import ChainExecutor, GraphExecutor
 from .stages.hooks import find_call_override
@@ -121,11 +122,11 @@ class MultiExitBackbone(BackboneContract):
         img_size: Optional[Sequence[int]] = None,
     ):
         super().__init__()
-        _check_backbone(backbone)
+        backbone = _checked_backbone(backbone)
         check_kinds(exit_head, exit_pool)
         self.backbone = backbone
         self.pretrained_cfg = self.default_cfg = without_weights(backbone.default_cfg)
-        self.pretrained_model_args = {}
+        self.pretrained_model_args: Dict[str, Any] = {}
         # timm reads these when it resolves the preprocessing
         self._traits = dict(get_model_traits(backbone), first_conv=self.default_cfg.get('first_conv'))
         chans, *size = get_model_input_config(backbone)['input_size']
@@ -152,8 +153,8 @@ class MultiExitBackbone(BackboneContract):
         self.plan = plan
         self.exit_names = [tap.name for tap in plan.tapped]
         self.num_exits = len(plan.tapped)
-        last = plan.tapped[-1].layout
-        dims = [*(head.exit_feature_dim for head in self.heads), last.channels]
+        last = plan.tapped[-1].map_layout
+        dims: List[int] = [*(head.exit_feature_dim for head in self.heads), last.channels]
         self.exit_feature_dim = dims[0] if len(set(dims)) == 1 else dims
         self.reduction = self.probe_size[-1] // last.width
         self.executor = (ChainExecutor if plan.is_chain else GraphExecutor)(self.backbone, plan)
@@ -167,7 +168,7 @@ class MultiExitBackbone(BackboneContract):
         """
         plan = _plan_by_name(self.backbone, self.probe_size, names)
         kept = {tap.name for tap in plan.tapped[:-1]}
-        self.heads = nn.ModuleList(head for name, head in zip(self.exit_names, self.heads) if name in kept)
+        self.heads = ModuleListOf(head for name, head in zip(self.exit_names, self.heads) if name in kept)
         if len(kept) < self.num_exits - 1:
             removed = [name for name in self.exit_names[:-1] if name not in kept]
             _logger.info(f'Removed the exits whose modules the backbone no longer has: {", ".join(removed)}.')
@@ -179,7 +180,7 @@ class MultiExitBackbone(BackboneContract):
         self.executor.set_grad_checkpointing(self, self.grad_checkpointing)
 
     @property
-    def resumable(self) -> bool:
+    def resumable(self) -> bool:  # type: ignore[override]  # a plain attribute where it is not computed
         """Whether `run_stage` and `run_head` work one by one; determined at the first read, see `why_not_resumable`."""
         return self.why_not_resumable is None
 
@@ -204,7 +205,9 @@ class MultiExitBackbone(BackboneContract):
         """Run the head of exit k; see `MultiExitModel.run_head`."""
         feature = self.executor.read_tap(k, state)
         if k < self.num_exits - 1:
-            return self.heads[k](feature)
+            logits: torch.Tensor
+            logits, feature = self.heads[k](feature)
+            return logits, feature
         return _mean_logits(self.executor.run_end(self, state)), feature
 
     def forward_exits(self, x: torch.Tensor) -> MultiExitOutput:
@@ -299,8 +302,8 @@ def without_weights(cfg: Dict[str, Any]) -> Dict[str, Any]:
     return {**cfg, **sources, **names, 'url': '', 'architecture': f'mlcsd_{cfg["architecture"]}'}
 
 
-def _check_backbone(backbone: nn.Module) -> None:
-    """Raise a ValueError if `backbone` cannot get exits."""
+def _checked_backbone(backbone: nn.Module) -> TimmModel:
+    """Return `backbone`; raise a ValueError if it cannot get exits."""
     kind = type(backbone).__name__
     if isinstance(backbone, MultiExitModel):
         raise ValueError(f'{kind} has exits already; pass a plain backbone.')
@@ -320,9 +323,10 @@ def _check_backbone(backbone: nn.Module) -> None:
             f'the first two downsamplings of this {kind} have already been removed (small_input=True); pass a new '
             f'backbone from timm.create_model.'
         )
+    return cast(TimmModel, backbone)
 
 
-def _plan_by_name(backbone: nn.Module, input_size: Sequence[int], names: List[str]) -> Plan:
+def _plan_by_name(backbone: TimmModel, input_size: Sequence[int], names: List[str]) -> Plan:
     """Plan exits at those of `names` that run before the end of the backbone, and at its end."""
     while True:
         try:
@@ -338,14 +342,14 @@ def _plan_by_name(backbone: nn.Module, input_size: Sequence[int], names: List[st
         names = before_end
 
 
-def _make_heads(backbone: nn.Module, plan: Plan, exit_head: str, exit_pool: str) -> nn.ModuleList:
+def _make_heads(backbone: TimmModel, plan: Plan, exit_head: str, exit_pool: str) -> ModuleListOf[ExitHead]:
     """Make the heads of all exits but the last."""
     weight = next(backbone.parameters())
-    dim = plan.tapped[-1].layout.channels
+    dim = plan.tapped[-1].map_layout.channels
     modules = plan.modules[: plan.taps[-1] + 1]
     style = head_style(backbone)
-    dd = dict(device=weight.device, dtype=weight.dtype)
-    return nn.ModuleList(
+    dd: Dict[str, Any] = dict(device=weight.device, dtype=weight.dtype)
+    return ModuleListOf(
         ExitHead(_widths_from_tap(tap, modules), dim, backbone.num_classes, exit_head, exit_pool, style, **dd)
         for tap in plan.tapped[:-1]
     )
@@ -353,15 +357,15 @@ def _make_heads(backbone: nn.Module, plan: Plan, exit_head: str, exit_pool: str)
 
 def _mean_logits(logits: Union[torch.Tensor, Tuple[torch.Tensor, ...]]) -> torch.Tensor:
     """Average the pair of logits that a backbone with distillation tokens returns in distilled training."""
-    return sum(logits) / len(logits) if isinstance(logits, tuple) else logits
+    return sum(logits[1:], logits[0]) / len(logits) if isinstance(logits, tuple) else logits
 
 
 def _widths_from_tap(tap: TracedModule, modules: Sequence[TracedModule]) -> List[int]:
     """List the channels of the tap, then those of the backbone at every halving of the resolution down to its end."""
     layouts = [module.layout for module in modules if module.layout is not None]
     end = layouts[-1].width
-    halvings = round(math.log2(tap.layout.width / end))
-    widths = [tap.layout.channels]
+    halvings = round(math.log2(tap.map_layout.width / end))
+    widths = [tap.map_layout.channels]
     for n in range(halvings - 1, -1, -1):
         at_level = [layout.channels for layout in layouts if round(math.log2(layout.width / end)) == n]
         widths.append(at_level[-1] if at_level else widths[-1])

@@ -7,7 +7,10 @@ import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
+from .heads import ExitHead
+from .module_types import ModuleListOf, TimmModel
 from .multi_exit import MultiExitModel
+from .stages.executors import ChainExecutor, GraphExecutor
 from .stages.plan import Plan
 
 __all__ = ['DELEGATED', 'BackboneContract']
@@ -51,13 +54,16 @@ class BackboneContract(MultiExitModel):
         backbone: A timm model.
         heads: Exit heads of all exits but the last, K - 1.
         plan: Modules of the backbone and taps of the exits.
+        executor: Runs the stages of the plan.
         grad_checkpointing: Whether blocks are recomputed in the backward pass.
     """
 
-    backbone: nn.Module
-    heads: nn.ModuleList
+    backbone: TimmModel
+    heads: ModuleListOf[ExitHead]
     plan: Plan
+    executor: Union[ChainExecutor, GraphExecutor]
     grad_checkpointing: bool = False
+    _traits: Dict[str, Any]
 
     def replace_plan(self, names: List[str]) -> None:
         """Place the exits again after a change of the backbone, at the modules `names` and at its end."""

@@ -22,4 +22,5 @@ class FeatureGetter(FeatureGetterNet):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of storing their activations."""
-        getattr(self.model, 'backbone', self.model).set_grad_checkpointing(enable)
+        model: Any = getattr(self.model, 'backbone', self.model)
+        model.set_grad_checkpointing(enable)

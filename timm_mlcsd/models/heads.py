@@ -6,7 +6,7 @@ from that of the tap to the last one: n + 1 numbers for a tap with n = log2(size
 """
 
 from collections import Counter
-from typing import Callable, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.fx
@@ -58,8 +58,10 @@ def head_style(backbone: nn.Module) -> HeadStyle:
     return HeadStyle(LayerNorm2d, act, first=True)
 
 
-def _conv_norm_act(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, *, style: HeadStyle, **dd):
-    act = style.act()
+def _conv_norm_act(
+    in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, *, style: HeadStyle, **dd: Any
+) -> Tuple[nn.Module, ...]:
+    act: Any = style.act()
     if hasattr(act, 'inplace'):
         act.inplace = True
     return (
@@ -76,7 +78,7 @@ class _StridedDepthwise(nn.Conv2d):
     ResNet18 slower than the ResNet18.
     """
 
-    def __init__(self, width: int, **dd):
+    def __init__(self, width: int, **dd: Any):
         super().__init__(width, width, 3, stride=2, padding=1, groups=width, bias=False, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +87,7 @@ class _StridedDepthwise(nn.Conv2d):
 
 @torch.fx.wrap  # one node of a traced graph, because the branch depends on the device
 def _strided_depthwise(x: torch.Tensor, weight: torch.Tensor, training: bool) -> torch.Tensor:
-    conv = dict(stride=2, padding=1, groups=weight.shape[0])
+    conv: Dict[str, Any] = dict(stride=2, padding=1, groups=weight.shape[0])
     if not training or x.device.type != 'cpu':
         return F.conv2d(x, weight, **conv)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -93,25 +95,25 @@ def _strided_depthwise(x: torch.Tensor, weight: torch.Tensor, training: bool) ->
         return F.conv2d(x.to(dtype), weight.to(dtype), **conv).to(x.dtype)
 
 
-def _slic(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
+def _slic(widths: Sequence[int], style: HeadStyle, **dd: Any) -> nn.Sequential:
     """Make the paper's SLIC (section "Multi-exit network architectures"): n times 3x3 stride-2 conv, then 1x1 conv."""
-    layers = []
+    layers: List[nn.Module] = []
     for width, next_width in zip(widths, widths[1:]):
         layers += _conv_norm_act(width, width, 3, stride=2, style=style, **dd)
         layers += _conv_norm_act(width, next_width, 1, style=style, **dd)
     return nn.Sequential(*layers)
 
 
-def _slic_dw(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
+def _slic_dw(widths: Sequence[int], style: HeadStyle, **dd: Any) -> nn.Sequential:
     """Make SLIC with a depthwise 3x3 conv, as in the code released by the paper's authors."""
-    layers = []
+    layers: List[nn.Module] = []
     for width, next_width in zip(widths, widths[1:]):
         layers.append(_StridedDepthwise(width, **dd))
         layers += _conv_norm_act(width, next_width, 1, style=style, **dd)
     return nn.Sequential(*layers)
 
 
-def _conv1x1(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
+def _conv1x1(widths: Sequence[int], style: HeadStyle, **dd: Any) -> nn.Sequential:
     """Make the paper's baseline, direct prediction: average pool, then one 1x1 conv to the last width."""
     factor = 2 ** (len(widths) - 1)
     if factor == 1:
@@ -120,9 +122,9 @@ def _conv1x1(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
     return nn.Sequential(pool, *_conv_norm_act(widths[0], widths[-1], 1, style=style, **dd))
 
 
-def _bottleneck(widths: Sequence[int], style: HeadStyle, **dd) -> nn.Sequential:
+def _bottleneck(widths: Sequence[int], style: HeadStyle, **dd: Any) -> nn.Sequential:
     """Make the bottleneck head of the paper's Table 7: n times 1x1, 3x3 stride-2, 1x1 conv; its widths are ours."""
-    layers = []
+    layers: List[nn.Module] = []
     for width, next_width in zip(widths, widths[1:]):
         layers += _conv_norm_act(width, width, 1, style=style, **dd)
         layers += _conv_norm_act(width, width, 3, stride=2, style=style, **dd)
@@ -170,11 +172,11 @@ class ExitHead(nn.Module):
         kind: str,
         pool: str,
         style: Optional[HeadStyle] = None,
-        device=None,
-        dtype=None,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         style = style or HeadStyle()
         check_kinds(kind, pool)
         self.exit_feature_dim = exit_feature_dim
@@ -189,7 +191,9 @@ class ExitHead(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
         self.reset_classifier(num_classes, **dd)
 
-    def reset_classifier(self, num_classes: int, device=None, dtype=None) -> None:
+    def reset_classifier(
+        self, num_classes: int, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None
+    ) -> None:
         """Replace the linear layer.
 
         Args:

@@ -206,13 +206,15 @@ class MSDNet(NativeMultiExit):
 
     def forward_stage(self, k: int, state: Union[torch.Tensor, Scales]) -> Scales:
         """Compute the maps of stage k, finest first, from those of stage k-1 or from images [B, C, H, W]."""
+        x: Any = state
         if k == 0:
             scales = []
             for layer in self.stem:
-                state = layer(state)
-                scales.append(state)
-            state = tuple(scales)
-        return self.stages[k](state)
+                x = layer(x)
+                scales.append(x)
+            x = tuple(scales)
+        maps: Scales = self.stages[k](x)
+        return maps
 
     def tap(self, state: Scales) -> torch.Tensor:
         """Return the coarsest map."""

@@ -1,6 +1,6 @@
 """Common interface of all multi-exit networks."""
 
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -76,6 +76,10 @@ class MultiExitModel(nn.Module):
             ValueError: They are too small.
         """
         raise NotImplementedError
+
+    def no_weight_decay(self) -> Set[str]:
+        """Return the names of the parameters to exclude from weight decay: none."""
+        return set()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Switch the recomputation of activations in the backward pass on or off."""

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._timm import feature_take_indices
 from .feature_getter import FeatureGetter
+from .module_types import ModuleListOf
 from .multi_exit import MultiExitModel
 from .weights import drop_unfit_classifiers
 
@@ -32,6 +33,8 @@ STEP_MODES = ('even', 'linear')
 
 CIFAR_HEAD_WIDTH = 128
 _EXIT_ARGS = ('exits', 'exit_head', 'exit_pool', 'small_input')
+
+NetworkT = TypeVar('NetworkT', bound='NativeMultiExit')
 
 
 def conv_layer(in_chs: int, out_chs: int, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
@@ -123,12 +126,12 @@ class NativeHead(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str = 'avg') -> None:
         """Replace the linear layer and the pool; see `NativeHead` for the arguments."""
         self.global_pool = global_pool
-        like = self.reduce[0][0].weight
-        dd = dict(device=like.device, dtype=like.dtype)
-        self.fc = nn.Linear(self.width, num_classes, **dd) if num_classes else nn.Identity()
-        if num_classes:
-            nn.init.zeros_(self.fc.bias)
-        self.fc.train(self.training)
+        like = next(self.reduce.parameters())
+        dd: Dict[str, Any] = dict(device=like.device, dtype=like.dtype)
+        fc = nn.Linear(self.width, num_classes, **dd) if num_classes else nn.Identity()
+        if isinstance(fc, nn.Linear):
+            nn.init.zeros_(fc.bias)
+        self.fc = fc.train(self.training)
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Map an input map [B, C_in, H, W] to logits [B, C] and feature [B, D, H/4, W/4]."""
@@ -157,7 +160,7 @@ class NativeMultiExit(MultiExitModel):
         ValueError: The exits do not support `global_pool`.
     """
 
-    why_not_resumable = None
+    why_not_resumable: Optional[str] = None
 
     def __init__(
         self,
@@ -183,11 +186,13 @@ class NativeMultiExit(MultiExitModel):
         dims = [CIFAR_HEAD_WIDTH if stem_kind == 'cifar' else width for width in widths]
         self.exit_feature_dim = dims[0] if len(set(dims)) == 1 else dims
         self.num_features = self.head_hidden_size = dims[-1]
-        self.feature_info = [
+        self.feature_info: List[Dict[str, Any]] = [
             dict(num_chs=dim, reduction=4 * reduction, module=f'heads.{k}.reduce') for k, dim in enumerate(dims)
         ]
         self.stages = nn.ModuleList(stages)
-        self.heads = nn.ModuleList(NativeHead(w, dim, num_classes, global_pool) for w, dim in zip(widths, dims))
+        self.heads: ModuleListOf[NativeHead] = ModuleListOf(
+            NativeHead(w, dim, num_classes, global_pool) for w, dim in zip(widths, dims)
+        )
         self.grad_checkpointing = False
         self.init_convs(self)
 
@@ -214,7 +219,8 @@ class NativeMultiExit(MultiExitModel):
 
     def run_head(self, k: int, state: Any) -> Tuple[torch.Tensor, torch.Tensor]:
         """Run the head of exit k; see `MultiExitModel.run_head`."""
-        return self.heads[k](self.tap(state))
+        logits, feature = self.heads[k](self.tap(state))
+        return logits, feature
 
     def check_input_size(self, height: int, width: int) -> None:
         """Check that images are large enough for the reduction of the network.
@@ -238,7 +244,8 @@ class NativeMultiExit(MultiExitModel):
         """Compute the unpooled feature [B, D, H, W] of the last exit from images [B, C, H, W]."""
         for k in range(self.num_exits):
             x = self.run_stage(k, x)
-        return self.heads[-1].reduce(self.tap(x))
+        feature: torch.Tensor = self.heads[-1].reduce(self.tap(x))
+        return feature
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Compute the logits [B, C] of the last exit, or pooled features with `pre_logits`, from its feature."""
@@ -327,10 +334,6 @@ class NativeMultiExit(MultiExitModel):
         """Recompute the stages in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
 
-    def no_weight_decay(self) -> Set[str]:
-        """Return the names of the parameters to exclude from weight decay: none."""
-        return set()
-
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Return a function from names to layer groups: 0 for the stem, then one group per stage and its head."""
 
@@ -341,7 +344,7 @@ class NativeMultiExit(MultiExitModel):
         return match
 
 
-def create_native(cls: Callable[..., NativeMultiExit], name: str, pretrained: bool, **kwargs: Any) -> NativeMultiExit:
+def create_native(cls: Callable[..., NetworkT], name: str, pretrained: bool, **kwargs: Any) -> NetworkT:
     """Create a registered network.
 
     Args:

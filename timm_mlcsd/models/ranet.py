@@ -116,12 +116,12 @@ class _Block(nn.Module):
             self.transition = conv_layer(self.width, kept, 1)
             self.width = kept
 
-    def forward(self, x: torch.Tensor, lower: Optional[Maps] = None) -> Tuple[torch.Tensor, Maps]:
+    def forward(self, x: torch.Tensor, lower: Maps = ()) -> Tuple[torch.Tensor, Maps]:
         """Compute the output map and the maps for the finer block.
 
         Args:
             x: Input map [B, C, H, W].
-            lower: Maps of the coarser block; default None for a block that is not fused.
+            lower: Maps of the coarser block; default empty for a block that is not fused.
 
         Returns:
             Output map, and the input map followed by the output map of each layer.
@@ -222,14 +222,18 @@ class RANet(NativeMultiExit):
             stem=stem,
         )
         depths = [num_blocks + i * block_step for i in range(len(scales))]
-        stages, widths, first_exits = [], [], []
-        lower_widths: List[Sequence[int]] = []
+        stages: List[nn.Module] = []
+        widths: List[int] = []
+        first_exits: List[int] = []
+        lower_widths: List[List[int]] = []
         for i, (scale, growth, factor) in enumerate(zip(scales, growth_factors, bottleneck_factors)):
             fused = depths[i - 1] if i else 0
             # blocks whose last layer halves the resolution, as many as needed to reach the coarsest one
             downs = [0, *depths][: i + 1][1 - scale :] if scale > 1 else []
             transitions = {math.floor((j + 1) * depths[i] / scale) for j in range(scale - 1)}
-            width, map_widths, blocks = channels * growth, [], []
+            width = channels * growth
+            map_widths: List[List[int]] = []
+            blocks: List[nn.Module] = []
             first_exits.append(len(stages))
             for n in range(1, depths[i] + 1):
                 block = _Block(
@@ -263,20 +267,26 @@ class RANet(NativeMultiExit):
 
     def forward_stage(self, k: int, state: Union[torch.Tensor, Tuple[torch.Tensor, Maps, Tuple[Maps, ...]]]) -> Any:
         """Compute the state of stage k from that of stage k-1, or from images [B, C, H, W] for stage 0."""
+        x: Any
+        starts: Maps
+        maps: Tuple[Maps, ...]
+        lower: Tuple[Maps, ...]
         if k == 0:
-            starts = []
+            x = state
+            found = []
             for layer in self.stem:
-                state = layer(state)
-                starts.append(state)
+                x = layer(x)
+                found.append(x)
             # the coarsest is needed first
-            x, starts, maps, lower = starts.pop(), tuple(starts), (), ()
+            starts, maps, lower = tuple(found[:-1]), (), ()
         else:
             x, starts, maps = state
             lower = ()
             if k in self.first_exits:
                 x, starts, maps, lower = starts[-1], starts[:-1], (), maps
-        for i, block in enumerate(self.stages[k]):
-            x, own = block(x, lower[i] if i < len(lower) else None)
+        blocks: Any = self.stages[k]
+        for i, block in enumerate(blocks):
+            x, own = block(x, lower[i] if i < len(lower) else ())
             maps = (*maps, own)
         # the maps of the finest sub-network are not fused
         return x, starts, maps if starts else ()

@@ -3,7 +3,7 @@
 import difflib
 import pickle
 from functools import partial
-from typing import Any, Callable
+from typing import Any, Callable, Dict
 
 import timm
 import torch
@@ -64,18 +64,19 @@ default_cfgs = generate_default_cfgs({PREFIX + arch: _multi_exit_cfg(arch) for a
 def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
     def create(pretrained: bool = False, **kwargs: Any) -> MultiExitBackbone:
         if pretrained and not kwargs.get('pretrained_cfg') and not kwargs.get('pretrained_cfg_overlay'):
+            cfg = get_pretrained_cfg(arch)
+            tag = f' (or a tag, such as {cfg.tag!r})' if cfg is not None and cfg.tag else ''
             raise ValueError(
                 f'pretrained=True: there are no multi-exit weights for {PREFIX}{arch}. For timm\'s weights in the '
-                f'backbone pass pretrained_backbone=True (or a tag, such as '
-                f'{get_pretrained_cfg(arch).tag!r}); for your own pass checkpoint_path=...'
+                f'backbone pass pretrained_backbone=True{tag}; for your own pass checkpoint_path=...'
             )
         # multi-exit weights include those of the backbone
         if pretrained:
             kwargs.pop('pretrained_backbone', None)
-        indices = {}
+        indices: Dict[str, Any] = {}
         if kwargs.get('features_only') and 'out_indices' not in kwargs:
             with torch.device('meta'):
-                plain = timm.create_model(arch, features_only=True)
+                plain: Any = timm.create_model(arch, features_only=True)
             indices['out_indices'] = tuple(plain.feature_info.out_indices)
         return build_model_with_cfg(
             partial(create_multi_exit, arch),

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 import torch.nn as nn
 import torchvision
-from timm.layers import create_classifier
+from timm.layers import SelectAdaptivePool2d, create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 
 from .._timm import feature_take_indices
@@ -58,6 +58,8 @@ class ShuffleNetV2(torchvision.models.ShuffleNetV2):
         ]
         self.grad_checkpointing = False
         self.head_drop = nn.Dropout(drop_rate)
+        self.global_pool: SelectAdaptivePool2d
+        self.fc: nn.Module
         self.reset_classifier(num_classes, global_pool)
         self.to(device=device, dtype=dtype)
 
@@ -95,20 +97,25 @@ class ShuffleNetV2(torchvision.models.ShuffleNetV2):
 
     def _stage(self, stage: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(stage, x)
-        return stage(x)
+            x = checkpoint_seq(stage, x)
+        else:
+            x = stage(x)
+        return x
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Compute unpooled features [B, D, H/32, W/32] from images [B, C, H, W]."""
         x = self.maxpool(self.conv1(x))
         for stage in (self.stage2, self.stage3, self.stage4):
             x = self._stage(stage, x)
-        return self.conv5(x)
+        features: torch.Tensor = self.conv5(x)
+        return features
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Compute logits [B, C], or pooled features with `pre_logits`, from unpooled features."""
         x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.fc(x)
+        if not pre_logits:
+            x = self.fc(x)
+        return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute logits [B, C] from images [B, C, H, W]."""

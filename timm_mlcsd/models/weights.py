@@ -45,7 +45,7 @@ def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Ten
         except Exception as e:  # damaged files raise errors of any type
             raise ValueError(f'{str(source)!r} cannot be read as weights: {one_line(e)}') from e
     source = _split(source)[0] or source
-    backbone = model.backbone if isinstance(model, MultiExitModel) else model
+    backbone = model.get_submodule('backbone') if isinstance(model, MultiExitModel) else model
     try:
         own = backbone.state_dict()
         if any(name in own and own[name].shape != t.shape for name, t in source.items()):
@@ -70,7 +70,7 @@ def fit_weights(state_dict: Dict[str, torch.Tensor], model: MultiExitModel) -> D
     """
     if hasattr(model, 'backbone'):
         backbone, others = _split(state_dict)
-        backbone = filter_checkpoint(backbone, model.backbone, source=model)
+        backbone = filter_checkpoint(backbone, model.get_submodule('backbone'), source=model)
         state_dict = {**{f'{_PREFIX}{name}': t for name, t in backbone.items()}, **others}
     return drop_unfit_classifiers(state_dict, model)
 

@@ -5,10 +5,12 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import torch.nn as nn
 
+from ..module_types import TimmModel
+
 __all__ = ['block_names']
 
 
-def block_names(backbone: nn.Module) -> List[str]:
+def block_names(backbone: TimmModel) -> List[str]:
     """Name the blocks of a backbone, which are the modules that an exit may follow.
 
     Blocks are the composite members of the backbone's module lists (``layer1``, ``stages.0.blocks``), the modules that
@@ -31,6 +33,11 @@ def block_names(backbone: nn.Module) -> List[str]:
     return [name for name in order if name in names and not any(p.match(name) for p in stem)]
 
 
+def _members(module: nn.Module) -> List[nn.Module]:
+    """Return the members of a module list, empty for any other module."""
+    return list(module) if isinstance(module, (nn.Sequential, nn.ModuleList)) else []
+
+
 def _is_list(module: nn.Module) -> bool:
     return isinstance(module, (nn.Sequential, nn.ModuleList))
 
@@ -41,8 +48,8 @@ def _is_composite(module: nn.Module) -> bool:
 
 def _is_stage(module: nn.Module) -> bool:
     """Whether a module has exactly one list of composite modules; several are the parallel branches of a block."""
-    lists = [child for child in module.children() if _is_list(child) and len(child)]
-    return sum(all(_is_composite(member) for member in members) for members in lists) == 1
+    lists = [_members(child) for child in module.children()]
+    return sum(all(_is_composite(member) for member in members) for members in lists if members) == 1
 
 
 def _listed(module: nn.Module, prefix: str, numbered: Dict[str, int], in_list: bool = False) -> Iterator[str]:
@@ -62,7 +69,7 @@ def _listed(module: nn.Module, prefix: str, numbered: Dict[str, int], in_list: b
             yield from _listed(child, f'{path}.', numbered)
 
 
-def _layer_groups(backbone: nn.Module) -> Tuple[Dict[str, int], List[re.Pattern]]:
+def _layer_groups(backbone: TimmModel) -> Tuple[Dict[str, int], List[re.Pattern]]:
     """Read the numbered modules and the stem from ``group_matcher``.
 
     Returns:

@@ -10,6 +10,7 @@ import torch.nn as nn
 from timm.models import checkpoint_seq
 
 from ...errors import one_line
+from ..module_types import TimmModel
 from .graph import PartitionedGraph, copy_sharing_weights, export_backbone
 from .hooks import find_call_override
 from .plan import Plan
@@ -30,10 +31,10 @@ class StagedModel(Protocol):
         probe_size: (C, H, W) of the probe images.
     """
 
-    backbone: nn.Module
+    backbone: TimmModel
     training: bool
     num_exits: int
-    probe_size: Sequence[int]
+    probe_size: Tuple[int, ...]
 
 
 class ChainExecutor:
@@ -55,7 +56,7 @@ class ChainExecutor:
         self.tail = names[plan.taps[-1] + 1 :]
         self.blocks = {module.name for module in plan.modules if module.is_block}
         self.tapped = plan.tapped
-        self.layouts = [module.layout for module in plan.tapped]
+        self.layouts = [module.map_layout for module in plan.tapped]
         self.is_features_then_head = plan.is_features_then_head
         self.has_methods = any(name in TRACED_METHODS for name in names)
         self.taps: Optional[Taps] = None
@@ -162,17 +163,19 @@ class ChainExecutor:
 
     def read_tap(self, k: int, state: Any) -> torch.Tensor:
         """Read the map [B, C, H, W] of exit k from the state of stage k."""
-        return state[0] if isinstance(state, tuple) else self.layouts[k].read(state)
+        feature_map: torch.Tensor = state[0] if isinstance(state, tuple) else self.layouts[k].read(state)
+        return feature_map
 
     def _output(self, state: Any) -> torch.Tensor:
         """Read the output of the last module of the stage from its state."""
-        return state[1] if isinstance(state, tuple) else state
+        output: torch.Tensor = state[1] if isinstance(state, tuple) else state
+        return output
 
     def run_end(self, model: StagedModel, state: Any) -> torch.Tensor:
         """Compute the logits [B, C] of the backbone from the state of the last stage."""
         return self._run_end(model.backbone, state)
 
-    def _run_end(self, backbone: nn.Module, state: Any) -> torch.Tensor:
+    def _run_end(self, backbone: TimmModel, state: Any) -> torch.Tensor:
         state = self._output(state)
         for name in self.tail:
             state = find_step(backbone, name)(state)
@@ -262,10 +265,11 @@ class GraphExecutor:
                 self.exports[exported] = export_backbone(*copy_sharing_weights(model.backbone, self.taps), input_size)
             except PartitionError as e:
                 self.exports[exported] = e
-        if isinstance(self.exports[exported], PartitionError):
-            raise self.exports[exported]
+        program = self.exports[exported]
+        if isinstance(program, PartitionError):
+            raise program
         try:
-            cut = PartitionedGraph(self.exports[exported], model.backbone, len(self.taps), device)
+            cut = PartitionedGraph(program, model.backbone, len(self.taps), device)
         except (KeyError, AttributeError) as e:  # such as weights read by a function set on the instance
             raise PartitionError(f'its graph reads weights that no module of the backbone owns: {one_line(e)}') from e
         if device.type != 'meta':
@@ -290,15 +294,16 @@ class GraphExecutor:
                 f'{type(model.backbone).__name__} is not a chain of modules, so its stages run one by one only in '
                 f'evaluation mode; call model.eval(), or forward_exits in training mode.'
             )
+        size: Sequence[int]
         if k == 0:
             state, size = (state,), tuple(state.shape[1:])
             if not self.cut(model, size).is_current():
                 self.invalidate()
         else:
             size = self._size_of(model, k - 1, state)
-        state = self.cut(model, size).run(k, state)
-        self.sizes[_signature(k, state)] = size
-        return state
+        after = self.cut(model, size).run(k, state)
+        self.sizes[_signature(k, after)] = size
+        return after
 
     def read_tap(self, k: int, state: Tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Read the map [B, C, H, W] of exit k from the state of stage k."""

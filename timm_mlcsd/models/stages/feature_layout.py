@@ -38,7 +38,8 @@ class MapLayout(NamedTuple):
         """Return the tensor in `output` that contains the map."""
         for index in self.path:
             output = output[index]
-        return output
+        tensor: torch.Tensor = output
+        return tensor
 
     def read(self, output: Any, image_size: Optional[Sequence[int]] = None) -> torch.Tensor:
         """Read the map from the output of the module.
@@ -53,13 +54,13 @@ class MapLayout(NamedTuple):
         Raises:
             ValueError: The tokens form no grid with the aspect ratio of the images.
         """
-        output = self.of(output)
+        tensor = self.of(output)
         if self.kind == 'NCHW':
-            return output
+            return tensor
         if self.kind == 'NHWC':
-            return output.permute(0, 3, 1, 2)
+            return tensor.permute(0, 3, 1, 2)
         shares = self.height / self.image_size[0], self.width / self.image_size[1]
-        return _tokens_to_map(output, self.prefix, shares, self.image_size if image_size is None else image_size)
+        return _tokens_to_map(tensor, self.prefix, shares, self.image_size if image_size is None else image_size)
 
 
 @torch.fx.wrap  # one node of a traced graph: the map's size depends on the images'
@@ -76,7 +77,8 @@ def _tokens_to_map(
             f'{count} tokens form no grid with the aspect ratio of {image_size[0]}x{image_size[1]} images; create the '
             f'network with img_size=(height, width) of these images.'
         )
-    return tokens.transpose(1, 2).unflatten(2, (height, count // height))
+    maps: torch.Tensor = tokens.transpose(1, 2).unflatten(2, (height, count // height))
+    return maps
 
 
 def find_map(output: Any, batch: int, image_size: Sequence[int], channels_last: bool = False) -> Optional[MapLayout]:
@@ -93,11 +95,12 @@ def find_map(output: Any, batch: int, image_size: Sequence[int], channels_last: 
         Layout of the map; None if no tensor in `output` can be a map of these images.
     """
     layouts = []
+    height, width = image_size
     for path, tensor in _tensors(output):
         if tensor.ndim in (3, 4) and tensor.shape[0] == batch and tensor.is_floating_point():
             layout = _of_tensor(tuple(tensor.shape), image_size, channels_last)
             if layout is not None:
-                layouts.append(layout._replace(path=path, image_size=tuple(image_size)))
+                layouts.append(layout._replace(path=path, image_size=(height, width)))
     return max(layouts, key=lambda layout: (layout.channels, layout.kind != 'NLC'), default=None)
 
 

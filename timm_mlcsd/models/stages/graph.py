@@ -9,7 +9,7 @@ import copy
 import operator
 import warnings
 from functools import partial
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, TypeVar
 
 import torch
 import torch.fx as fx
@@ -21,6 +21,9 @@ from .taps import Taps
 from .verify import PartitionError, default_mode, verify
 
 __all__ = ['PartitionedGraph', 'copy_sharing_weights', 'export_backbone']
+
+ModuleT = TypeVar('ModuleT', bound=nn.Module)
+TapsT = TypeVar('TapsT', Taps, None)
 
 
 class _Piece(NamedTuple):
@@ -51,7 +54,7 @@ class _TappedBackbone(nn.Module):
         return (*maps, logits)
 
 
-def copy_sharing_weights(backbone: nn.Module, taps: Taps) -> Tuple[nn.Module, Taps]:
+def copy_sharing_weights(backbone: ModuleT, taps: TapsT) -> Tuple[ModuleT, TapsT]:
     """Copy a backbone and its taps for tracing, in evaluation mode, without copying parameters and buffers."""
     tensors = (*backbone.parameters(), *backbone.buffers())
     backbone, taps = copy.deepcopy((backbone, taps), {id(t): t for t in tensors})
@@ -82,7 +85,9 @@ def export_backbone(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) 
             program = torch.export.export(
                 _TappedBackbone(backbone, taps), (images,), dynamic_shapes=({0: batch},), strict=False
             )
-            return program.run_decompositions({})  # functional form, without in-place operations
+            # functional form, without in-place operations
+            functional: torch.export.ExportedProgram = program.run_decompositions({})
+            return functional
     except Exception as e:  # an operation may raise any type of error during export
         raise PartitionError(f'torch.export cannot export its forward: {type(e).__name__}: {one_line(e)}') from e
 
@@ -136,7 +141,9 @@ class PartitionedGraph:
             State of the stage; for the end a tuple of the logits [B, C].
         """
         piece = self.pieces[index]
-        return piece.module(*(getattr(owner, name) for _, owner, name in piece.weights), *piece.constants, *state)
+        weights = (getattr(owner, name) for _, owner, name in piece.weights)
+        result: Tuple[torch.Tensor, ...] = piece.module(*weights, *piece.constants, *state)
+        return result
 
     def verify(self, backbone: nn.Module, input_size: Sequence[int]) -> None:
         """Verify that the pieces in sequence compute the same as the backbone.

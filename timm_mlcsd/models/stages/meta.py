@@ -30,7 +30,7 @@ class _MethodAsForward(nn.Module):
         self.module = module
         self.method = method
 
-    def forward(self, *args):
+    def forward(self, *args: Any) -> Any:
         return getattr(self.module, self.method)(*args)
 
 

@@ -81,20 +81,21 @@ def _block_ends(modules: Sequence[TracedModule], last: int) -> List[int]:
         if i < last and not (i + 1 < len(modules) and modules[i + 1].writes_input):
             found.append(i)
     # leave out blocks with far fewer channels than the end of their group (a layer of a DenseNet)
-    wide = [i for i in found if 2 * modules[i].layout.channels >= _channels_after(modules, found + [last], i)]
+    wide = [i for i in found if 2 * modules[i].map_layout.channels >= _channels_after(modules, found + [last], i)]
     return sorted(set(wide))
 
 
 def _continues(module: TracedModule, following: TracedModule) -> bool:
     """Whether a module belongs to the block before it: same map layout, no further MACs, not a block itself."""
-    same = following.layout is not None and following.layout._replace(path=()) == module.layout._replace(path=())
+    same = following.layout is not None and following.layout._replace(path=()) == module.map_layout._replace(path=())
     return same and following.macs == module.macs and not following.is_block
 
 
 def _channels_after(modules: Sequence[TracedModule], ends: Sequence[int], index: int) -> int:
     """Return the channels at the last of `ends` that has the resolution of the map at `index`."""
-    layout = modules[index].layout
-    return [modules[i].layout.channels for i in ends if modules[i].layout.width == layout.width and i >= index][-1]
+    width = modules[index].map_layout.width
+    layouts = [modules[i].map_layout for i in ends if i >= index]
+    return [layout.channels for layout in layouts if layout.width == width][-1]
 
 
 def _end_of(modules: Sequence[TracedModule], name: str) -> Optional[int]:

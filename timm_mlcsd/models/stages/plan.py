@@ -6,6 +6,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 import torch.nn as nn
 
 from ...errors import one_line
+from ..module_types import TimmModel
 from .blocks import block_names
 from .chain import read_chain
 from .placement import place_exits
@@ -38,7 +39,7 @@ class Plan(NamedTuple):
 
 
 def plan_stages(
-    backbone: nn.Module,
+    backbone: TimmModel,
     input_size: Sequence[int],
     exits: Union[int, Sequence[str], None] = None,
     small_input: bool = False,
@@ -51,7 +52,7 @@ def plan_stages(
         input_size: (C, H, W) of the images.
         exits: Number of exits or names of the tapped modules, as in `place_exits`.
         small_input: Whether to remove the first two downsamplings; default False.
-        undo: Stack that receives callbacks which restore the backbone; required with `small_input`.
+        undo: Stack that receives callbacks which restore the backbone; default None for none.
 
     Returns:
         Plan of the stages.
@@ -62,10 +63,12 @@ def plan_stages(
     root = _probe(backbone, input_size)
     if small_input:
         before = _last_width(backbone, root)
-        remove_first_downsamplings(backbone, root, undo)
+        remove_first_downsamplings(backbone, root, ExitStack() if undo is None else undo)
         try:
             root = _probe(backbone, input_size)
-            fits = 3 < _last_width(backbone, root) / before < 6  # 4 with tolerance for odd sizes and unpadded convs
+            after = _last_width(backbone, root)
+            # 4 with tolerance for odd sizes and unpadded convs
+            fits = before is not None and after is not None and 3 < after / before < 6
         except ValueError:  # the sizes of parallel branches no longer match
             fits = False
         if not fits:
@@ -90,7 +93,7 @@ def plan_stages(
     return max(plans, key=lambda plan: len(plan.taps))
 
 
-def _read(backbone: nn.Module, root: ModuleCall) -> Tuple[Optional[List[TracedModule]], List[TracedModule]]:
+def _read(backbone: TimmModel, root: ModuleCall) -> Tuple[Optional[List[TracedModule]], List[TracedModule]]:
     names = set(block_names(backbone))
     chain = read_chain(root, names)
     if chain is not None and all(module.layout is None for module in chain):

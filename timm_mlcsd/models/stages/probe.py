@@ -3,7 +3,7 @@
 import contextlib
 from collections import Counter
 from functools import cached_property
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -38,6 +38,12 @@ class TracedModule(NamedTuple):
     macs: int
     is_block: bool
     writes_input: bool = False
+
+    @property
+    def map_layout(self) -> MapLayout:
+        """Layout of the map, for a module that has one."""
+        assert self.layout is not None  # exits tap modules with a map only
+        return self.layout
 
 
 class ModuleCall:
@@ -82,9 +88,9 @@ class ModuleCall:
         """Layout of the map in the output; None if the output has no map."""
         return find_map(self.output, BATCH, self.image_size, self.channels_last)
 
-    def record_input(self, args: Tuple, kwargs: dict) -> None:
+    def record_input(self, args: Tuple, kwargs: Dict[str, Any]) -> None:
         """Record the arguments of the call, if they are a single tensor."""
-        options = (*args[1:], *kwargs.values())
+        options: Sequence[Any] = (*args[1:], *kwargs.values())
         if self.name in FORWARD_METHODS:  # the forward of a ViT passes its own defaults
             options = [option for option in options if option is not None and option is not False]
         if args and isinstance(args[0], torch.Tensor) and not options:
@@ -179,17 +185,17 @@ def _trace(
     names = {module: name for name, module in backbone.named_modules()}
     counter = FlopCounterMode(display=False)
 
-    def enter(name, module, args, kwargs):
+    def enter(name: str, module: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> None:
         call = ModuleCall(name, module, image_size, channels_last)
         stack[-1].children.append(call)
         stack.append(call)
         call.record_input(args, kwargs)
 
-    def leave(output):
+    def leave(output: Any) -> None:
         stack.pop().record_output(output, counter.get_total_flops())
 
-    def recorded(name, method):
-        def run_method(*args, **kwargs):
+    def recorded(name: str, method: Callable) -> Callable:
+        def run_method(*args: Any, **kwargs: Any) -> Any:
             enter(name, backbone, args, kwargs)
             output = method(*args, **kwargs)
             leave(output)
@@ -237,7 +243,7 @@ def list_tappable_blocks(root: ModuleCall, blocks: Set[str], group_ends: Set[str
         Tappable blocks, by increasing cumulative MACs.
     """
     runs = Counter(call.name for call in root.in_return_order())
-    tappable = []
+    tappable: List[TracedModule] = []
     for call in root.in_return_order():
         if call.name not in blocks or runs[call.name] > 1 or call.layout is None:
             continue

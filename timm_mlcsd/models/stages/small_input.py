@@ -6,6 +6,7 @@ from typing import Optional
 import torch
 import torch.nn as nn
 
+from ..module_types import TimmModel
 from .probe import ModuleCall
 
 __all__ = ['has_small_input', 'remove_first_downsamplings']
@@ -18,7 +19,7 @@ def has_small_input(backbone: nn.Module) -> bool:
     return getattr(backbone, _MARK, False)
 
 
-def remove_first_downsamplings(backbone: nn.Module, root: ModuleCall, undo: ExitStack) -> None:
+def remove_first_downsamplings(backbone: TimmModel, root: ModuleCall, undo: ExitStack) -> None:
     """Quadruple the resolution of all maps in place: a 32x32 image is reduced to 4x4 instead of 1x1.
 
     Every strided layer whose input map is wider than a quarter of the image loses its stride. A 3x3 or 1x1 conv keeps
@@ -33,11 +34,11 @@ def remove_first_downsamplings(backbone: nn.Module, root: ModuleCall, undo: Exit
     Raises:
         ValueError: The backbone has no strided layers at its beginning, or one that reduces more than 4 times.
     """
-    image_width = root.input.shape[-1]
+    image_width = root.image_size[-1]
     found = False
     for call in root.in_return_order():
         factor = _reduction(call)
-        if factor is None or round(image_width / call.input.shape[-1]) >= 4:
+        if factor is None or call.input is None or round(image_width / call.input.shape[-1]) >= 4:
             continue
         if factor > 4:
             raise ValueError(

@@ -25,7 +25,7 @@ class _ThreadSlot(threading.local, _Slot):
 class _Tap:
     """Forward hook that stores the output of its module while its slot is open; copied together with the model."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.in_graph = _Slot()
         self.in_thread = _ThreadSlot()
 
@@ -57,7 +57,7 @@ class Taps:
     """
 
     def __init__(self, backbone: nn.Module, tapped: Sequence[TracedModule]):
-        self.layouts = [module.layout for module in tapped]
+        self.layouts = [module.map_layout for module in tapped]
         self.taps = [_Tap() for _ in tapped]
         for module, tap in zip(tapped, self.taps):
             backbone.get_submodule(module.name).register_forward_hook(tap)
