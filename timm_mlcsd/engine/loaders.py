@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -128,51 +128,9 @@ def train_loader(
         _check_cacheable(config, augment, dataset)
     if checked_images(dataset) is not None and not isinstance(dataset, IterableDataset):
         dataset = SubstituteBroken(dataset)
-    mixup = None
-    if mixup_active(augment):
-        if config.batch_size % 2:
-            raise UserError(f'--batch-size {config.batch_size} must be even: mixup and cutmix work on pairs of images.')
-        mixup = (Mixup if config.cache_dataset else CheckedMixup)(
-            mixup_alpha=augment.mixup,
-            cutmix_alpha=augment.cutmix,
-            cutmix_minmax=augment.cutmix_minmax,
-            prob=augment.mixup_prob,
-            switch_prob=augment.mixup_switch_prob,
-            mode=augment.mixup_mode,
-            label_smoothing=smoothing,
-            num_classes=num_classes,
-        )
-    pad_crop = augment.train_crop_mode == 'pad4'
-    loader = create_loader(
-        dataset,  # type: ignore[arg-type]  # timm takes any data set with a transform
-        input_size=data_config['input_size'],
-        batch_size=config.batch_size,
-        is_training=True,
-        no_aug=augment.no_aug,
-        re_prob=augment.reprob,
-        re_mode=augment.remode,
-        re_count=augment.recount,
-        train_crop_mode=None if pad_crop else augment.train_crop_mode,
-        scale=(augment.scale[0], augment.scale[1]),
-        ratio=(augment.ratio[0], augment.ratio[1]),
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter,
-        color_jitter_prob=augment.color_jitter_prob,
-        grayscale_prob=augment.grayscale_prob,
-        gaussian_blur_prob=augment.gaussian_blur_prob,
-        auto_augment=augment.aa,
-        interpolation=augment.train_interpolation,
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=config.workers,
-        collate_fn=CheckedCollate(fast_collate, num_classes) if mixup is None or config.cache_dataset else mixup,
-        pin_memory=_pin_memory(config, device),
-        device=device,
-        distributed=dist.is_initialized(),
-        # fresh workers take their seeds from the epoch's, so that a resumed epoch sees the same images
-        persistent_workers=False,
-    )
+    mixup = _make_mixup(config, augment, num_classes, smoothing) if mixup_active(augment) else None
+    collate = CheckedCollate(fast_collate, num_classes) if mixup is None or config.cache_dataset else mixup
+    loader = _augmented_loader(config, augment, dataset, data_config, device, collate)
     _prepare_workers(loader.loader)
     if isinstance(loader.sampler, DistributedSampler):
         loader.sampler.seed = seed
@@ -195,7 +153,7 @@ def train_loader(
             sampler=loader.sampler if dist.is_initialized() else None,
         )
         drawn = loader.batch
-    elif pad_crop and not augment.no_aug:
+    elif augment.train_crop_mode == 'pad4' and not augment.no_aug:
         # the first of timm's training transforms is its crop
         loader.loader.dataset.transform.transforms[0] = pad_and_crop
     if len(loader) == 0:
@@ -203,6 +161,64 @@ def train_loader(
             f'--batch-size {config.batch_size} is larger than the training set ({num_images(dataset)} images).'
         )
     return CheckedLoader(loader, dataset, drawn)
+
+
+def _make_mixup(config: TrainDataConfig, augment: AugmentConfig, num_classes: int, smoothing: float) -> Mixup:
+    """The function that mixes batches; for cached images it mixes them on the device."""
+    if config.batch_size % 2:
+        raise UserError(f'--batch-size {config.batch_size} must be even: mixup and cutmix work on pairs of images.')
+    return (Mixup if config.cache_dataset else CheckedMixup)(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        cutmix_minmax=augment.cutmix_minmax,
+        prob=augment.mixup_prob,
+        switch_prob=augment.mixup_switch_prob,
+        mode=augment.mixup_mode,
+        label_smoothing=smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _augmented_loader(
+    config: TrainDataConfig,
+    augment: AugmentConfig,
+    dataset: Dataset,
+    data_config: Dict[str, Any],
+    device: torch.device,
+    collate: Union[CheckedCollate, Mixup],
+) -> Any:
+    """timm's loader of training batches."""
+    pad_crop = augment.train_crop_mode == 'pad4'
+    return create_loader(
+        dataset,  # type: ignore[arg-type]  # timm takes any data set with a transform
+        input_size=data_config['input_size'],
+        batch_size=config.batch_size,
+        is_training=True,
+        no_aug=augment.no_aug,
+        re_prob=augment.reprob,
+        re_mode=augment.remode,
+        re_count=augment.recount,
+        train_crop_mode=None if pad_crop else augment.train_crop_mode,
+        scale=(augment.scale[0], augment.scale[1]),
+        ratio=(augment.ratio[0], augment.ratio[1]),
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter,
+        color_jitter_prob=augment.color_jitter_prob,
+        grayscale_prob=augment.grayscale_prob,
+        gaussian_blur_prob=augment.gaussian_blur_prob,
+        auto_augment=augment.aa,
+        interpolation=augment.train_interpolation,
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=config.workers,
+        collate_fn=collate,
+        pin_memory=_pin_memory(config, device),
+        device=device,
+        distributed=dist.is_initialized(),
+        # fresh workers take their seeds from the epoch's, so that a resumed epoch sees the same images
+        persistent_workers=False,
+    )
 
 
 def set_epoch(batches: Any, dataset: Dataset, epoch: int) -> None:

@@ -113,22 +113,12 @@ class MLCSDLoss(nn.Module):
             )
         if alpha is None:
             alpha = (DISTILL_METHODS[method] if isinstance(method, str) else method).weight
-        for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f'{name}={value} must be finite and not negative; 0 switches the term off.')
-        if not 0 < temperature < math.inf:
-            raise ValueError(f'temperature={temperature} must be positive and finite.')
-        if isinstance(cls_loss, JsdCrossEntropy):
-            raise ValueError(
-                'cls_loss=JsdCrossEntropy compares augmented copies of each image across the batch, while the '
-                'teachers and their targets are per image; use a loss without augmentation splits.'
-            )
+        _check_terms(temperature, cls_loss, alpha=alpha, beta=beta, gamma=gamma)
         exit_weights = [1.0] * num_exits if exit_weights is None else list(exit_weights)
         _check_exit_weights(exit_weights, num_exits)
         dims = [feature_dim] * num_exits if isinstance(feature_dim, int) else list(feature_dim)
         if len(dims) != num_exits:
             raise ValueError(f'feature_dim has {len(dims)} numbers for {num_exits} exits.')
-
         self.num_exits = num_exits
         self.alpha = alpha
         self.beta = beta
@@ -155,9 +145,8 @@ class MLCSDLoss(nn.Module):
                 learners = num_exits - (not self.mixer.supervises_last_exit)
                 self.method = self._make_method(method, learners, num_samples, dims[-1])
             if len(set(dims)) > 1:
-                self.projections.extend(
-                    nn.Identity() if dim == dims[-1] else nn.Conv2d(dim, dims[-1], 1, bias=False) for dim in dims
-                )
+                last = dims[-1]
+                self.projections.extend(nn.Identity() if d == last else nn.Conv2d(d, last, 1, bias=False) for d in dims)
                 self.projections.requires_grad_(beta > 0 or (self.method is not None and self.method.reads_features))
 
     def _make_method(
@@ -353,6 +342,19 @@ def _check_choices(**given: str) -> None:
     for name, value in given.items():
         if value not in choices[name]:
             raise ValueError(f'{name}={value!r} is unknown; choose one of {", ".join(choices[name])}.')
+
+
+def _check_terms(temperature: float, cls_loss: Optional[nn.Module], **weights: float) -> None:
+    for name, value in weights.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f'{name}={value} must be finite and not negative; 0 switches the term off.')
+    if not 0 < temperature < math.inf:
+        raise ValueError(f'temperature={temperature} must be positive and finite.')
+    if isinstance(cls_loss, JsdCrossEntropy):
+        raise ValueError(
+            'cls_loss=JsdCrossEntropy compares augmented copies of each image across the batch, while the '
+            'teachers and their targets are per image; use a loss without augmentation splits.'
+        )
 
 
 def _check_exit_weights(weights: Sequence[float], num_exits: int) -> None:

@@ -4,7 +4,7 @@ Layers and arguments follow the public implementation (kalviny/MSDNet-PyTorch): 
 """
 
 import math
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -150,21 +150,6 @@ class MSDNet(NativeMultiExit):
         check_choice('step_mode', step_mode, STEP_MODES)
         check_choice('prune', prune, PRUNES)
         check_choice('stem', stem, STEMS)
-        num_scales = len(growth_factors)
-        if not num_scales or len(bottleneck_factors) != num_scales:
-            raise ValueError(
-                f'growth_factors={tuple(growth_factors)} and bottleneck_factors={tuple(bottleneck_factors)} must each '
-                f'have one number per scale.'
-            )
-        if min(num_blocks, base, step, channels, growth_rate) < 1:
-            raise ValueError('num_blocks, base, step, channels and growth_rate must be at least 1.')
-        if any(growth_rate * g % 2 for g in growth_factors[1:]):
-            raise ValueError(
-                f'growth_rate={growth_rate} times each of growth_factors={tuple(growth_factors)} but the first must be '
-                f'even, because half of the new channels come from the finer scale.'
-            )
-        if not 0 <= reduction <= 1:
-            raise ValueError(f'reduction={reduction}: expected a number from 0 to 1.')
         model_args = dict(
             num_blocks=num_blocks,
             base=base,
@@ -178,25 +163,9 @@ class MSDNet(NativeMultiExit):
             reduction=reduction,
             stem=stem,
         )
-        steps = [base] + [step if step_mode == 'even' else step * i + 1 for i in range(1, num_blocks)]
-        total, n, width = sum(steps), 0, channels
-        stages, widths = [], []
-        for depth in steps:
-            layers: List[nn.Module] = []
-            for _ in range(depth):
-                n += 1
-                num_in = _scales_left(n - 1, total, num_scales, prune) if n > 1 else num_scales
-                num_out = _scales_left(n, total, num_scales, prune)
-                layers.append(_Layer(width, growth_rate, num_in, num_out, growth_factors, bottleneck_factors))
-                width += growth_rate
-                thirds = (math.floor(total / 3), math.floor(2 * total / 3))
-                if reduction and (num_in > num_out if prune == 'max' else n in thirds):
-                    kept = transition_channels(reduction, width)
-                    layers.append(_Transition(width, kept, growth_factors[num_scales - num_out :]))
-                    width = kept
-            stages.append(nn.Sequential(*layers))
-            widths.append(width * growth_factors[-1])
-        scale = (4 if stem == 'imagenet' else 1) * 2 ** (num_scales - 1)
+        _check_args(model_args)
+        stages, widths = _make_stages(model_args)
+        scale = (4 if stem == 'imagenet' else 1) * 2 ** (len(growth_factors) - 1)
         super().__init__(stages, widths, stem, scale, num_classes, in_chans, global_pool, model_args)
         self.stem = nn.ModuleList([make_stem(stem, in_chans, channels * growth_factors[0])])
         for finer, factor in zip(growth_factors, growth_factors[1:]):
@@ -219,6 +188,52 @@ class MSDNet(NativeMultiExit):
     def tap(self, state: Scales) -> torch.Tensor:
         """Return the coarsest map."""
         return state[-1]
+
+
+def _check_args(args: Dict[str, Any]) -> None:
+    """Raise a ValueError for arguments of `MSDNet` that describe no network."""
+    growth_rate, growth_factors = args['growth_rate'], args['growth_factors']
+    if not growth_factors or len(args['bottleneck_factors']) != len(growth_factors):
+        raise ValueError(
+            f'growth_factors={tuple(growth_factors)} and bottleneck_factors={tuple(args["bottleneck_factors"])} must '
+            f'each have one number per scale.'
+        )
+    if min(args[name] for name in ('num_blocks', 'base', 'step', 'channels', 'growth_rate')) < 1:
+        raise ValueError('num_blocks, base, step, channels and growth_rate must be at least 1.')
+    if any(growth_rate * g % 2 for g in growth_factors[1:]):
+        raise ValueError(
+            f'growth_rate={growth_rate} times each of growth_factors={tuple(growth_factors)} but the first must be '
+            f'even, because half of the new channels come from the finer scale.'
+        )
+    if not 0 <= args['reduction'] <= 1:
+        raise ValueError(f'reduction={args["reduction"]}: expected a number from 0 to 1.')
+
+
+def _make_stages(args: Dict[str, Any]) -> Tuple[List[nn.Module], List[int]]:
+    """Make the stages, [K], and their numbers of channels at the coarsest scale, [K]."""
+    growth_rate, growth_factors, reduction = args['growth_rate'], args['growth_factors'], args['reduction']
+    num_scales, step, prune = len(growth_factors), args['step'], args['prune']
+    further = [step if args['step_mode'] == 'even' else step * i + 1 for i in range(1, args['num_blocks'])]
+    steps = [args['base'], *further]
+    total, n, width = sum(steps), 0, args['channels']
+    stages: List[nn.Module] = []
+    widths: List[int] = []
+    for depth in steps:
+        layers: List[nn.Module] = []
+        for _ in range(depth):
+            n += 1
+            num_in = _scales_left(n - 1, total, num_scales, prune) if n > 1 else num_scales
+            num_out = _scales_left(n, total, num_scales, prune)
+            layers.append(_Layer(width, growth_rate, num_in, num_out, growth_factors, args['bottleneck_factors']))
+            width += growth_rate
+            thirds = (math.floor(total / 3), math.floor(2 * total / 3))
+            if reduction and (num_in > num_out if prune == 'max' else n in thirds):
+                kept = transition_channels(reduction, width)
+                layers.append(_Transition(width, kept, growth_factors[num_scales - num_out :]))
+                width = kept
+        stages.append(nn.Sequential(*layers))
+        widths.append(width * growth_factors[-1])
+    return stages, widths
 
 
 def _scales_left(layer: int, total: int, num_scales: int, prune: str) -> int:

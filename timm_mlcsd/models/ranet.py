@@ -4,7 +4,7 @@ Layers and arguments follow the public implementation (yangle15/RANet-pytorch): 
 """
 
 import math
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -190,23 +190,6 @@ class RANet(NativeMultiExit):
     ):
         check_choice('step_mode', step_mode, STEP_MODES)
         check_choice('stem', stem, STEMS)
-        if not len(scales) == len(growth_factors) == len(bottleneck_factors) > 0:
-            raise ValueError(
-                f'scales={tuple(scales)}, growth_factors={tuple(growth_factors)} and bottleneck_factors='
-                f'{tuple(bottleneck_factors)} must each have one number per sub-network.'
-            )
-        if scales[0] != 1 or any(b - a not in (0, 1) for a, b in zip(scales, scales[1:])):
-            raise ValueError(f'scales={tuple(scales)} must begin with 1 and increase by 0 or 1.')
-        if min(num_blocks, block_step, step, channels, growth_rate) < 1:
-            raise ValueError('num_blocks, block_step, step, channels and growth_rate must be at least 1.')
-        for name, share in dict(compress_factor=compress_factor, reduction=reduction).items():
-            if not 0 < share <= 1:
-                raise ValueError(f'{name}={share}: expected a number above 0 and at most 1.')
-        if any(math.floor(growth_rate * g * compress_factor) in (0, growth_rate * g) for g in growth_factors[1:]):
-            raise ValueError(
-                f'compress_factor={compress_factor} leaves one side of a fused layer without channels, with '
-                f'growth_rate={growth_rate} and growth_factors={tuple(growth_factors)}.'
-            )
         model_args = dict(
             num_blocks=num_blocks,
             block_step=block_step,
@@ -221,42 +204,12 @@ class RANet(NativeMultiExit):
             reduction=reduction,
             stem=stem,
         )
-        depths = [num_blocks + i * block_step for i in range(len(scales))]
-        stages: List[nn.Module] = []
-        widths: List[int] = []
-        first_exits: List[int] = []
-        lower_widths: List[List[int]] = []
-        for i, (scale, growth, factor) in enumerate(zip(scales, growth_factors, bottleneck_factors)):
-            fused = depths[i - 1] if i else 0
-            # blocks whose last layer halves the resolution, as many as needed to reach the coarsest one
-            downs = [0, *depths][: i + 1][1 - scale :] if scale > 1 else []
-            transitions = {math.floor((j + 1) * depths[i] / scale) for j in range(scale - 1)}
-            width = channels * growth
-            map_widths: List[List[int]] = []
-            blocks: List[nn.Module] = []
-            first_exits.append(len(stages))
-            for n in range(1, depths[i] + 1):
-                block = _Block(
-                    width,
-                    step if step_mode == 'even' else step * n,
-                    growth_rate * growth,
-                    factor,
-                    reduction if n in transitions else None,
-                    (lower_widths[n - 1], bottleneck_factors[i - 1], compress_factor) if n <= fused else None,
-                    down=n in downs,
-                )
-                width = block.width
-                map_widths.append(block.map_widths)
-                blocks.append(block)
-                if n > fused:
-                    stages.append(nn.ModuleList(blocks))
-                    widths.append(width)
-                    blocks = []
-            lower_widths = map_widths
+        _check_args(model_args)
+        parts = _make_stages(model_args)
         reduction_of_stem = 4 if stem == 'imagenet' else 1
         scale = reduction_of_stem * 2 ** (scales[-1] - 1)
-        super().__init__(stages, widths, stem, scale, num_classes, in_chans, global_pool, model_args)
-        self.first_exits = first_exits
+        super().__init__(parts.stages, parts.widths, stem, scale, num_classes, in_chans, global_pool, model_args)
+        self.first_exits = parts.first_exits
         # finest first
         self.stem = nn.ModuleList([make_stem(stem, in_chans, channels * growth_factors[-1])])
         for i in range(len(scales) - 1, 0, -1):
@@ -303,3 +256,77 @@ default_cfgs = generate_default_cfgs({'mlcsd_ranet': native_cfg('arXiv:2003.0732
 def mlcsd_ranet(pretrained: bool = False, **kwargs: Any) -> RANet:
     """RANet, by default with 8 exits; takes the arguments of `RANet`."""
     return create_native(RANet, 'mlcsd_ranet', pretrained, **kwargs)
+
+
+class _Stages(NamedTuple):
+    """Stages of all sub-networks in the order in which they run.
+
+    Attributes:
+        stages: One module per exit, [K].
+        widths: Channels at each exit, [K].
+        first_exits: Index of the first exit of each sub-network.
+    """
+
+    stages: List[nn.Module]
+    widths: List[int]
+    first_exits: List[int]
+
+
+def _check_args(args: Dict[str, Any]) -> None:
+    """Raise a ValueError for arguments of `RANet` that describe no network."""
+    scales, growth_factors, bottleneck_factors = args['scales'], args['growth_factors'], args['bottleneck_factors']
+    growth_rate, compress_factor = args['growth_rate'], args['compress_factor']
+    if not len(scales) == len(growth_factors) == len(bottleneck_factors) > 0:
+        raise ValueError(
+            f'scales={tuple(scales)}, growth_factors={tuple(growth_factors)} and bottleneck_factors='
+            f'{tuple(bottleneck_factors)} must each have one number per sub-network.'
+        )
+    if scales[0] != 1 or any(b - a not in (0, 1) for a, b in zip(scales, scales[1:])):
+        raise ValueError(f'scales={tuple(scales)} must begin with 1 and increase by 0 or 1.')
+    counts = ('num_blocks', 'block_step', 'step', 'channels', 'growth_rate')
+    if min(args[name] for name in counts) < 1:
+        raise ValueError('num_blocks, block_step, step, channels and growth_rate must be at least 1.')
+    for name in ('compress_factor', 'reduction'):
+        if not 0 < args[name] <= 1:
+            raise ValueError(f'{name}={args[name]}: expected a number above 0 and at most 1.')
+    if any(math.floor(growth_rate * g * compress_factor) in (0, growth_rate * g) for g in growth_factors[1:]):
+        raise ValueError(
+            f'compress_factor={compress_factor} leaves one side of a fused layer without channels, with '
+            f'growth_rate={growth_rate} and growth_factors={tuple(growth_factors)}.'
+        )
+
+
+def _make_stages(args: Dict[str, Any]) -> _Stages:
+    """Make the blocks of all sub-networks, and group them into stages that end at an exit."""
+    scales, bottleneck_factors = args['scales'], args['bottleneck_factors']
+    depths = [args['num_blocks'] + i * args['block_step'] for i in range(len(scales))]
+    made = _Stages([], [], [])
+    lower_widths: List[List[int]] = []
+    for i, (scale, growth, factor) in enumerate(zip(scales, args['growth_factors'], bottleneck_factors)):
+        fused = depths[i - 1] if i else 0
+        # blocks whose last layer halves the resolution, as many as needed to reach the coarsest one
+        downs = [0, *depths][: i + 1][1 - scale :] if scale > 1 else []
+        transitions = {math.floor((j + 1) * depths[i] / scale) for j in range(scale - 1)}
+        width = args['channels'] * growth
+        map_widths: List[List[int]] = []
+        blocks: List[nn.Module] = []
+        made.first_exits.append(len(made.stages))
+        for n in range(1, depths[i] + 1):
+            block = _Block(
+                width,
+                args['step'] if args['step_mode'] == 'even' else args['step'] * n,
+                args['growth_rate'] * growth,
+                factor,
+                args['reduction'] if n in transitions else None,
+                (lower_widths[n - 1], bottleneck_factors[i - 1], args['compress_factor']) if n <= fused else None,
+                down=n in downs,
+            )
+            width = block.width
+            map_widths.append(block.map_widths)
+            blocks.append(block)
+            if n > fused:
+                made.stages.append(nn.ModuleList(blocks))
+                made.widths.append(width)
+                blocks = []
+        lower_widths = map_widths
+    return made
