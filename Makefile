@@ -19,7 +19,7 @@ quickstart: .venv/installed
 	$(BIN)/python train.py --config configs/quickstart.yaml
 	$(BIN)/python validate.py --checkpoint $(RUN)/model_best.pth.tar --split test \
 		--plot $(RUN)/exits.png --results-file $(RUN)/exits.json \
-		--adaptive --max-drop 0.5 --save-policy --report $(RUN)/page.html
+		--adaptive --max-drop 3 --save-policy --report $(RUN)/page.html
 	@echo 'Look at $(RUN)/page.html in a browser; the plot is $(RUN)/exits.png, the numbers are in $(RUN)/exits.json.'
 
 test: .venv/installed
