@@ -22,6 +22,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.loss import JsdCrossEntropy
 
+from .batched import (
+    Weights,
+    at_least_float32,
+    expand_target,
+    is_mean_over_rows,
+    scaled,
+    stack_maps,
+    sum_of_losses,
+    weighted,
+)
 from .distill import CC, CRD, DISTILL_METHODS, DistillBatch, DistillMethod
 from .ramp import DISTILL_RAMPS, AccuracyRamp, label_pull, limit_gradient
 from .teachers import CWEM, TEACHERS, TeacherMixer
@@ -127,6 +137,8 @@ class MLCSDLoss(nn.Module):
         self.cls_loss = cls_loss if cls_loss is not None else nn.CrossEntropyLoss()
         self.distill = distill
         self.cwem_supervision = cwem_supervision
+        # one number for all exits takes fewer operations
+        self._weight = float(exit_weights[0]) if len(set(exit_weights)) == 1 else None
         self.register_buffer('exit_weights', torch.tensor(exit_weights, dtype=torch.float32), persistent=False)
         # a tensor, because torch.compile would recompile the loss for every new number
         self.register_buffer('distill_scale', torch.ones(()), persistent=False)
@@ -219,12 +231,13 @@ class MLCSDLoss(nn.Module):
         if self.exit_weights.dtype in (torch.float16, torch.bfloat16):
             raise ValueError('the loss must stay in float32 or float64, independent of the model; call .float() on it.')
         with torch.autocast(logits[0].device.type, enabled=False):
-            logits = [_at_least_float32(z) for z in logits]
-            exit_weights = self.exit_weights.to(logits[0].dtype)
-            parts = {'cls': _total([w * self.cls_loss(z, target) for w, z in zip(exit_weights, logits)])}
-            loss = self.gamma * parts['cls']
+            stacked = at_least_float32(torch.stack(list(logits), dim=1))
+            is_batched = target.ndim in (1, 2) and is_mean_over_rows(self.cls_loss)
+            expanded = expand_target(target, self.num_exits) if is_batched else None
+            parts = {'cls': sum_of_losses(self.cls_loss, stacked, target, expanded, self._weights(stacked.dtype))}
+            loss = scaled(parts['cls'], self.gamma)
             if self.mixer is not None:
-                parts.update(self._distill(self.mixer, torch.stack(logits, dim=1), features, target, indices))
+                parts.update(self._distill(self.mixer, stacked, features, target, expanded, indices))
                 distill_loss = sum(w * parts[n] for n, w in (('kd', self.alpha), ('ht', self.beta)) if n in parts)
                 loss = loss + self.distill_scale * distill_loss + parts.get('cwem', 0.0)
         return dict(loss=loss, **parts) if return_components else loss
@@ -246,22 +259,27 @@ class MLCSDLoss(nn.Module):
             raise ValueError(f'distill={self.distill!r} has no teacher, so there are no mixing weights.')
         logits, features = output
         with torch.autocast(logits[0].device.type, enabled=False):
-            stacked = torch.stack([_at_least_float32(z) for z in logits], dim=1)
+            stacked = at_least_float32(torch.stack(list(logits), dim=1))
             return self._mix(self.mixer, stacked, self._align(features), target)
 
-    def _align(self, features: Sequence[torch.Tensor]) -> List[torch.Tensor]:
-        """Convert features to at least float32, and to the channels and size of the last one, [B, D, H, W]."""
-        features = [_at_least_float32(f) for f in features]
+    def _weights(self, dtype: torch.dtype) -> Weights:
+        return self.exit_weights.to(dtype) if self._weight is None else self._weight
+
+    def _align(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Stack the features in at least float32, with the channels and size of the last one, [B, K, D, H, W]."""
         if self.projections:
-            features = [project(f) for project, f in zip(self.projections, features)]
+            features = [project(at_least_float32(f)) for project, f in zip(self.projections, features)]
         height, width = features[-1].shape[-2:]
         size = (height, width)
-        return [f if f.shape[-2:] == size else F.adaptive_avg_pool2d(f, size) for f in features]
+        if any(f.shape[-2:] != size for f in features):
+            features = [at_least_float32(f) for f in features]
+            features = [f if f.shape[-2:] == size else F.adaptive_avg_pool2d(f, size) for f in features]
+        return stack_maps(features)
 
     def _mix(
-        self, mixer: TeacherMixer, logits: torch.Tensor, features: Sequence[torch.Tensor], target: torch.Tensor
+        self, mixer: TeacherMixer, logits: torch.Tensor, features: torch.Tensor, target: torch.Tensor
     ) -> torch.Tensor:
-        pooled = torch.stack([f.detach().amax(dim=(-2, -1)) for f in features], dim=1)
+        pooled = features.detach().amax(dim=(-2, -1))
         weights: torch.Tensor = mixer(pooled.to(self.exit_weights.dtype), logits.detach(), target)
         return weights.to(logits.dtype)
 
@@ -271,59 +289,54 @@ class MLCSDLoss(nn.Module):
         logits: torch.Tensor,
         features: Sequence[torch.Tensor],
         target: torch.Tensor,
+        expanded: Optional[torch.Tensor],
         indices: Optional[torch.Tensor],
     ) -> Dict[str, torch.Tensor]:
         """Compute the components ``kd``, ``ht`` and ``cwem``, those of them that are on."""
         self._check_batch(target, indices)
         parts: Dict[str, torch.Tensor] = {}
-        features = self._align(features)
+        maps = self._align(features)
         pool = logits.detach()
-        weights = self._mix(mixer, pool, features, target)
+        weights = self._mix(mixer, pool, maps, target)
         teacher = weights @ pool
         if isinstance(mixer, CWEM) and self.cwem_supervision == 'ce':
-            parts['cwem'] = _total([self.cls_loss(t, target) for t in teacher.unbind(dim=1)])
-        exit_weights, bounds = self.exit_weights.to(logits.dtype), None
+            parts['cwem'] = sum_of_losses(self.cls_loss, teacher, target, expanded, 1.0)
+        exit_weights, bounds = self._weights(logits.dtype), None
         if self.ramp is not None:
-            exit_weights = exit_weights * self.ramp(logits, target)
+            exit_weights = self.ramp(logits, target) * exit_weights
             # L_KD and L_HT together pull no harder than the label
             bounds = label_pull(logits, target) / 2
         if self.method is not None:
-            through = weights if self.cwem_supervision == 'kd' else weights.detach()
-            pooled = teacher_pooled = None
+            trains_mixer, pooled, teacher_pooled = self.cwem_supervision == 'kd', None, None
             if self.method.reads_features:
-                pooled = torch.stack([f.mean(dim=(-2, -1)) for f in features], dim=1)
-                teacher_pooled = through @ pooled.detach()
-            batch = DistillBatch(logits, through @ pool, pooled, teacher_pooled, target, indices)
+                pooled = maps.mean(dim=(-2, -1))
+                teacher_pooled = (weights if trains_mixer else weights.detach()) @ pooled.detach()
+            teacher = teacher if trains_mixer else teacher.detach()
+            batch = DistillBatch(logits, teacher, pooled, teacher_pooled, target, indices)
             if bounds is None:
                 losses = self.method(batch)
             else:
                 losses = self.method.limited(batch, self.alpha * self.distill_scale * exit_weights, bounds)
-            parts['kd'] = exit_weights @ losses.to(logits.dtype)
+            parts['kd'] = weighted(losses.to(logits.dtype), exit_weights)
         if self.beta:
             # the mean is independent of the order of the elements, so flatten them in memory order
-            if features[-1].is_contiguous(memory_format=torch.channels_last):
-                features = [f.permute(0, 2, 3, 1) for f in features]
-            features = [f.flatten(1) for f in features]
-            teachers = weights.detach() @ torch.stack([f.detach() for f in features], dim=1)
-            parts['ht'] = self._feature_loss(features, teachers, exit_weights, bounds)
+            maps = maps.permute(0, 1, 3, 4, 2) if maps.stride(2) == 1 else maps
+            parts['ht'] = self._feature_loss(maps.flatten(2), weights.detach(), exit_weights, bounds)
         return parts
 
     def _feature_loss(
-        self,
-        features: Sequence[torch.Tensor],
-        teachers: torch.Tensor,
-        exit_weights: torch.Tensor,
-        bounds: Optional[torch.Tensor],
+        self, features: torch.Tensor, weights: torch.Tensor, exit_weights: Weights, bounds: Optional[torch.Tensor]
     ) -> torch.Tensor:
-        """Compute L_HT from K features [B, N] and teachers [B, K, N]; a ramp limits the gradients."""
-        pairs = zip(features, teachers.unbind(dim=1))
-        if bounds is None:
-            return _total([w * F.mse_loss(f, g) for w, (f, g) in zip(exit_weights, pairs)])
-        losses = torch.stack([(f - g).square().mean(dim=1) for f, g in pairs], dim=1)
-        # the gradient of the mean of N squares is 2/N times the difference
-        lengths = 2 * (losses.detach() / features[0].shape[1]).sqrt()
-        losses = limit_gradient(losses, self.beta * self.distill_scale * exit_weights * lengths, bounds)
-        return exit_weights @ losses.mean(dim=0)
+        """Compute L_HT from features [B, K, N] and mixing weights [B, K, K]; a ramp limits the gradients."""
+        teachers = weights @ features.detach()
+        if isinstance(exit_weights, float):
+            return self.num_exits * exit_weights * F.mse_loss(features, teachers)
+        losses = (features - teachers).square().mean(dim=2)
+        if bounds is not None:
+            # the gradient of the mean of N squares is 2/N times the difference
+            lengths = 2 * (losses.detach() / features.shape[2]).sqrt()
+            losses = limit_gradient(losses, self.beta * self.distill_scale * exit_weights * lengths, bounds)
+        return weighted(losses.mean(dim=0), exit_weights)
 
     def _check_batch(self, target: torch.Tensor, indices: Optional[torch.Tensor]) -> None:
         name = type(self.method).__name__
@@ -365,11 +378,3 @@ def _check_exit_weights(weights: Sequence[float], num_exits: int) -> None:
         raise ValueError(f'exit_weights={weights} must be finite and not negative.')
     if not any(weights):
         raise ValueError(f'exit_weights={weights} leaves no exit to train: give one above 0.')
-
-
-def _total(terms: Sequence[torch.Tensor]) -> torch.Tensor:
-    return sum(terms[1:], terms[0])
-
-
-def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -3,7 +3,6 @@
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 
 from ..distributed import all_reduce_mean
 
@@ -86,9 +85,13 @@ def label_pull(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     Returns:
         Lengths from 0 (the label is predicted with certainty) to the square root of 2, [B, K], without gradient.
     """
-    logits = logits.detach()
-    labels = F.one_hot(target, logits.shape[-1]) if target.ndim == 1 else target
-    lengths: torch.Tensor = (logits.softmax(dim=-1) - labels.to(logits.dtype).unsqueeze(1)).norm(dim=-1)
+    probs = logits.detach().softmax(dim=-1)
+    if target.ndim == 1:
+        labels = target.long()[:, None, None].expand(-1, probs.shape[1], 1)
+        gap = probs.scatter_add(-1, labels, torch.full_like(probs[..., :1], -1))
+    else:
+        gap = probs - target.to(probs.dtype).unsqueeze(1)
+    lengths: torch.Tensor = torch.linalg.vector_norm(gap, dim=-1)
     return lengths
 
 

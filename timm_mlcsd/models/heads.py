@@ -90,7 +90,7 @@ def _strided_depthwise(x: torch.Tensor, weight: torch.Tensor, training: bool) ->
     conv: Dict[str, Any] = dict(stride=2, padding=1, groups=weight.shape[0])
     if not training or x.device.type != 'cpu':
         return F.conv2d(x, weight, **conv)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     with torch.autocast('cpu', enabled=False):
         return F.conv2d(x.to(dtype), weight.to(dtype), **conv).to(x.dtype)
 
@@ -185,7 +185,7 @@ class ExitHead(nn.Module):
             self.reduce.insert(0, style.norm(widths[0], **dd))
         if widths[-1] != exit_feature_dim:
             self.reduce.extend(_conv_norm_act(widths[-1], exit_feature_dim, 1, style=style, **dd))
-        self.pool = SelectAdaptivePool2d(pool_type=pool, flatten=True)
+        self.pool = SelectAdaptivePool2d(pool_type='fast' + pool, flatten=True)
         for module in self.reduce.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
