@@ -33,7 +33,7 @@ from .batched import (
     weighted,
 )
 from .distill import CC, CRD, DISTILL_METHODS, DistillBatch, DistillMethod
-from .ramp import DISTILL_RAMPS, AccuracyRamp, label_pull, limit_gradient
+from .ramp import DISTILL_RAMPS, FEATURE_SHARE, LOGIT_SHARE, AccuracyRamp, label_pull, limit_gradient
 from .teachers import CWEM, TEACHERS, TeacherMixer
 
 __all__ = ['CWEM_SUPERVISIONS', 'DISTILL_MODES', 'MLCSDLoss']
@@ -304,8 +304,7 @@ class MLCSDLoss(nn.Module):
         exit_weights, bounds = self._weights(logits.dtype), None
         if self.ramp is not None:
             exit_weights = self.ramp(logits, target) * exit_weights
-            # L_KD and L_HT together pull no harder than the label
-            bounds = label_pull(logits, target) / 2
+            bounds = label_pull(logits, target)
         if self.method is not None:
             trains_mixer, pooled, teacher_pooled = self.cwem_supervision == 'kd', None, None
             if self.method.reads_features:
@@ -316,7 +315,9 @@ class MLCSDLoss(nn.Module):
             if bounds is None:
                 losses = self.method(batch)
             else:
-                losses = self.method.limited(batch, self.alpha * self.distill_scale * exit_weights, bounds)
+                losses = self.method.limited(
+                    batch, self.alpha * self.distill_scale * exit_weights, LOGIT_SHARE * bounds
+                )
             parts['kd'] = weighted(losses.to(logits.dtype), exit_weights)
         if self.beta:
             # the mean is independent of the order of the elements, so flatten them in memory order
@@ -335,7 +336,8 @@ class MLCSDLoss(nn.Module):
         if bounds is not None:
             # the gradient of the mean of N squares is 2/N times the difference
             lengths = 2 * (losses.detach() / features.shape[2]).sqrt()
-            losses = limit_gradient(losses, self.beta * self.distill_scale * exit_weights * lengths, bounds)
+            strengths = self.beta * self.distill_scale * exit_weights * lengths
+            losses = limit_gradient(losses, strengths, FEATURE_SHARE * bounds)
         return weighted(losses.mean(dim=0), exit_weights)
 
     def _check_batch(self, target: torch.Tensor, indices: Optional[torch.Tensor]) -> None:

@@ -6,9 +6,12 @@ import torch.nn as nn
 
 from ..distributed import all_reduce_mean
 
-__all__ = ['DISTILL_RAMPS', 'AccuracyRamp', 'label_pull', 'limit_gradient']
+__all__ = ['DISTILL_RAMPS', 'FEATURE_SHARE', 'LOGIT_SHARE', 'AccuracyRamp', 'label_pull', 'limit_gradient']
 
 DISTILL_RAMPS = ('none', 'accuracy')
+# largest gradients of L_KD on the logits and of L_HT on the map, as shares of the label's gradient on the logits; on a
+# map, the label's own gradient is 0.6 (max pool) and 0.15 times (average pool) as long when training begins
+LOGIT_SHARE, FEATURE_SHARE = 0.5, 0.1
 
 
 class AccuracyRamp(nn.Module):
