@@ -97,7 +97,7 @@ def measure(run: Path, device: Optional[str] = None) -> Dict[str, Any]:
         epoch=evaluator.checkpoint['epoch'],
         validation=[e.top1 for e in results[0].exits],
         test=[e.top1 for e in results[1].exits],
-        rescued=[e.rescued for e in results[1].exits],
+        rescued=[e.overthinking for e in results[1].exits],
     )
     costs = exit_costs(evaluator.model, evaluator.input_size)
     record.update({name: [getattr(c, name) for c in costs] for name in ('macs', 'params', 'depth')})

@@ -12,7 +12,7 @@ import torch
 from hub_server import hub_server
 
 from timm_mlcsd import create_multi_exit, from_pretrained, save_pretrained
-from timm_mlcsd.models import create_named
+from timm_mlcsd.models import create_model
 
 NARROW = dict(channels=(8, 8, 8, 8), small_input=True)
 
@@ -219,7 +219,7 @@ def test_code_in_a_checkpoint_never_runs(tmp_path, hub, capsys):
     (folder / 'model.safetensors').unlink()
     torch.save(Hostile(trap), folder / 'pytorch_model.bin')
     with pytest.raises(ValueError, match='cannot be made'):
-        create_named(f'local-dir:{folder}', pretrained=True)
+        create_model(f'local-dir:{folder}', pretrained=True)
 
     server, environment = hub
     files = {p.name: p.read_bytes() for p in folder.iterdir()}

@@ -20,7 +20,7 @@ from .file_checks import read_json
 from .files import atomic_write_all
 from .hub_config import write_config
 from .hub_errors import explain_hub_errors, failure_reason, has_no_connection, is_missing_file
-from .models import MultiExitModel, create_named
+from .models import MultiExitModel, create_model
 from .report import is_own_card, model_card
 from .stored import check_config, check_values, missing_weights
 from .stored_entries import check_data_config, class_list
@@ -233,7 +233,7 @@ def from_pretrained(source: Union[str, Path], **kwargs: Any) -> MultiExitModel:
         config = read_json(folder / CONFIG)
         shapes = _stored_shapes(folder / HF_SAFE_WEIGHTS_NAME)
         check_config(config, shapes)
-        model = create_named(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+        model = create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
     except Exception as e:  # broken files can cause any error
         raise UserError(f'{name!r} cannot be loaded: {one_line(e)}') from e
     with as_user_error(f'{name!r} cannot be loaded'):

@@ -11,7 +11,7 @@ from timm.data import resolve_data_config
 from .data import IMAGE_MODE, pad_names
 from .errors import UserError, as_user_error
 from .hub import CONFIG, HUB_SCHEMES, POLICY, URI_SCHEMES, find_policy, from_pretrained, label_names
-from .models import MultiExitModel, create_named
+from .models import MultiExitModel, create_model
 from .stored import check_model_source, check_values
 from .stored_entries import class_list
 
@@ -134,7 +134,7 @@ def _model_of(checkpoint: Dict[str, Any], source: str, use_ema: bool = False) ->
     with as_user_error(f'{source!r} cannot be made again'):
         shapes = {name: tuple(t.shape) for name, t in checkpoint[key].items()}
         check_model_source(checkpoint['arch'], checkpoint['model_args'], checkpoint['data_config'], shapes)
-        model = create_named(checkpoint['arch'], **checkpoint['model_args'])
+        model = create_model(checkpoint['arch'], **checkpoint['model_args'])
     with as_user_error(f'{source!r} does not fit {checkpoint["arch"]}'):
         check_values(checkpoint[key], model)
         model.load_state_dict(checkpoint[key])

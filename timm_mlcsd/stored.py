@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .data import IMAGE_MODE
 from .errors import one_line
-from .models import MultiExitModel, create_named
+from .models import MultiExitModel, create_model
 from .stored_entries import (
     MAX_NUMBER,
     MAX_SIDE,
@@ -235,7 +235,7 @@ def _check_weights(
     # some parameters are replaced after their creation, those of classifiers for example
     with torch.device('meta'), _limit_parameters(4 * len(shapes) + 1000):
         try:
-            model = create_named(architecture, **model_args, **(dict(pretrained_cfg=dict(cfg)) if cfg else {}))
+            model = create_model(architecture, **model_args, **(dict(pretrained_cfg=dict(cfg)) if cfg else {}))
         except ValueError:
             raise
         except Exception as e:  # wrong arguments can cause any error

@@ -7,7 +7,7 @@ import torch
 from timm_mlcsd import MLCSDLoss, load_backbone
 from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy, evaluate_policy
 from timm_mlcsd.cost import exit_costs
-from timm_mlcsd.models import create_named
+from timm_mlcsd.models import create_model
 
 SMALL = {
     'mlcsd_msdnet': dict(num_blocks=4, base=2, step=1, channels=4, growth_rate=4),
@@ -187,7 +187,7 @@ def test_weights_of_other_classes(model, tmp_path):
 )
 def test_mistakes_are_named(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        create_named(name, **kwargs)
+        create_model(name, **kwargs)
 
 
 @torch.no_grad()

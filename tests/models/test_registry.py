@@ -5,7 +5,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from timm_mlcsd.models import create_named
+from timm_mlcsd.models import create_model
 
 
 def test_names_are_registered():
@@ -41,12 +41,12 @@ def test_a_backbone_without_a_configuration_is_not_offered_a_tag(monkeypatch):
 )
 def test_unknown_names(name, message):
     with pytest.raises(ValueError, match=message):
-        create_named(name)
+        create_model(name)
 
 
 def test_unknown_argument():
     with pytest.raises(ValueError, match=r'mlcsd_resnet18 cannot be made: .*colour'):
-        create_named('mlcsd_resnet18', colour='red')
+        create_model('mlcsd_resnet18', colour='red')
 
 
 def test_folder_rebuilds_the_same_network(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from .evaluate import CachedLogits, Costs, ExitLogits, PolicyResult, as_logits, is_number
 from .exit_rates import geometric_sweep
-from .methods import METHODS, choose_method, cross_validated, fit_to_goal, last_exit_alone, policy_path
+from .methods import FIT_METHODS, choose_method, cross_validated, fit_to_goal, last_exit_alone, policy_path
 from .policy import ExitPolicy
 from .risk import RISKS, certify, images_needed, lowest_limit, split
 from .samples import FitSamples
@@ -18,7 +18,7 @@ from .search import Goal
 
 __all__ = ['THRESHOLD_METHODS', 'Calibration', 'CurvePoint', 'budgeted_curve', 'calibrate', 'run_calibration']
 
-THRESHOLD_METHODS = (*METHODS, 'auto')
+THRESHOLD_METHODS = (*FIT_METHODS, 'auto')
 
 # methods among which `auto` chooses for a budget, the default first
 CANDIDATES = ('shrunk', 'exit_rates', 'optimal', 'quantile')

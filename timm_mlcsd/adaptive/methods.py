@@ -11,7 +11,15 @@ from .policy import ExitPolicy
 from .samples import FitSamples
 from .search import Goal, best_thresholds
 
-__all__ = ['METHODS', 'HeldOut', 'choose_method', 'cross_validated', 'fit_to_goal', 'last_exit_alone', 'policy_path']
+__all__ = [
+    'FIT_METHODS',
+    'HeldOut',
+    'choose_method',
+    'cross_validated',
+    'fit_to_goal',
+    'last_exit_alone',
+    'policy_path',
+]
 
 # weight of the exit rates in the policies of `shrunk`
 SHRINKAGE = 0.5
@@ -70,7 +78,7 @@ def _best(samples: FitSamples, costs: Costs, goal: Goal, policies: Sequence[Exit
 
 
 # docs/adaptive.md describes them
-METHODS: Dict[str, Callable[[FitSamples, Costs, Goal, ExitPolicy], Optional[ExitPolicy]]] = {
+FIT_METHODS: Dict[str, Callable[[FitSamples, Costs, Goal, ExitPolicy], Optional[ExitPolicy]]] = {
     'optimal': _optimal,
     'shrunk': _shrunk,
     'exit_rates': _exit_rates,
@@ -89,9 +97,9 @@ def fit_to_goal(
         costs: Cumulative cost of answering at each exit, [K]; or `ExitCost` or `ExitTime` per exit.
         goal: The goal.
         template: Policy whose score, temperatures and averages the result has.
-        method: One of `METHODS`.
+        method: One of `FIT_METHODS`.
     """
-    return METHODS[method](samples, costs, goal, template)
+    return FIT_METHODS[method](samples, costs, goal, template)
 
 
 def policy_path(samples: FitSamples, costs: Costs, template: ExitPolicy, method: str) -> List[ExitPolicy]:
@@ -101,7 +109,7 @@ def policy_path(samples: FitSamples, costs: Costs, template: ExitPolicy, method:
         samples: Validation samples.
         costs: Cumulative cost of answering at each exit, [K]; or `ExitCost` or `ExitTime` per exit.
         template: Policy whose score, temperatures and averages all have.
-        method: One of `METHODS`.
+        method: One of `FIT_METHODS`.
     """
     if method == 'quantile':
         policies = list(quantile_sweep(samples, template))
@@ -148,7 +156,7 @@ def cross_validated(
         costs: Cumulative cost of answering at each exit, [K]; or `ExitCost` or `ExitTime` per exit.
         goal: The goal that every fit meets.
         template: Policy whose score, temperatures and averages all have.
-        methods: Some of `METHODS`.
+        methods: Some of `FIT_METHODS`.
 
     Returns:
         Results by method; none for a method that cannot meet the goal on a part of the samples.

@@ -11,7 +11,7 @@ import torch
 
 from ..cost import exit_costs, exit_times
 from ..errors import UserError, run_script
-from ..models import DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS, MultiExitBackbone, MultiExitModel, create_named
+from ..models import DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS, MultiExitBackbone, MultiExitModel, create_model
 from ..report import format_table
 from .arguments import KeyValues, ScriptParser, exits, image_side, integer, positive_int
 
@@ -53,11 +53,11 @@ def compare_heads(args: argparse.Namespace) -> str:
     if args.input_size:
         model_args['in_chans'] = args.input_size[0]
     model_args.update(args.model_kwargs)
-    model = create_named(args.model, exits=args.exits, exit_pool=args.exit_pool, **model_args)
+    model = create_model(args.model, exits=args.exits, exit_pool=args.exit_pool, **model_args)
     if isinstance(model, MultiExitBackbone):
-        models = {PLAIN: create_named(args.model, exits=1, **model_args)}
+        models = {PLAIN: create_model(args.model, exits=1, **model_args)}
         for head in EXIT_HEADS:
-            models[head] = create_named(
+            models[head] = create_model(
                 args.model, exits=args.exits, exit_head=head, exit_pool=args.exit_pool, **model_args
             )
     else:

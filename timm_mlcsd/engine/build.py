@@ -14,7 +14,7 @@ from .._timm import resolve_input_data_config
 from ..data import IMAGE_MODE, default_image_mode
 from ..errors import UserError, as_user_error
 from ..losses import MLCSDLoss
-from ..models import MultiExitModel, create_named, load_backbone
+from ..models import MultiExitModel, create_model, load_backbone
 from ..task import MLCSDTask
 from .data_config import DataConfig
 from .loaders import AugmentConfig, mixup_active
@@ -131,9 +131,9 @@ def model_kwargs(config: ModelConfig, num_classes: int, in_chans: Optional[int] 
 
 
 def build_model(name: str, **model_args: Any) -> MultiExitModel:
-    """`create_named`, with its errors as `UserError`."""
+    """`create_model`, with its errors as `UserError`."""
     with as_user_error('--model'):
-        return create_named(name, **model_args)
+        return create_model(name, **model_args)
 
 
 def model_identity(model: MultiExitModel, name: str, model_args: Dict[str, Any]) -> Dict[str, Any]:

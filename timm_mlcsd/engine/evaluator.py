@@ -29,14 +29,14 @@ class ExitMetrics(NamedTuple):
         top1: Accuracy in %.
         top5: Share of samples with the label among the five most probable classes, in %.
         loss: Mean cross-entropy.
-        rescued: Overthinking: share of samples that are right here and wrong at the last exit, in % (paper, Table 1;
+        overthinking: Share of samples that are right here and wrong at the last exit, in % (paper, Table 1;
             Kaya et al., ICML 2019).
     """
 
     top1: float
     top5: float
     loss: float
-    rescued: float
+    overthinking: float
 
 
 class Evaluation(NamedTuple):

@@ -218,7 +218,10 @@ def _rows(model: MultiExitModel, result: Evaluation, costs: Sequence[Optional[Ex
         dict(
             exit=f'Ex{k}',
             tap=tap,
-            **metrics._asdict(),
+            top1=metrics.top1,
+            top5=metrics.top5,
+            loss=metrics.loss,
+            rescued=metrics.overthinking,  # the name in results files
             **{name: getattr(cost, name, None) for name in ('macs', 'params', 'depth')},
         )
         for k, (tap, metrics, cost) in enumerate(zip(model.exit_names, result.exits, costs), 1)

@@ -5,7 +5,7 @@ from .heads import EXIT_HEADS, EXIT_POOLS, ExitHead
 from .msdnet import MSDNet
 from .multi_exit import MultiExitModel, MultiExitOutput
 from .ranet import RANet
-from .registry import create_named  # registers mlcsd_* with timm
+from .registry import create_model  # registers mlcsd_* with timm
 from .shufflenetv2 import ShuffleNetV2
 from .stages.meta import MetaRunner, eval_mode
 from .stages.taps import is_tap
@@ -25,7 +25,7 @@ __all__ = [
     'RANet',
     'ShuffleNetV2',
     'create_multi_exit',
-    'create_named',
+    'create_model',
     'eval_mode',
     'is_tap',
     'load_backbone',

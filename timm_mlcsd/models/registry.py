@@ -17,12 +17,12 @@ from .feature_getter import FeatureGetter
 from .multi_exit import MultiExitModel
 from .weights import fit_weights
 
-__all__ = ['create_named']  # timm's register_model adds the models
+__all__ = ['create_model']  # timm's register_model adds the models
 
 PREFIX = 'mlcsd_'
 
 
-def create_named(name: str, **kwargs: Any) -> MultiExitModel:
+def create_model(name: str, **kwargs: Any) -> MultiExitModel:
     """Create a multi-exit network with ``timm.create_model``, and raise errors that explain what to change.
 
     Args:
