@@ -119,6 +119,24 @@ class ActiveBatch:
         rows, self.rows = self.rows, []
         return rows, self.answer
 
+    def copy(self) -> 'ActiveBatch':
+        """Copy of the batch between two stages, which shares no memory and holds none for samples that have left."""
+        history = self.history and ExitHistory(*_map_tensors(self.history, torch.clone))
+        return ActiveBatch(self.rows, _map_tensors(self.state, torch.clone), None, history)
+
+    @classmethod
+    def merge(cls, batches: Sequence['ActiveBatch']) -> 'ActiveBatch':
+        """Join batches that wait for the same stage, with images of the same size, dtype and device."""
+        if len(batches) == 1:
+            return batches[0]
+        histories = [batch.history for batch in batches if batch.history is not None]
+        return cls(
+            [row for batch in batches for row in batch.rows],
+            _concatenate([batch.state for batch in batches]),
+            None,
+            ExitHistory(*_concatenate(histories)) if histories else None,
+        )
+
 
 class Answers:
     """Answers for the samples of one batch, collected exit by exit."""
@@ -167,6 +185,13 @@ def _map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) ->
     if isinstance(tree, torch.Tensor):
         return function(tree)
     return tree if tree is None else tuple(_map_tensors(t, function) for t in tree)
+
+
+def _concatenate(trees: Sequence[Any]) -> Any:
+    """Concatenate nested tuples of the same structure, tensor by tensor, along the batch dimension."""
+    if isinstance(trees[0], torch.Tensor):
+        return torch.cat(list(trees))
+    return None if trees[0] is None else tuple(_concatenate(parts) for parts in zip(*trees))
 
 
 def _compact(

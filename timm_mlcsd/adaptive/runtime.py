@@ -4,7 +4,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
 
@@ -15,6 +15,7 @@ from .active import ActiveBatch, Answers, Prediction, check_images
 from .evaluate import Costs, cumulative_costs
 from .exported import MANIFEST, ExportedModel
 from .policy import ExitPolicy
+from .stream import Stream
 
 __all__ = ['AdaptiveModel', 'Prediction']
 
@@ -142,6 +143,47 @@ class AdaptiveModel:
         if deadline_s != deadline_s:
             raise ValueError(f'deadline_s={deadline_s}: expected a number of seconds.')
         return self._run(x, time.perf_counter() + deadline_s)
+
+    def predict_stream(
+        self, batches: Iterable[torch.Tensor], *, batch_size: Optional[int] = None, max_waiting: Optional[int] = None
+    ) -> Iterator[Prediction]:
+        """Classify batch after batch, and run the remaining images of several batches together.
+
+        Images that do not leave at an exit wait there. As soon as `batch_size` images wait in front of a stage, it runs
+        on all of them, so that late stages, too, run on full batches (dynamic rebatching: DREX, arXiv:2512.15705).
+        With `max_waiting` = 0 nothing waits, as in `predict`. Images of another size, dtype or device than the batch
+        before, or under another autocast, do not run together: the stages first answer all images that wait.
+
+        Answers, exits and costs are those of `predict` on the same batch, except for rounding: a stage runs on other
+        numbers of images, so logits may differ in their last digits, and an exit where a score lies within rounding of
+        its threshold. A batch is answered at the latest when 16 x `max_waiting` images have come after it.
+
+        Args:
+            batches: Batches of images, [B, C, H, W] each, B at least 1; sizes may differ.
+            batch_size: Number of waiting images with which a stage runs; default: the size of the first batch. Give it
+                if the batches are small, such as single images.
+            max_waiting: Number of images that may wait in front of all stages together, which bounds the memory; beyond
+                it the stage with the most of them runs. Default: 4 x `batch_size`.
+
+        Returns:
+            Generator of one `Prediction` per batch, in the order of the batches, each before the generator takes
+            another batch than those that the answer needs. An item is computed under the autocast of the caller at
+            that time. An error of `batches` passes through; batches that are not answered by then are lost.
+
+        Raises:
+            ValueError: `batch_size` or `max_waiting` is not a number of images. When its item is requested: a batch is
+                not a floating point tensor of that shape, or is empty.
+            RuntimeError: The network, or a part of it, is in training mode, now or when an item is requested.
+
+        Examples:
+            ```python
+            for images, (logits, exit_index, cost) in zip(batches, adaptive.predict_stream(batches)):
+                ...  # batches: a list, or anything else that can be iterated twice in the same order
+            ```
+        """
+        self._check_mode()  # checked here, because a generator would check at the first item
+        stream = Stream(self._run_exit, self.policy, self.costs, self._check_mode, batch_size, max_waiting)
+        return stream.predictions(batches)
 
     def iter_exits(self, x: torch.Tensor) -> Iterator[Tuple[int, torch.Tensor]]:
         """Iterate over the answers of all exits that are on, without using the thresholds.
