@@ -2,9 +2,11 @@
 """Measure how close the run time of early-exit inference is to its ideal.
 
 possible = sum over stages and heads of (measured time at the full batch x share of the remaining samples). The table
-shows possible / realised, the speed-up over the plain backbone and the share of its multiply-adds. All times of a row
-are measured alternately in one run. Thresholds are set to a mean cost that is a given share of the plain backbone's.
-Images and weights are random, because the time depends only on the number of remaining images.
+shows possible / realised, the speed-up over the plain backbone and the share of its multiply-adds; and, for the same
+batches as a stream (`predict_stream`, which is filled and emptied in every measurement), its speed-up over the plain
+backbone and over `predict`. All times of a row are measured alternately in one run. Thresholds are set to a mean cost
+that is a given share of the plain backbone's. Images and weights are random, because the time depends only on the
+number of remaining images.
 
     python benchmarks/adaptive.py --model mlcsd_resnet50 --input-size 3 224 224
     python benchmarks/adaptive.py --model mlcsd_resnet18 --small-input --input-size 3 32 32 --num-classes 100
@@ -19,7 +21,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import timm
 import torch
@@ -32,8 +34,8 @@ from timm_mlcsd.cli.arguments import positive_float, positive_int
 from timm_mlcsd.cost import exit_costs
 from timm_mlcsd.report import format_table
 
-# batches per measurement by batch size: more small ones, for precise times and exit rates
-BATCHES = {1: 32, 16: 4, 64: 1, 256: 1}
+# batches per measurement by batch size: more small ones, for precise times and exit rates, and several for the stream
+BATCHES = {1: 64, 4: 32, 16: 16, 64: 4, 256: 1}
 
 
 def policy_at(share: float, logits: torch.Tensor, costs: Sequence[Any], plain: float) -> ExitPolicy:
@@ -82,17 +84,23 @@ class Torch:
 
     def __init__(self, args: argparse.Namespace, model: torch.nn.Module):
         self.model = model
+        self.stream_size = args.stream_size
         self.autocast = partial(torch.autocast, args.device, torch.bfloat16, enabled=args.amp)
 
-    def adaptive(self, policy: ExitPolicy) -> Callable[[torch.Tensor], Any]:
-        """Function that runs early-exit inference on images and returns their exit indices."""
+    def adaptive(self, policy: ExitPolicy) -> Tuple[Callable[[torch.Tensor], Any], Callable[[Sequence], None]]:
+        """Functions that run early-exit inference: on images, with their exit indices as result, and on a stream."""
         adaptive = AdaptiveModel(self.model, policy, range(self.model.num_exits))
 
         def predict(images: torch.Tensor) -> Sequence[int]:
             with self.autocast():
                 return adaptive.predict(images).exit_index.tolist()
 
-        return predict
+        def stream(batches: Sequence[torch.Tensor]) -> None:
+            with self.autocast():
+                for prediction in adaptive.predict_stream(batches, batch_size=max(len(batches[0]), self.stream_size)):
+                    prediction.exit_index.tolist()
+
+        return predict, stream
 
     def plain(self, images: torch.Tensor) -> torch.Tensor:
         """Run the plain backbone."""
@@ -137,7 +145,7 @@ class Onnx:
         import onnxruntime
         import runner
 
-        self.runner, self.path = runner, path
+        self.runner, self.path, self.stream_size = runner, path, args.stream_size
         # as in the runner: spinning threads would slow down the next measurement
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry('session.force_spinning_stop', '1')
@@ -146,10 +154,16 @@ class Onnx:
         )
         self.stages = runner.AdaptiveModel(path)
 
-    def adaptive(self, policy: ExitPolicy) -> Callable[[torch.Tensor], Any]:
-        """Function that runs early-exit inference on images and returns their exit indices."""
+    def adaptive(self, policy: ExitPolicy) -> Tuple[Callable[[torch.Tensor], Any], Callable[[Sequence], None]]:
+        """Functions that run early-exit inference: on images, with their exit indices as result, and on a stream."""
         adaptive = self.runner.AdaptiveModel(self.path, policy.to_dict())
-        return lambda images: adaptive.predict(images.numpy()).exit_index.tolist()
+
+        def stream(batches: Sequence[torch.Tensor]) -> None:
+            size = max(len(batches[0]), self.stream_size)
+            for _ in adaptive.predict_stream((batch.numpy() for batch in batches), batch_size=size):
+                pass
+
+        return lambda images: adaptive.predict(images.numpy()).exit_index.tolist(), stream
 
     def plain(self, images: torch.Tensor) -> Any:
         """Run the plain backbone."""
@@ -164,28 +178,64 @@ class Onnx:
         return times
 
 
-def one_round(engine: Any, no_exit: Callable, runs: Sequence[Callable], batches: Sequence[torch.Tensor]) -> Tuple:
+def one_round(engine: Any, no_exit: Callable, runs: Sequence[Tuple], batches: Sequence[torch.Tensor]) -> Dict[str, Any]:
     """Time every variant once on the same batches.
 
     Args:
         engine: `Torch` or `Onnx`.
         no_exit: Early-exit inference with a policy under which no sample leaves early.
-        runs: Early-exit inference with each policy.
+        runs: Early-exit inference with each policy, on a batch and on a stream.
         batches: Batches of images.
 
     Returns:
-        Mean seconds of each part, mean seconds of the plain backbone, seconds and exit indices per policy and batch,
-        and the time of `no_exit` divided by that of a loop over all stages and heads.
+        Mean seconds of each part (``parts``) and of the plain backbone (``plain``) per batch; per policy the seconds
+        and exit indices of each batch (``taken``) and the mean seconds of a batch in the stream (``stream``); and the
+        time of `no_exit` divided by that of a loop over all stages and heads (``overhead``).
     """
     parts = [engine.loop(batch) for batch in batches]
-    mean = [[statistics.mean(p) for p in zip(*exit_)] for exit_ in zip(*parts)]
     plain = statistics.mean(seconds(partial(engine.plain, batch))[0] for batch in batches)
-    taken = [[seconds(partial(run, batch)) for batch in batches] for run in runs]
+    taken, streams = [], []
+    for predict, stream in runs:
+        taken.append([seconds(partial(predict, batch)) for batch in batches])
+        streams.append(seconds(partial(stream, batches))[0] / len(batches))
     loops, whole = 0.0, 0.0
     for batch in batches:
         loops += seconds(partial(engine.loop, batch))[0]
         whole += seconds(partial(no_exit, batch))[0]
-    return mean, plain, taken, whole / loops
+    return dict(
+        parts=[[statistics.mean(p) for p in zip(*exit_)] for exit_ in zip(*parts)],
+        plain=plain,
+        taken=taken,
+        stream=streams,
+        overhead=whole / loops,
+    )
+
+
+def row_of(rounds: Sequence[Dict[str, Any]], i: int, ran: Sequence[bool], spent: Sequence[float]) -> List[float]:
+    """Summarise all rounds for one policy.
+
+    Args:
+        rounds: Results of `one_round`.
+        i: Index of the policy.
+        ran: Whether the head of each exit ran, [K].
+        spent: Multiply-adds of answering at each exit as shares of those of the plain backbone, [K].
+
+    Returns:
+        Medians of the share of multiply-adds, the speed-up and possible / realised; the spread of the latter; medians
+        of the stream's speed-up over the plain backbone and over `predict`.
+    """
+    columns = []
+    for result in rounds:
+        exits = [e for _, found in result['taken'][i] for e in found]
+        remaining = [sum(e >= k for e in exits) / len(exits) for k in range(len(ran))]
+        possible = sum(sum(p[: 1 + is_on]) * left for p, is_on, left in zip(result['parts'], ran, remaining))
+        realised = statistics.mean(took for took, _ in result['taken'][i])
+        plain, stream = result['plain'], result['stream'][i]
+        share = statistics.mean(spent[k] for k in exits)
+        columns.append((share, plain / realised, possible / realised, plain / stream, realised / stream))
+    share, speedup, ratio, *stream = (statistics.median(column) for column in zip(*columns))
+    ratios = [column[2] for column in columns]
+    return [share, speedup, ratio, max(ratios) - min(ratios), *stream]
 
 
 def measure(args: argparse.Namespace) -> str:
@@ -203,7 +253,7 @@ def measure(args: argparse.Namespace) -> str:
         logits = torch.cat([torch.stack(model.forward_exits(part).logits) for part in pool.split(32)], dim=1).cpu()
     engine = Onnx(args, model, args.input_size) if args.onnx else Torch(args, model)
     policies = [policy_at(share, logits, costs, plain_macs) for share in args.shares]
-    no_exit = engine.adaptive(ExitPolicy([2.0] * (model.num_exits - 1)))
+    no_exit, _ = engine.adaptive(ExitPolicy([2.0] * (model.num_exits - 1)))
     rows, overheads = [], []
     for batch_size in args.batch_sizes:
         batches = pool.split(batch_size)[: BATCHES.get(batch_size, 1)]
@@ -211,24 +261,24 @@ def measure(args: argparse.Namespace) -> str:
 
         one_round(engine, no_exit, runs, batches)
         rounds = [one_round(engine, no_exit, runs, batches) for _ in range(args.repeats)]
-        overheads.append((batch_size, statistics.median(r[3] for r in rounds)))
-        for i, share in enumerate(args.shares):
-            ratios, speedups, macs = [], [], []
-            for mean, plain, taken, _ in rounds:
-                exits = [e for _, found in taken[i] for e in found]
-                remaining = [sum(e >= k for e in exits) / len(exits) for k in range(len(mean))]
-                on = [policies[i].is_on(k) or args.onnx for k in range(len(mean))]  # a head that is off does not run
-                possible = sum(sum(parts[: 1 + is_on]) * left for parts, is_on, left in zip(mean, on, remaining))
-                realised = statistics.mean(took for took, _ in taken[i])
-                ratios.append(possible / realised)
-                speedups.append(plain / realised)
-                spent = cumulative_costs(costs, policies[i])
-                macs.append(statistics.mean(spent[k].item() for k in exits) / plain_macs)
-            medians = [statistics.median(column) for column in (macs, speedups, ratios)]
-            rows.append((batch_size, share, *medians, max(ratios) - min(ratios)))
+        overheads.append((batch_size, statistics.median(result['overhead'] for result in rounds)))
+        for i, (share, policy) in enumerate(zip(args.shares, policies)):
+            ran = [policy.is_on(k) or args.onnx for k in range(model.num_exits)]  # a head that is off does not run
+            spent = (cumulative_costs(costs, policy) / plain_macs).tolist()
+            rows.append((batch_size, share, *row_of(rounds, i, ran, spent)))
             print(rows[-1], file=sys.stderr, flush=True)  # large batches take minutes
     table = format_table(
-        ('Batch', 'MACs wanted', 'MACs spent', 'Speed-up over plain', 'Possible / realised', 'Spread of that'), rows
+        (
+            'Batch',
+            'MACs wanted',
+            'MACs spent',
+            'Speed-up over plain',
+            'Possible / realised',
+            'Spread of that',
+            'Stream: speed-up over plain',
+            'Stream: speed-up over predict',
+        ),
+        rows,
     )
     loops = format_table(('Batch', 'No exit taken: runtime / loop of stages and heads'), overheads)
     where = torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
@@ -257,6 +307,9 @@ def main() -> None:
         nargs='+',
         default=[0.35, 0.5, 0.7],
         help='mean costs as shares of the plain MACs',
+    )
+    parser.add_argument(
+        '--stream-size', type=positive_int, default=16, help='images of a full stage in the stream, at least a batch'
     )
     parser.add_argument('--repeats', type=positive_int, default=5)
     parser.add_argument('--device', default='cpu')

@@ -102,6 +102,22 @@ def test_other_policies_on_the_same_export(small, format):
 
 
 @pytest.mark.parametrize('format', ['onnx', 'torch'])
+def test_streams(small, format):
+    root, model, images, policy = small
+    if format == 'torch':
+        adaptive, batches = AdaptiveModel.from_pretrained(root / 'torch', trusted=True), images.split(5)
+    else:
+        adaptive = runner_in(root / 'onnx').AdaptiveModel(root / 'onnx')
+        batches = [batch.numpy() for batch in images.split(5)]
+    found = list(adaptive.predict_stream(batches, batch_size=4))
+    assert [len(exits) for _, exits, _ in found] == [5, 5, 2]
+    logits, exit_index, cost = (torch.cat([torch.as_tensor(part) for part in column]) for column in zip(*found))
+    expected = AdaptiveModel(model, policy, exit_costs(model, images.shape[1:])).predict(images)
+    assert torch.equal(exit_index, expected.exit_index) and torch.equal(cost, expected.cost)
+    torch.testing.assert_close(logits, expected.logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize('format', ['onnx', 'torch'])
 def test_an_exit_without_head_cannot_be_turned_on(small, format):
     root, _, images, policy = small
     policy = policy.with_thresholds([math.inf, math.inf, 0.5])

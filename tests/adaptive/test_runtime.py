@@ -349,7 +349,7 @@ def given_runner(policy):
     runner.policy = onnx_runner.check_policy(policy.to_dict(), 'policy')
     runner.thresholds, runner.is_on = [*runner.policy['thresholds'], -INF], [policy.is_on(k) for k in range(3)]
     runner.costs = np.arange(3.0)
-    runner._run = lambda k, state: ([state[0].copy()], state[0][:, k, :, 0].copy())
+    runner._run = lambda k, state: ([state[0].copy()], state[0][:, k, :, 0].copy() if runner.is_on[k] else None)
     return runner
 
 

@@ -4,32 +4,20 @@ import time
 from functools import partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
 
 from ..cost import exit_costs
 from ..models import MultiExitModel
 from ..network import load_network
+from .active import ActiveBatch, Answers, Prediction, check_images
 from .evaluate import Costs, cumulative_costs
 from .exported import MANIFEST, ExportedModel
-from .policy import ExitHistory, ExitPolicy
+from .policy import ExitPolicy
+from .stream import Stream
 
 __all__ = ['AdaptiveModel', 'Prediction']
-
-
-class Prediction(NamedTuple):
-    """Answers for a batch of B images, in the order of the batch.
-
-    Attributes:
-        logits: Logits, [B, C]; their softmax gives the class probabilities.
-        exit_index: Index of the exit that answered each image, from 0, [B].
-        cost: Cost of each image, in the unit of the costs, [B], float64 (float32 on MPS).
-    """
-
-    logits: torch.Tensor
-    exit_index: torch.Tensor
-    cost: torch.Tensor
 
 
 class AdaptiveModel:
@@ -156,6 +144,47 @@ class AdaptiveModel:
             raise ValueError(f'deadline_s={deadline_s}: expected a number of seconds.')
         return self._run(x, time.perf_counter() + deadline_s)
 
+    def predict_stream(
+        self, batches: Iterable[torch.Tensor], *, batch_size: Optional[int] = None, max_waiting: Optional[int] = None
+    ) -> Iterator[Prediction]:
+        """Classify batch after batch, and run the remaining images of several batches together.
+
+        Images that do not leave at an exit wait there. As soon as `batch_size` images wait in front of a stage, it runs
+        on all of them, so that late stages, too, run on full batches (dynamic rebatching: DREX, arXiv:2512.15705).
+        With `max_waiting` = 0 nothing waits, as in `predict`. Images of another size, dtype or device than the batch
+        before, or under another autocast, do not run together: the stages first answer all images that wait.
+
+        Answers, exits and costs are those of `predict` on the same batch, except for rounding: a stage runs on other
+        numbers of images, so logits may differ in their last digits, and an exit where a score lies within rounding of
+        its threshold. A batch is answered at the latest when 16 x `max_waiting` images have come after it.
+
+        Args:
+            batches: Batches of images, [B, C, H, W] each, B at least 1; sizes may differ.
+            batch_size: Number of waiting images with which a stage runs; default: the size of the first batch. Give it
+                if the batches are small, such as single images.
+            max_waiting: Number of images that may wait in front of all stages together, which bounds the memory; beyond
+                it the stage with the most of them runs. Default: 4 x `batch_size`.
+
+        Returns:
+            Generator of one `Prediction` per batch, in the order of the batches, each before the generator takes
+            another batch than those that the answer needs. An item is computed under the autocast of the caller at
+            that time. An error of `batches` passes through; batches that are not answered by then are lost.
+
+        Raises:
+            ValueError: `batch_size` or `max_waiting` is not a number of images. When its item is requested: a batch is
+                not a floating point tensor of that shape, or is empty.
+            RuntimeError: The network, or a part of it, is in training mode, now or when an item is requested.
+
+        Examples:
+            ```python
+            for images, (logits, exit_index, cost) in zip(batches, adaptive.predict_stream(batches)):
+                ...  # batches: a list, or anything else that can be iterated twice in the same order
+            ```
+        """
+        self._check_mode()  # checked here, because a generator would check at the first item
+        stream = Stream(self._run_exit, self.policy, self.costs, self._check_mode, batch_size, max_waiting)
+        return stream.predictions(batches)
+
     def iter_exits(self, x: torch.Tensor) -> Iterator[Tuple[int, torch.Tensor]]:
         """Iterate over the answers of all exits that are on, without using the thresholds.
 
@@ -204,39 +233,25 @@ class AdaptiveModel:
 
     def _run(self, x: torch.Tensor, deadline: Optional[float] = None) -> Prediction:
         self._check_mode()
-        _check_images(x)
-        batch = _ActiveBatch(len(x))
-        state, history = x, None
-        answered: Optional[Tuple[int, torch.Tensor]] = None
+        check_images(x)
+        batch, answers = ActiveBatch(list(range(len(x))), x, x), Answers()
         for k in range(self.policy.num_exits):
             key = self._timing_key(k, len(batch.rows), x)
-            if deadline is not None and answered is not None and not self._fits_deadline(k, key, deadline):
+            if deadline is not None and batch.exit_index is not None and not self._fits_deadline(k, key, deadline):
+                answers.add(batch.exit_index, *batch.leave_all())
                 break
             start = time.perf_counter()
-            state, logits = self._run_exit[k](state)
-            if logits is not None:
-                answer, score, history = self.policy.step(k, logits, history)
-                answered = k, answer
+            has_answered = batch.run(k, self._run_exit[k], self.policy)
             if deadline is not None:
                 if x.device.type == 'cuda':
                     torch.cuda.synchronize(x.device)
                 known = self._seconds.get(key)
                 self._seconds[key] = [] if known is None else [*known[-2:], time.perf_counter() - start]
-            if k == self.policy.num_exits - 1:
-                break
-            if logits is not None:
-                moves = batch.leave(k, answer, (score >= self.policy.thresholds[k]).tolist())
+            if has_answered:
+                answers.add(k, *batch.leave(self.policy))
                 if not batch.rows:
                     break
-                if moves is not None:
-                    compact = partial(_compact, count=len(batch.rows), moves=moves, images=x)
-                    state, answer = _map_tensors(state, compact), compact(answer)
-                    history = ExitHistory(*_map_tensors(history, compact))
-                    answered = k, answer
-        if batch.rows:
-            assert answered is not None  # the last exit is always on
-            batch.finish(*answered)
-        return batch.prediction(self.costs)
+        return answers.prediction(self.costs)
 
     def _timing_key(self, k: int, count: int, x: torch.Tensor) -> Tuple:
         """Key of the run times of stage k on `count` images like `x`."""
@@ -251,107 +266,6 @@ class AdaptiveModel:
         if needed > left > 0:
             self._seconds.update((key, [0.99 * s for s in self._seconds.get(key, [])]) for key in keys)
         return 0 < left >= needed
-
-
-def _check_images(x: torch.Tensor) -> None:
-    """Raise a ValueError for images that are not a floating point tensor [B, C, H, W] with B at least 1."""
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f'images are {kind}; expected a normalised floating point tensor [B, C, H, W].')
-    if x.ndim != 4 or not len(x):
-        raise ValueError(f'images have shape {tuple(x.shape)}; expected [B, C, H, W], B at least 1.')
-
-
-class _ActiveBatch:
-    """Record of a batch of samples: those that have left with their answers, and those that remain.
-
-    Args:
-        size: Number of samples.
-
-    Attributes:
-        rows: Batch index of each remaining sample, in the row order of the state.
-        left: Batch index of each sample that has left, in the order of leaving.
-        exits: Exit at which each of these samples left.
-        answers: Logits of these samples, [len(left), C] when concatenated.
-    """
-
-    def __init__(self, size: int):
-        self.rows = list(range(size))
-        self.left: List[int] = []
-        self.exits: List[int] = []
-        self.answers: List[torch.Tensor] = []
-
-    def leave(self, k: int, answer: torch.Tensor, leaves: List[bool]) -> Optional[List[Tuple[int, int]]]:
-        """Record the samples that leave at exit k.
-
-        Args:
-            k: Index of the exit.
-            answer: Logits of the remaining samples, [len(rows), C].
-            leaves: Whether each remaining sample leaves, [len(rows)].
-
-        Returns:
-            Moves (from, to) of the state's rows: the last remaining rows replace those that left. None if no sample
-            or every sample leaves.
-        """
-        leaving = [i for i, is_leaving in enumerate(leaves) if is_leaving]
-        if not leaving:
-            return None
-        if len(leaving) == len(leaves):
-            self.finish(k, answer)
-            return None
-        self.left += [self.rows[i] for i in leaving]
-        self.exits += [k] * len(leaving)
-        self.answers.append(answer[leaving])
-        count = len(leaves) - len(leaving)
-        moves = list(zip((i for i in range(count, len(leaves)) if not leaves[i]), leaving))
-        for source, gap in moves:
-            self.rows[gap] = self.rows[source]
-        del self.rows[count:]
-        return moves
-
-    def finish(self, k: int, answer: torch.Tensor) -> None:
-        """Record that all remaining samples leave at exit k with logits `answer`, [len(rows), C]."""
-        self.left += self.rows
-        self.exits += [k] * len(self.rows)
-        self.answers.append(answer)
-        self.rows = []
-
-    def prediction(self, costs: Sequence[float]) -> Prediction:
-        """Answers in the order of the batch; `costs` is the cumulative cost per exit, [K]."""
-        device = self.answers[0].device
-        order = sorted(range(len(self.left)), key=self.left.__getitem__)
-        logits = self.answers[0] if len(self.answers) == 1 else torch.cat(self.answers)[order]
-        exits = [self.exits[i] for i in order]
-        dtype = torch.float32 if device.type == 'mps' else torch.float64
-        return Prediction(
-            logits,
-            torch.tensor(exits, device=device),
-            torch.tensor([costs[k] for k in exits], dtype=dtype, device=device),
-        )
-
-
-def _map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Apply a function to all tensors in nested tuples; faster than PyTorch's pytree utilities."""
-    if isinstance(tree, torch.Tensor):
-        return function(tree)
-    return tree if tree is None else tuple(_map_tensors(t, function) for t in tree)
-
-
-def _compact(t: torch.Tensor, count: int, moves: Sequence[Tuple[int, int]], images: torch.Tensor) -> torch.Tensor:
-    """Apply `moves` (from, to) to the rows of a tensor and return its first `count` rows.
-
-    On a CPU this works in place, which is faster than a copy of all rows; elsewhere it is one indexing kernel. The
-    caller's images are never changed.
-    """
-    dense = t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
-    if t.device.type == 'cpu' and dense and t.untyped_storage().data_ptr() != images.untyped_storage().data_ptr():
-        for source, gap in moves:
-            t[gap] = t[source]
-        return t[:count]
-    order = list(range(count))
-    for source, gap in moves:
-        order[gap] = source
-    return t[order]
 
 
 def _with_separate_code(run: Callable[[Any], Any], k: int) -> Callable[[Any], Any]:

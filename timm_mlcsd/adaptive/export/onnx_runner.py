@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import onnxruntime
@@ -61,8 +61,15 @@ DATA_CONFIG = dict(
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875, crop_mode='center', interpolation='bicubic'
 )
 
+# images that wait in a stream per image of a full stage, by default
+WAITING = 4
+# images whose answers a stream holds per image that may wait: one rare straggler must not delay all later answers
+HELD = 16
+
 # log-probabilities of the exits so far, prediction of the last one, and number of consecutive exits with it
 _History = Tuple[Tuple[np.ndarray, ...], Optional[np.ndarray], Optional[np.ndarray]]
+# images that run through the stages together: the name of each, the state, and the history
+_Batch = Tuple[np.ndarray, Sequence[np.ndarray], _History]
 
 
 class Prediction(NamedTuple):
@@ -160,7 +167,7 @@ class AdaptiveModel:
 
     def warm_up(self) -> None:
         """Run all stages once on an image of zeros, so that the first prediction does not include set-up time."""
-        state = [np.zeros((1, *self.manifest['data_config']['input_size']), dtype=np.float32)]
+        state: Sequence[np.ndarray] = [np.zeros((1, *self.manifest['data_config']['input_size']), dtype=np.float32)]
         for k in range(len(self.stages)):
             state, _ = self._run(k, state)
 
@@ -178,44 +185,73 @@ class AdaptiveModel:
         Raises:
             ValueError: The images have another size, or the batch is empty.
         """
+        x = self._checked(x)
+        with np.errstate(over='ignore', invalid='ignore'):  # images without finite logits go to the last exit
+            return self._predict(x)
+
+    def predict_stream(
+        self, batches: Iterable[np.ndarray], *, batch_size: Optional[int] = None, max_waiting: Optional[int] = None
+    ) -> Iterator[Prediction]:
+        """Classify batch after batch, and run the remaining images of several batches together.
+
+        Images that do not leave at an exit wait there. As soon as `batch_size` images wait in front of a stage, it runs
+        on all of them, so that late stages, too, run on full batches (dynamic rebatching: DREX, arXiv:2512.15705).
+        Answers are those of `predict` on the same batch, except for rounding. A batch is answered at the latest when
+        16 x `max_waiting` images have come after it.
+
+        Args:
+            batches: Batches of images as for `predict`, [B, C, H, W] each; sizes may differ.
+            batch_size: Number of waiting images with which a stage runs; default: the size of the first batch.
+            max_waiting: Number of images that may wait in front of all stages together; beyond it the stage with the
+                most of them runs. Default: 4 x `batch_size`.
+
+        Returns:
+            Generator of one `Prediction` per batch, in the order of the batches. An error of `batches` passes through.
+
+        Raises:
+            ValueError: `batch_size` or `max_waiting` is not a number of images. When its item is requested: the images
+                have another size, or the batch is empty.
+        """
+        if batch_size is not None:
+            _check_integer('batch_size', batch_size, 1, 10**9)
+        if max_waiting is not None:
+            _check_integer('max_waiting', max_waiting, 0, 10**9)
+        return _Stream(self, batch_size, max_waiting).predictions(batches)
+
+    def _checked(self, x: np.ndarray) -> np.ndarray:
+        """Convert images to float32, and raise a ValueError if they have another size."""
         x = np.ascontiguousarray(x, dtype=np.float32)
         size = tuple(self.manifest['data_config']['input_size'])
         if x.ndim != 4 or not len(x) or x.shape[1:] != size:
             raise ValueError(f'images have shape {x.shape}; expected [B, {str(size)[1:-1]}], B at least 1.')
-        with np.errstate(over='ignore', invalid='ignore'):  # images without finite logits go to the last exit
-            return self._predict(x)
+        return x
 
     def _predict(self, x: np.ndarray) -> Prediction:
-        rows = np.arange(len(x))
         logits = np.empty((len(x), self.manifest['num_classes']), dtype=np.float32)
         exit_index = np.zeros(len(x), dtype=np.int64)
-        state = [x]
-        history: _History = ((), None, None)
-        for k, threshold in enumerate(self.thresholds):
-            state, z = self._run(k, state)
-            if z is None:
-                continue
-            answer, score, history = self._step(k, z, history)
-            leaves = score >= threshold if k < len(self.stages) - 1 else np.ones(len(score), dtype=bool)
-            if not leaves.any():
-                continue
-            logits[rows[leaves]] = answer[leaves]
-            exit_index[rows[leaves]] = k
-            if leaves.all():
+        batch: _Batch = np.arange(len(x)), [x], ((), None, None)
+        for k in range(len(self.stages)):
+            batch, left, answer = self._advance(k, batch)
+            logits[left], exit_index[left] = answer, k
+            if not len(batch[0]):
                 break
-            # move the last remaining rows to the positions of the rows that left
-            count = len(rows) - int(leaves.sum())
-            moves = list(zip((count + np.flatnonzero(~leaves[count:])).tolist(), np.flatnonzero(leaves).tolist()))
-            rows, *state = (_compact(a, count, moves) for a in (rows, *state))
-            log_probs, prediction, streak = history
-            history = (
-                tuple(_compact(p, count, moves) for p in log_probs),
-                None if prediction is None else _compact(prediction, count, moves),
-                None if streak is None else _compact(streak, count, moves),
-            )
         return Prediction(logits, exit_index, self.costs[exit_index])
 
-    def _run(self, k: int, state: List[np.ndarray]) -> Tuple[List[np.ndarray], Optional[np.ndarray]]:
+    def _advance(self, k: int, batch: _Batch) -> Tuple[_Batch, np.ndarray, np.ndarray]:
+        """Run stage k: the remaining images, the names of those that leave there, [N], and their logits, [N, C]."""
+        names, state, history = batch
+        state, logits = self._run(k, state)
+        if logits is None:
+            return (names, state, history), names[:0], np.empty((0, self.manifest['num_classes']), np.float32)
+        answer, score, history = self._step(k, logits, history)
+        leaves = score >= self.thresholds[k]  # everybody at the last exit, whose threshold is -inf
+        left = names[leaves], answer[leaves]
+        count = len(leaves) - len(left[0])
+        # move the last remaining rows to the positions of the rows that left
+        moves = list(zip((count + np.flatnonzero(~leaves[count:])).tolist(), np.flatnonzero(leaves).tolist()))
+        return _map_arrays((names, state, history), functools.partial(_compact, count=count, moves=moves)), *left
+
+    def _run(self, k: int, state: Sequence[np.ndarray]) -> Tuple[Sequence[np.ndarray], Optional[np.ndarray]]:
         stage, inputs = self.stages[k], dict(zip(self.stages[k]['inputs'], state))
         if not self.is_on[k]:
             wanted = [name for name in stage['outputs'] if name != 'logits']
@@ -288,6 +324,94 @@ class AdaptiveModel:
         return np.ascontiguousarray(pixels[None])
 
 
+class _Stream:
+    """Batches on their way through the stages of `model`, in front of which images wait for a full batch."""
+
+    def __init__(self, model: AdaptiveModel, batch_size: Optional[int], max_waiting: Optional[int]):
+        self.model = model
+        self.batch_size = batch_size
+        self.max_waiting = max_waiting
+        # images in front of each stage, named by [number of the batch in the stream, index in the batch]
+        self.waiting: List[List[_Batch]] = [[] for _ in model.stages]
+        self.counts = [0] * len(model.stages)
+        # logits, exits and number of missing answers of the batches that are not answered in full, by their number
+        self.open: Dict[int, Tuple[np.ndarray, np.ndarray, int]] = {}
+        self.num_batches = 0
+
+    def predictions(self, batches: Iterable[np.ndarray]) -> Iterator[Prediction]:
+        for x in batches:
+            yield from self.add(x)
+        self._run_all()
+        yield from self._pop_complete()
+
+    def add(self, x: np.ndarray) -> List[Prediction]:
+        """Take in a batch, run the stages that are due, and return the next answers that are complete."""
+        x = self.model._checked(x)
+        batch_size = self.batch_size = self.batch_size or len(x)
+        max_waiting = WAITING * batch_size if self.max_waiting is None else self.max_waiting
+        names = np.stack([np.full(len(x), self.num_batches), np.arange(len(x))], axis=1)
+        logits = np.empty((len(x), self.model.manifest['num_classes']), dtype=np.float32)
+        self.open[self.num_batches] = logits, np.zeros(len(x), dtype=np.int64), len(x)
+        self.num_batches += 1
+        self._wait(0, (names, [x], ((), None, None)))
+        while True:
+            full = [k for k, count in enumerate(self.counts) if count >= batch_size]
+            if full:
+                self._run_stage(full[0])  # the only one: a full stage runs at once, and fills none but its successor
+            elif sum(self.counts) > max_waiting:
+                # the fullest loses least by running now; of several, the deepest is nearest to its answers
+                self._run_stage(max(range(len(self.counts)), key=lambda k: (self.counts[k], k)))
+            else:
+                break
+        found = self._pop_complete()
+        if sum(len(logits) for logits, _, _ in self.open.values()) > HELD * max_waiting:
+            self._run_all()
+            found += self._pop_complete()
+        return found
+
+    def _wait(self, k: int, batch: _Batch) -> None:
+        """Put images in front of stage k."""
+        self.counts[k] += len(batch[0])
+        if self.counts[k] < (self.batch_size or 1):
+            # the caller may overwrite its images meanwhile, and a view would keep the rows of those that left
+            batch = _map_arrays(batch, np.copy)
+        self.waiting[k].append(batch)
+
+    def _run_stage(self, k: int) -> None:
+        """Run all images that wait in front of stage k through it."""
+        batch = _concatenate(self.waiting[k])
+        self.waiting[k], self.counts[k] = [], 0
+        with np.errstate(over='ignore', invalid='ignore'):  # images without finite logits go to the last exit
+            while not self.model.is_on[k]:
+                batch, *_ = self.model._advance(k, batch)
+                k += 1  # nobody leaves at an exit that is off, so waiting there would gain nothing
+            batch, left, answer = self.model._advance(k, batch)
+        for number in np.unique(left[:, 0]).tolist():
+            own = left[:, 0] == number
+            logits, exit_index, missing = self.open[number]
+            logits[left[own, 1]], exit_index[left[own, 1]] = answer[own], k
+            self.open[number] = logits, exit_index, missing - int(own.sum())
+        if len(batch[0]):
+            self._wait(k + 1, batch)
+
+    def _run_all(self) -> None:
+        """Run the stages until no image waits: from the first to the last, so that images still meet on their way."""
+        for k in range(len(self.counts)):
+            if self.counts[k]:
+                self._run_stage(k)
+
+    def _pop_complete(self) -> List[Prediction]:
+        """Remove the first batches as long as they are answered in full, and return their answers."""
+        found = []
+        while self.open:
+            number, (logits, exit_index, missing) = next(iter(self.open.items()))
+            if missing:
+                break
+            found.append(Prediction(logits, exit_index, self.model.costs[exit_index]))
+            del self.open[number]
+        return found
+
+
 @functools.cache
 def _register_shared_memory() -> None:
     """Register one pool of CPU memory that all graphs of this process share."""
@@ -307,6 +431,22 @@ def _compact(a: np.ndarray, count: int, moves: Sequence[Tuple[int, int]]) -> np.
     for source, gap in moves:
         a[gap] = a[source]
     return a[:count]
+
+
+def _map_arrays(tree: Any, function: Callable[[np.ndarray], np.ndarray]) -> Any:
+    """Apply a function to all arrays in nested lists and tuples."""
+    if isinstance(tree, np.ndarray):
+        return function(tree)
+    return tree if tree is None else tuple(_map_arrays(t, function) for t in tree)
+
+
+def _concatenate(trees: Sequence[Any]) -> Any:
+    """Concatenate nested lists and tuples of the same structure, array by array, along the batch dimension."""
+    if len(trees) == 1 or trees[0] is None:
+        return trees[0]
+    if isinstance(trees[0], np.ndarray):
+        return np.concatenate(trees)
+    return tuple(_concatenate(parts) for parts in zip(*trees))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
