@@ -126,9 +126,7 @@ class MLCSDLoss(nn.Module):
         _check_terms(temperature, cls_loss, alpha=alpha, beta=beta, gamma=gamma)
         exit_weights = [1.0] * num_exits if exit_weights is None else list(exit_weights)
         _check_exit_weights(exit_weights, num_exits)
-        dims = [feature_dim] * num_exits if isinstance(feature_dim, int) else list(feature_dim)
-        if len(dims) != num_exits:
-            raise ValueError(f'feature_dim has {len(dims)} numbers for {num_exits} exits.')
+        dims = _dims(feature_dim, num_exits)
         self.num_exits = num_exits
         self.alpha = alpha
         self.beta = beta
@@ -370,6 +368,14 @@ def _check_terms(temperature: float, cls_loss: Optional[nn.Module], **weights: f
             'cls_loss=JsdCrossEntropy compares augmented copies of each image across the batch, while the '
             'teachers and their targets are per image; use a loss without augmentation splits.'
         )
+
+
+def _dims(feature_dim: Union[int, Sequence[int]], num_exits: int) -> List[int]:
+    """Channels of every exit's features, [K]."""
+    dims = [feature_dim] * num_exits if isinstance(feature_dim, int) else list(feature_dim)
+    if len(dims) != num_exits:
+        raise ValueError(f'feature_dim has {len(dims)} numbers for {num_exits} exits.')
+    return dims
 
 
 def _check_exit_weights(weights: Sequence[float], num_exits: int) -> None:
