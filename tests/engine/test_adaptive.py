@@ -173,9 +173,11 @@ def test_a_certified_policy_says_so(flags, mine, tmp_path, capsys):
     record = json.loads(out.read_text())['adaptive']
     assert record['policy']['certificate'] == policy.certificate
     assert record['calibration']['method'] == 'exit_rates' and record['calibration']['cross_validated'] is None
-    # a policy from a file says what was certified about it
-    assert run(validate.main, flags) == 0
+    # a policy from a file says what was certified about it, and so does its page
+    page = tmp_path / 'page.html'
+    assert run(validate.main, [*flags, '--report', page]) == 0
     assert 'certified: drop on new images of at most 80 points' in capsys.readouterr().out
+    assert 'certified: drop on new images of at most 80 points' in page.read_text()
 
 
 def test_a_budget_is_cross_validated(flags, tmp_path, capsys):

@@ -104,9 +104,9 @@ def _validate_adaptive(
         print(f'policy: {saved_policy_path(config)}')
     if gallery is not None:
         assert chosen.val is not None  # a report needs the logits, so the policy comes with them
-        title = f'{config.source} on {split}'
+        title, about = f'{config.source} on {split}', '; '.join([origin, *chosen.describe()])
         names = names or network.class_names
-        write_page(config.report, page_data(title, origin, policy, chosen.val, test, costs, benchmark, gallery, names))
+        write_page(config.report, page_data(title, about, policy, chosen.val, test, costs, benchmark, gallery, names))
         print(f'page: {config.report}')
     return result, record
 
