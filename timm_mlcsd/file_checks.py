@@ -143,7 +143,7 @@ def check_policy(content: Any, source: str) -> Dict[str, Any]:
 
 def _check_certificate(where: str, certificate: Any) -> Dict[str, Any]:
     """Check what a calibration certified, and return a copy of it."""
-    names = ('risk', 'limit', 'confidence', 'images', 'bound')
+    names = ('risk', 'limit', 'confidence', 'images', 'bound', 'digest')
     if not isinstance(certificate, dict) or set(certificate) != set(names):
         _raise_invalid(where, f'an object with {", ".join(names)}', certificate)
     _check_choice(f'{where}.risk', certificate['risk'], RISKS)
@@ -151,6 +151,7 @@ def _check_certificate(where: str, certificate: Any) -> Dict[str, Any]:
     _check_number(f'{where}.confidence', certificate['confidence'], 0.5, 1)
     _check_integer(f'{where}.images', certificate['images'], 1, 10**12)
     _check_text(f'{where}.bound', certificate['bound'])
+    _check_digest(f'{where}.digest', certificate['digest'])
     return {name: certificate[name] for name in names}
 
 

@@ -169,7 +169,8 @@ def test_a_certified_policy_says_so(flags, mine, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 'certified: drop on new images of at most 80 points, with confidence 0.9, from 3 images' in printed
     policy = ExitPolicy.load(mine)
-    assert policy.certificate == dict(risk='drop', limit=80, confidence=0.9, images=3, bound='binomial')
+    expected = dict(risk='drop', limit=80, confidence=0.9, images=3, bound='binomial')
+    assert {name: policy.certificate[name] for name in expected} == expected
     record = json.loads(out.read_text())['adaptive']
     assert record['policy']['certificate'] == policy.certificate
     assert record['calibration']['method'] == 'exit_rates' and record['calibration']['cross_validated'] is None

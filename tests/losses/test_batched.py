@@ -41,10 +41,16 @@ def test_one_call_equals_a_loop(loss, soft):
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    'loss',
-    [nn.CrossEntropyLoss(reduction='sum'), BinaryCrossEntropy(reduction='sum'), Doubled(), AsymmetricLossMultiLabel()],
-)
+OTHERS = [
+    nn.CrossEntropyLoss(reduction='sum'),
+    BinaryCrossEntropy(reduction='sum'),
+    BinaryCrossEntropy(weight=torch.ones(B, 1)),
+    Doubled(),
+    AsymmetricLossMultiLabel(),
+]
+
+
+@pytest.mark.parametrize('loss', OTHERS)
 def test_other_losses_are_called_exit_by_exit(loss):
     assert not is_mean_over_rows(loss)
 

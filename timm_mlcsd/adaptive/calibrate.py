@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -131,6 +131,8 @@ def run_calibration(
     cached = CachedLogits(logits, last_answers if targets is None else targets)
     certified = max_drop is not None and confidence is not None
     fit_rows, fresh_rows = split(len(cached.targets)) if certified else (np.arange(len(cached.targets)), None)
+    if not len(fit_rows):
+        raise ValueError(f'{len(cached.targets)} image cannot certify anything; give more.')
     template = _template(cached, fit_rows, temperatures, weights, kwargs)
     if isinstance(temperatures, str) and targets is None and template.temperatures is not None:
         # the others agree with the last exit as often as their scores say; its own says nothing without labels
@@ -141,17 +143,12 @@ def run_calibration(
     assert max_drop is not None  # as budget is None
     if fresh_rows is not None and confidence is not None:
         parts = samples.subset(fit_rows), samples.subset(fresh_rows)
-        return _certified(samples, *parts, costs, template, method, risk, max_drop, confidence)
-    method = 'optimal' if method == 'auto' else method
-    lowest = samples.evaluate(last_exit_alone(template), costs).accuracy - max_drop
-    goals = [Goal(min_accuracy=lowest + margin * (100 - lowest)) for margin in MARGINS]
-    policy = _fit_checked(samples, costs, goals, template, method)
-    if policy is None:
-        best = max(samples.evaluate(p, costs).accuracy for p in _reach(samples, template)) - lowest - max_drop
-        raise ValueError(
-            f'max_drop={max_drop} is out of reach: expected at least {-best:.2f}, the best that was found.'
-        )
-    return Calibration(policy, method, *samples.evaluate(policy, costs)[:2])
+        policy, method = _certified(*parts, costs, template, method, risk, max_drop, confidence)
+    else:
+        method = 'optimal' if method == 'auto' else method
+        policy = _within_drop(samples, costs, max_drop, template, method)
+    # with labels, the accuracy is that of the labels for every risk
+    return Calibration(policy, method, *FitSamples(cached).evaluate(policy, costs)[:2])
 
 
 def _check(
@@ -167,6 +164,8 @@ def _check(
     for name, value in (('budget', budget), ('max_drop', max_drop)):
         if value is not None and (not is_number(value) or math.isnan(value)):
             raise ValueError(f'{name}={value!r}: expected a number.')
+    if max_drop is not None and not -100 <= max_drop <= 100:
+        raise ValueError(f'max_drop={max_drop}: expected percentage points, a number from -100 to 100.')
     if method not in THRESHOLD_METHODS:
         raise ValueError(f'method={method!r} is unknown; choose one of {", ".join(THRESHOLD_METHODS)}.')
     if risk not in RISKS:
@@ -208,17 +207,28 @@ def _template(
 
 
 def _fit_checked(
-    samples: FitSamples, costs: Costs, goals: Sequence[Goal], template: ExitPolicy, method: str
+    samples: FitSamples, costs: Costs, goal_of: Callable[[FitSamples, float], Goal], template: ExitPolicy, method: str
 ) -> Optional[ExitPolicy]:
-    """Fit to the first of some goals, the easiest one first, with which all samples meet the easiest one."""
-    part = _part(samples)
-    for goal in goals:
-        policy = fit_to_goal(part, costs, goal, template, method)
-        if policy is not None and goals[0].is_met(*samples.evaluate(policy, costs)[:2]):
+    """Fit to a goal on a part of the samples, with the smallest margin with which all samples meet it.
+
+    Args:
+        samples: Validation samples.
+        costs: Costs of the exits.
+        goal_of: Function that makes the goal for samples, with a margin from 0 to 1.
+        template: Policy whose score, temperatures and averages the result has.
+        method: One of `FIT_METHODS`.
+    """
+    part, goal = _part(samples), goal_of(samples, 0.0)
+    for margin in MARGINS:
+        policy = fit_to_goal(part, costs, goal_of(part, margin), template, method)
+        if policy is not None and goal.is_met(*samples.evaluate(policy, costs)[:2]):
             return policy
         if part is samples:
             return None
-    return None
+    # at the end of the range a margin leaves nothing
+    results = [(policy, samples.evaluate(policy, costs)) for policy in _reach(samples, template)]
+    met = [(policy, result) for policy, result in results if goal.is_met(*result[:2])]
+    return max(met, key=lambda pair: goal.key(*pair[1][:2]))[0] if met else None
 
 
 def _part(samples: FitSamples) -> FitSamples:
@@ -243,14 +253,30 @@ def _within_budget(samples: FitSamples, costs: Costs, budget: float, template: E
         method = choose_method(held_out, _price(samples, costs, budget, template)) or CANDIDATES[0]
         if method in held_out:
             validated = 100 * float(held_out[method].correct.mean()), float(held_out[method].costs.mean())
-    goals = [Goal(budget=budget * (1 - margin)) for margin in MARGINS]
-    policy = _fit_checked(samples, costs, goals, template, method)
+    policy = _fit_checked(samples, costs, lambda _, margin: Goal(budget=budget * (1 - margin)), template, method)
     if policy is None:
         reach = [samples.evaluate(p, costs).cost for p in _reach(samples, template)]
         raise ValueError(
             f'budget={budget:.6g} is out of reach: expected a mean cost from {min(reach):.6g} to {max(reach):.6g}.'
         )
     return Calibration(policy, method, *samples.evaluate(policy, costs)[:2], validated)
+
+
+def _within_drop(samples: FitSamples, costs: Costs, max_drop: float, template: ExitPolicy, method: str) -> ExitPolicy:
+    """Fit the cheapest policy whose drop on the samples is at most a number of points."""
+
+    def goal_of(some: FitSamples, margin: float) -> Goal:
+        last = some.evaluate(last_exit_alone(template), costs).accuracy
+        return Goal(min_accuracy=last - max_drop + 10 * margin)  # in points
+
+    policy = _fit_checked(samples, costs, goal_of, template, method)
+    if policy is None:
+        accuracies = [samples.evaluate(p, costs).accuracy for p in _reach(samples, template)]
+        gain = max(accuracies) - accuracies[0]
+        raise ValueError(
+            f'max_drop={max_drop} is out of reach: expected at least {-gain:.2f}, the best that was found.'
+        )
+    return policy
 
 
 def _price(samples: FitSamples, costs: Costs, budget: float, template: ExitPolicy) -> float:
@@ -262,7 +288,6 @@ def _price(samples: FitSamples, costs: Costs, budget: float, template: ExitPolic
 
 
 def _certified(
-    samples: FitSamples,
     fit: FitSamples,
     fresh: FitSamples,
     costs: Costs,
@@ -271,33 +296,30 @@ def _certified(
     risk: str,
     max_drop: float,
     confidence: float,
-) -> Calibration:
-    """The boldest certified policy of a path."""
-    count = len(samples)
-    if not (len(fit) and len(fresh)):
-        raise ValueError(f'{count} images are too few to certify anything; give at least 5.')
+) -> Tuple[ExitPolicy, str]:
+    """The boldest certified policy of a path, and the method that made the path."""
     best = lowest_limit(len(fresh), confidence)
     what = {'drop': 'a drop', 'selective': 'a share of wrong early answers', 'disagreement': 'a disagreement'}[risk]
     about = (
-        f'max_drop={max_drop:g}: {count} images ({len(fit)} to fit, {len(fresh)} to certify) can certify {what} of '
-        f'{best:.2f} points at best with confidence {confidence:g}'
+        f'max_drop={max_drop:g}: {len(fit) + len(fresh)} images ({len(fit)} to fit, {len(fresh)} to certify) can '
+        f'certify {what} of {best:.2f} points at best with confidence {confidence:g}'
     )
     if max_drop < best:
-        more = f'give {images_needed(max_drop, confidence)} images, ' if max_drop > 0 else ''
+        # what would take more images than there are is not worth a number
+        more = f'give {images_needed(max_drop, confidence)} images, ' if max_drop > 1e-6 else ''
         raise ValueError(f'{about}; {more}allow more, or ask for no guarantee (confidence none).')
     if method == 'auto':
         method = 'exit_rates' if len(fit) < FEW else 'shrunk'
     path = policy_path(fit, costs, template, method)
-    found = certify(path, fit, fresh, risk, min(max_drop, 100.0), confidence)
-    if found.position == 0 and len(path) > 1:
+    found = certify(path, fit, fresh, risk, max_drop, confidence)
+    if len(path) > 1 and (fresh.leave(found.policy)[0] == template.num_exits - 1).all():
         raise ValueError(
             f'{about}, if no sample is lost; under the most careful of {len(path) - 1} policies too many are; give '
             f'more images, allow more, or ask for no guarantee (confidence none).'
         )
     numbers = dict(limit=float(max_drop), confidence=float(confidence), images=len(fresh))
     certificate = dict(risk=risk, **numbers, bound=found.bound or 'none needed')
-    policy = replace(found.policy, certificate=certificate)
-    return Calibration(policy, method, *samples.evaluate(policy, costs)[:2])
+    return found.policy.certified(certificate), method
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ __all__ = [
 
 # weight of the exit rates in the policies of `shrunk`
 SHRINKAGE = 0.5
+# shares of the early leavers of the most careful policy, with which a path begins
+CAREFUL = (0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
 FOLDS = 5
 # with more samples than that, two folds tell as much
 MANY = 2000
@@ -111,10 +113,28 @@ def policy_path(samples: FitSamples, costs: Costs, template: ExitPolicy, method:
         template: Policy whose score, temperatures and averages all have.
         method: One of `FIT_METHODS`.
     """
+    first = last_exit_alone(template)
+    if template.score == 'patience':
+        # its scores are few numbers, of which quantiles say little: leave after so many exits that agree
+        policies = [
+            template.with_thresholds([float(count)] * (template.num_exits - 1))
+            for count in reversed(range(1, template.num_exits))
+        ]
+    else:
+        policies = _dense_path(samples, costs, template, method, first)
+    limit = samples.evaluate(first, costs).cost * (1 - 1e-9)  # with a tolerance for sums in another order
+    priced = [(samples.evaluate(policy, costs).cost, i) for i, policy in enumerate(policies)]
+    return [first, *(policies[i] for cost, i in sorted(priced, reverse=True) if cost < limit)]
+
+
+def _dense_path(
+    samples: FitSamples, costs: Costs, template: ExitPolicy, method: str, first: ExitPolicy
+) -> List[ExitPolicy]:
+    """Policies of a method, and policies between them and between the first and the most careful one."""
     if method == 'quantile':
         policies = list(quantile_sweep(samples, template))
     else:
-        policies = list(geometric_sweep(samples, template, method == 'paper'))
+        policies = list(geometric_sweep(samples, template, method == 'paper'))[::-1]
     if method in ('optimal', 'shrunk'):
         improved = []
         for policy in policies[::3]:
@@ -122,16 +142,13 @@ def policy_path(samples: FitSamples, costs: Costs, template: ExitPolicy, method:
             best = best_thresholds(samples, costs, goal, policy)
             improved.append(best if method == 'optimal' else blended(samples, best, policy, SHRINKAGE))
         policies = improved
+    careful = [blended(samples, first, policies[0], share) for share in CAREFUL]
     between = [
-        blended(samples, first, second, weight)
-        for first, second in zip(policies, policies[1:])
+        blended(samples, one, other, weight)
+        for one, other in zip(policies, policies[1:])
         for weight in (0.25, 0.5, 0.75)
     ]
-    policies += between
-    first = last_exit_alone(template)
-    limit = samples.evaluate(first, costs).cost
-    priced = [(samples.evaluate(policy, costs).cost, i) for i, policy in enumerate(policies)]
-    return [first, *(policies[i] for cost, i in sorted(priced, reverse=True) if cost < limit)]
+    return [*careful, *policies, *between]
 
 
 class HeldOut(NamedTuple):

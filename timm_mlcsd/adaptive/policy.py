@@ -1,5 +1,6 @@
 """Exit policies: the score of an exit, one threshold per exit, and how exits are averaged."""
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -57,7 +58,8 @@ class ExitPolicy:
         calibration_data: Name of the data set that the policy was fitted to.
         calibration_images: Number of images that the policy was fitted to.
         certificate: What `calibrate` certified about these thresholds: ``risk``, ``limit`` in points, ``confidence``,
-            number of ``images`` and ``bound``; None (default) for nothing.
+            number of ``images``, ``bound``, and a ``digest`` of what the exits compute; None (default) for nothing.
+            Set by `certified`.
 
     Raises:
         ValueError: An argument is out of its range, or the arguments contradict each other.
@@ -89,6 +91,21 @@ class ExitPolicy:
                 value = map(tuple, value)
             is_list = name in ('thresholds', 'temperatures', 'weights', 'exit_names')
             object.__setattr__(self, name, tuple(value) if is_list and value is not None else value)
+
+        if self.certificate is not None and self.certificate['digest'] != self._digest():
+            raise ValueError(
+                'certificate: expected the one of these thresholds, score, temperatures and weights, got that of '
+                'another policy; use with_thresholds, or remove the certificate.'
+            )
+
+    def _digest(self) -> str:
+        """Digest of all that decides where a sample leaves and what is answered."""
+        content = (self.thresholds, self.score, self.temperatures, self.aggregate, self.weights)
+        return f'sha256:{hashlib.sha256(repr(content).encode()).hexdigest()}'
+
+    def certified(self, certificate: Mapping[str, Any]) -> 'ExitPolicy':
+        """Copy of the policy with a certificate, without its digest."""
+        return replace(self, certificate={**certificate, 'digest': self._digest()})
 
     @property
     def num_exits(self) -> int:
@@ -136,7 +153,15 @@ class ExitPolicy:
             The policy with ``weights_digest``, ``calibration_data`` and ``calibration_images``.
         """
         data = printable(str(data))[:300] if data else None
-        return replace(self, weights_digest=_model_digest(model), calibration_data=data, calibration_images=images)
+        digest = _model_digest(model)
+        certificate = self.certificate if self.weights_digest in (None, digest) else None
+        return replace(
+            self,
+            weights_digest=digest,
+            calibration_data=data,
+            calibration_images=images,
+            certificate=certificate,
+        )
 
     @classmethod
     def load_for(cls, path: Union[str, Path], model: MultiExitModel) -> 'ExitPolicy':
@@ -158,8 +183,8 @@ class ExitPolicy:
         return policy
 
     def without_digest(self) -> 'ExitPolicy':
-        """Copy of the policy that is accepted with any weights."""
-        return replace(self, weights_digest=None)
+        """Copy of the policy that is accepted with any weights, for which a certificate does not hold."""
+        return replace(self, weights_digest=None, certificate=None)
 
     def check_weights(self, model: Any) -> None:
         """Check that the policy was fitted to the weights of a network; without a digest it fits any weights.

@@ -84,12 +84,18 @@ def certify(
         limit: Largest risk, in percentage points, above 0.
         confidence: Probability that the risk of the result is at most the limit, over the draw of `fresh`.
     """
+    fitted = [_losses(fit, path[0], policy, risk) for policy in path]
+    expected = [losses.scaled(len(fresh) / len(fit)) for losses in fitted]
+    tests = [_choose_test(f, e, len(fresh), limit / 100, confidence) for f, e in zip(fitted, expected)]
+    start = 1
+    if risk == 'selective' and len(path) > 1:
+        # too few leave early under careful policies to certify them: begin where the evidence should be best
+        start = min(range(1, len(path)), key=lambda i: tests[i].p_value(expected[i], limit / 100))
     certified = Certified(path[0], 0)
-    for index, policy in enumerate(path[1:], 1):
-        test = _choose_test(_losses(fit, path[0], policy, risk), len(fresh), limit / 100, confidence)
-        if test.p_value(_losses(fresh, path[0], policy, risk), limit / 100) > 1 - confidence:
+    for i in range(start, len(path)):
+        if tests[i].p_value(_losses(fresh, path[0], path[i], risk), limit / 100) > 1 - confidence:
             break
-        certified = Certified(policy, index, test.name)
+        certified = Certified(path[i], i, tests[i].name)
     return certified
 
 
@@ -105,6 +111,10 @@ class _Losses(NamedTuple):
     lost: int
     gained: int
     total: int
+
+    def scaled(self, factor: float) -> '_Losses':
+        """The numbers that so many times as many samples can be expected to have."""
+        return _Losses(round(factor * self.lost), round(factor * self.gained), round(factor * self.total))
 
 
 class _Test(NamedTuple):
@@ -123,13 +133,11 @@ class _Test(NamedTuple):
         return _binomial(losses, limit) if self.name == 'binomial' else _betting(losses, limit, self.bet)
 
 
-def _choose_test(losses: _Losses, num_fresh: int, limit: float, confidence: float) -> _Test:
-    """Choose the test that is more powerful if fresh samples have such losses; only other samples may choose."""
+def _choose_test(losses: _Losses, expected: _Losses, num_fresh: int, limit: float, confidence: float) -> _Test:
+    """Choose the test that is more powerful if fresh samples are as expected; only other samples may choose."""
     binomial, betting = _Test('binomial'), _Test('betting', _bet(losses, num_fresh, limit, confidence))
     if not losses.gained:
         return binomial
-    scale = num_fresh / losses.total
-    expected = _Losses(round(scale * losses.lost), round(scale * losses.gained), num_fresh)
     return min(binomial, betting, key=lambda test: test.p_value(expected, limit))
 
 
@@ -148,7 +156,7 @@ def _binomial(losses: _Losses, limit: float) -> float:
 
     The mean loss is at most that probability, as gains only lower it.
     """
-    if limit >= 1 or not losses.total:
+    if limit >= 1:
         return 0.0
     k = np.arange(1, losses.lost + 1)
     steps = np.log((losses.total - k + 1) / k) + math.log(limit / (1 - limit))

@@ -238,7 +238,7 @@ class ChosenPolicy(NamedTuple):
             lines.append(
                 f'certified: {what[certificate["risk"]]} on new images of at most {certificate["limit"]:g} points, '
                 f'with confidence {certificate["confidence"]:g}, from {certificate["images"]} images '
-                f'({certificate["bound"]} test)'
+                f'({certificate["bound"]})'
             )
         return lines
 

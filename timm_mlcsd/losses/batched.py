@@ -27,7 +27,9 @@ def is_mean_over_rows(loss: nn.Module) -> bool:
     Subclasses may compute something else, so that only the losses themselves count.
     """
     if type(loss) is BinaryCrossEntropy:
-        return loss.reduction == 'mean' or loss.sum_classes
+        # weights per sample would not fit the rows of all exits
+        weights = [w for w in (loss.weight, loss.pos_weight) if isinstance(w, torch.Tensor)]
+        return all(w.ndim <= 1 for w in weights) and (loss.reduction == 'mean' or bool(loss.sum_classes))
     if type(loss) is nn.CrossEntropyLoss:
         return loss.reduction == 'mean'
     return type(loss) in (LabelSmoothingCrossEntropy, SoftTargetCrossEntropy)

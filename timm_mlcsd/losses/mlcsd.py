@@ -69,15 +69,15 @@ class MLCSDLoss(nn.Module):
         temperature: Temperature T; default 4 (best value in the paper).
         cls_loss: Criterion from logits [B, C] and target to a scalar, such as timm's classification losses; default
             cross-entropy.
-        exit_weights: Weights w_i of the exits, [K]; default all 1, as in the paper.
+        exit_weights: Weights w_i of the exits, [K]; default all 1, as in the paper. They stay as they are.
         distill: Teacher of the exits: ``none`` or a key of `TEACHERS`; default ``all-for-all``.
         cwem_supervision: Training signal of the CWEM: ``ce`` (default), ``kd`` or ``none``.
         method: Distillation method for L_KD: a key of `DISTILL_METHODS` with the hyperparameters of its authors, or a
             `DistillMethod`; default ``kd``.
         distill_ramp: ``accuracy``, the default of train.py, multiplies the terms of exit i in L_KD and L_HT by its
             running training accuracy (`AccuracyRamp`), so that distillation starts as the exit learns, and limits the
-            gradient of each image in L_KD and in L_HT to half of that of its label (`limit_gradient`; in L_KD only for
-            ``kd``). ``none`` (default) is the loss of the paper.
+            gradient of each image to half (L_KD, only for ``kd``) and to a tenth (L_HT) of that of its label
+            (`limit_gradient`). ``none`` (default) is the loss of the paper.
         num_samples: Number of images in the training set; required by ``crd``.
 
     Raises:

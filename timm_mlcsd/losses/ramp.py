@@ -90,7 +90,8 @@ def label_pull(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     probs = logits.detach().softmax(dim=-1)
     if target.ndim == 1:
-        labels = target.long()[:, None, None].expand(-1, probs.shape[1], 1)
+        # labels that the loss ignores are outside the classes
+        labels = target.long().clamp(0, probs.shape[-1] - 1)[:, None, None].expand(-1, probs.shape[1], 1)
         gap = probs.scatter_add(-1, labels, torch.full_like(probs[..., :1], -1))
     else:
         gap = probs - target.to(probs.dtype).unsqueeze(1)
