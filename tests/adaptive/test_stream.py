@@ -217,17 +217,9 @@ def test_a_rare_straggler_does_not_hold_the_answers_for_ever():
 
 def test_other_images_wait_apart():
     model, adaptive = told_model()
-    batches = [
-        told(exits, size, dtype)
-        for exits, size, dtype in (
-            ([0, 3], 1, torch.float32),
-            ([2, 1, 3], 2, torch.float32),
-            ([1, 3], 2, torch.float32),
-            ([3], 2, torch.float64),
-            ([3, 2], 1, torch.float32),
-            ([3, 3], 1, torch.float32),
-        )
-    ]
+    exits = [[0, 3], [2, 1, 3], [1, 3], [3], [3, 2], [3, 3]]
+    kinds = [(1, torch.float32), *2 * [(2, torch.float32)], (2, torch.float64), *2 * [(1, torch.float32)]]
+    batches = [told(leave, *kind) for leave, kind in zip(exits, kinds)]
     expected = [adaptive.predict(batch) for batch in batches]
     for batch_size in (None, 1, 4, 9):
         calls, found = model.calls_of(lambda n=batch_size: adaptive.predict_stream(batches, batch_size=n))
@@ -379,34 +371,25 @@ def test_what_the_caller_iterates_over():
         next(adaptive.predict_stream(3))
 
 
-@pytest.mark.parametrize(
-    'batch, message',
-    [
+def test_batches_that_are_no_images():
+    for batch, message in (
         (torch.zeros(0, 2, 1, 1), r'shape \(0, 2, 1, 1\); expected \[B, C, H, W\]'),
         (torch.zeros(2, 1, 1), r'shape \(2, 1, 1\)'),
         (torch.zeros(2, 2, 1, 1, dtype=torch.uint8), 'images are torch.uint8'),
         ([torch.zeros(2, 2, 1, 1), 1], 'images are list'),
-    ],
-)
-def test_batches_that_are_no_images(batch, message):
-    stream = told_model()[1].predict_stream([told([0]), batch])
-    next(stream)
-    with pytest.raises(ValueError, match=message):
+    ):
+        stream = told_model()[1].predict_stream([told([0]), batch])
         next(stream)
+        with pytest.raises(ValueError, match=message):
+            next(stream)
 
 
-@pytest.mark.parametrize(
-    'kwargs, message',
-    [
-        (dict(batch_size=0), 'batch_size'),
-        (dict(batch_size=True), 'batch_size'),
-        (dict(batch_size=2.0), 'batch_size'),
-        (dict(max_waiting=-1), 'max_waiting'),
-        (dict(max_waiting='4'), 'max_waiting'),
-    ],
-)
-def test_numbers_of_images_that_are_refused(kwargs, message):
+REFUSED = [('batch_size', 0), ('batch_size', True), ('batch_size', 2.0), ('max_waiting', -1), ('max_waiting', '4')]
+
+
+@pytest.mark.parametrize('name, value', REFUSED)
+def test_numbers_of_images_that_are_refused(name, value):
     policy = ExitPolicy([0.9, 0.9])
     for model in (AdaptiveModel(Given(), policy, range(3)), given_runner(policy)):
-        with pytest.raises(ValueError, match=rf'{message}.* integer'):
-            model.predict_stream([], **kwargs)  # before the first item
+        with pytest.raises(ValueError, match=rf'{name}.* integer'):
+            model.predict_stream([], **{name: value})  # before the first item
