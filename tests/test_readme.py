@@ -57,7 +57,7 @@ def model():
 
 def test_all_examples_are_run_here():
     counts = {page: len(python_blocks(page)) for page in PAGES if python_blocks(page)}
-    assert counts == {'README.md': 2, 'docs/models.md': 1, 'docs/adaptive.md': 1}
+    assert counts == {'README.md': 2, 'docs/models.md': 1, 'docs/adaptive.md': 2}
 
 
 def test_training_loop_runs():
@@ -87,9 +87,13 @@ def test_adaptive_example_runs(model, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     namespace = dict(model=model.eval(), images=torch.randn(2, 3, 32, 32))
     namespace.update(val_logits=torch.randn(8, 20, 100), val_targets=torch.randint(100, (20,)))
-    exec(*python_blocks('docs/adaptive.md'), namespace)
+    calibration, stream = python_blocks('docs/adaptive.md')
+    exec(calibration, namespace)
     assert namespace['logits'].shape == (2, 100)
     assert (tmp_path / 'exit_policy.json').is_file()
+    namespace.update(batches=[torch.randn(3, 3, 32, 32), torch.randn(1, 3, 32, 32)])
+    exec(stream, namespace)
+    assert namespace['logits'].shape == (1, 100)
 
 
 @pytest.mark.parametrize('page', PAGES)
