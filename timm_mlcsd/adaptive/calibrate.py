@@ -9,7 +9,15 @@ import torch
 
 from .evaluate import CachedLogits, Costs, ExitLogits, PolicyResult, as_logits, is_number
 from .exit_rates import geometric_sweep
-from .methods import FIT_METHODS, choose_method, cross_validated, fit_to_goal, last_exit_alone, policy_path
+from .methods import (
+    FIT_METHODS,
+    best_policy,
+    choose_method,
+    cross_validated,
+    last_exit_alone,
+    policy_path,
+    single_exits,
+)
 from .policy import ExitPolicy
 from .risk import RISKS, certify, images_needed, lowest_limit, split
 from .samples import FitSamples
@@ -220,15 +228,13 @@ def _fit_checked(
     """
     part, goal = _part(samples), goal_of(samples, 0.0)
     for margin in MARGINS:
-        policy = fit_to_goal(part, costs, goal_of(part, margin), template, method)
+        policy = FIT_METHODS[method](part, costs, goal_of(part, margin), template)
         if policy is not None and goal.is_met(*samples.evaluate(policy, costs)[:2]):
             return policy
         if part is samples:
             return None
     # at the end of the range a margin leaves nothing
-    results = [(policy, samples.evaluate(policy, costs)) for policy in _reach(samples, template)]
-    met = [(policy, result) for policy, result in results if goal.is_met(*result[:2])]
-    return max(met, key=lambda pair: goal.key(*pair[1][:2]))[0] if met else None
+    return best_policy(samples, costs, goal, _reach(samples, template))
 
 
 def _part(samples: FitSamples) -> FitSamples:
@@ -240,9 +246,7 @@ def _part(samples: FitSamples) -> FitSamples:
 
 def _reach(samples: FitSamples, template: ExitPolicy) -> List[ExitPolicy]:
     """Policies whose costs and accuracies show what is in reach."""
-    off = [math.inf] * (template.num_exits - 1)
-    single = [template.with_thresholds([*off[:k], 0.0, *off[k + 1 :]]) for k in range(template.num_exits - 1)]
-    return [last_exit_alone(template), *single, *geometric_sweep(_part(samples), template)]
+    return [*single_exits(template), *geometric_sweep(_part(samples), template)]
 
 
 def _within_budget(samples: FitSamples, costs: Costs, budget: float, template: ExitPolicy, method: str) -> Calibration:

@@ -210,8 +210,8 @@ class CachedLogits:
         shape, device = self.logits.shape[:2], self.logits.device
         scores = torch.full(shape, -torch.inf, dtype=self.logits.dtype, device=device)
         predictions = torch.zeros(shape, dtype=torch.long, device=device)
-        for part in torch.arange(shape[1], device=device).split(CHUNK):
-            rows, history = slice(int(part[0]), int(part[-1]) + 1), None
+        for start in range(0, shape[1], CHUNK):
+            rows, history = slice(start, start + CHUNK), None
             for k in range(policy.num_exits):
                 if on[k]:
                     answer, scores[k, rows], history = policy.step(k, self.logits[k, rows], history)

@@ -14,11 +14,12 @@ from .search import Goal, best_thresholds
 __all__ = [
     'FIT_METHODS',
     'HeldOut',
+    'best_policy',
     'choose_method',
     'cross_validated',
-    'fit_to_goal',
     'last_exit_alone',
     'policy_path',
+    'single_exits',
 ]
 
 # weight of the exit rates in the policies of `shrunk`
@@ -36,7 +37,7 @@ def last_exit_alone(template: ExitPolicy) -> ExitPolicy:
     return template.with_thresholds([math.inf] * (template.num_exits - 1))
 
 
-def _single_exits(template: ExitPolicy) -> List[ExitPolicy]:
+def single_exits(template: ExitPolicy) -> List[ExitPolicy]:
     """Policies with one exit at which all samples leave, the last one first."""
     off = [math.inf] * (template.num_exits - 1)
     first = [template.with_thresholds([*off[:k], 0.0, *off[k + 1 :]]) for k in range(template.num_exits - 1)]
@@ -44,15 +45,15 @@ def _single_exits(template: ExitPolicy) -> List[ExitPolicy]:
 
 
 def _exit_rates(samples: FitSamples, costs: Costs, goal: Goal, template: ExitPolicy) -> Optional[ExitPolicy]:
-    return _best(samples, costs, goal, [*_single_exits(template), *geometric_sweep(samples, template)])
+    return best_policy(samples, costs, goal, [*single_exits(template), *geometric_sweep(samples, template)])
 
 
 def _paper(samples: FitSamples, costs: Costs, goal: Goal, template: ExitPolicy) -> Optional[ExitPolicy]:
-    return _best(samples, costs, goal, [*_single_exits(template), *geometric_sweep(samples, template, True)])
+    return best_policy(samples, costs, goal, [*single_exits(template), *geometric_sweep(samples, template, True)])
 
 
 def _quantile(samples: FitSamples, costs: Costs, goal: Goal, template: ExitPolicy) -> Optional[ExitPolicy]:
-    return _best(samples, costs, goal, [*_single_exits(template), *quantile_sweep(samples, template)])
+    return best_policy(samples, costs, goal, [*single_exits(template), *quantile_sweep(samples, template)])
 
 
 def _optimal(samples: FitSamples, costs: Costs, goal: Goal, template: ExitPolicy) -> Optional[ExitPolicy]:
@@ -72,7 +73,7 @@ def _shrunk(samples: FitSamples, costs: Costs, goal: Goal, template: ExitPolicy)
     return start
 
 
-def _best(samples: FitSamples, costs: Costs, goal: Goal, policies: Sequence[ExitPolicy]) -> Optional[ExitPolicy]:
+def best_policy(samples: FitSamples, costs: Costs, goal: Goal, policies: Sequence[ExitPolicy]) -> Optional[ExitPolicy]:
     """The best of some policies that meets a goal, None if none does; of equal ones the first."""
     results = [samples.evaluate(policy, costs) for policy in policies]
     feasible = [i for i, result in enumerate(results) if goal.is_met(*result[:2])]
@@ -87,21 +88,6 @@ FIT_METHODS: Dict[str, Callable[[FitSamples, Costs, Goal, ExitPolicy], Optional[
     'quantile': _quantile,
     'paper': _paper,
 }
-
-
-def fit_to_goal(
-    samples: FitSamples, costs: Costs, goal: Goal, template: ExitPolicy, method: str
-) -> Optional[ExitPolicy]:
-    """Fit thresholds to a goal; None if no policy meets it.
-
-    Args:
-        samples: Validation samples.
-        costs: Cumulative cost of answering at each exit, [K]; or `ExitCost` or `ExitTime` per exit.
-        goal: The goal.
-        template: Policy whose score, temperatures and averages the result has.
-        method: One of `FIT_METHODS`.
-    """
-    return FIT_METHODS[method](samples, costs, goal, template)
 
 
 def policy_path(samples: FitSamples, costs: Costs, template: ExitPolicy, method: str) -> List[ExitPolicy]:
@@ -184,7 +170,7 @@ def cross_validated(
     for held_out in folds:
         kept, rest = samples.subset(np.setdiff1d(order, held_out)), samples.subset(held_out)
         for method in list(results):
-            policy = fit_to_goal(kept, costs, goal, template, method) if len(kept) else None
+            policy = FIT_METHODS[method](kept, costs, goal, template) if len(kept) else None
             if policy is None:
                 del results[method]
                 continue

@@ -7,6 +7,7 @@ Laufer-Goldenthal et al. 2023, arXiv:2210.07913). If every single test is valid,
 result exceeds the limit is at most 1 - confidence, over the draw of the samples.
 """
 
+import bisect
 import math
 from typing import NamedTuple, Sequence, Tuple
 
@@ -31,12 +32,10 @@ class Certified(NamedTuple):
 
     Attributes:
         policy: The last policy of the path that is certified.
-        position: Its position in the path, from 0.
         bound: Test that certified it, ``binomial`` or ``betting``; empty for the first policy.
     """
 
     policy: ExitPolicy
-    position: int
     bound: str = ''
 
 
@@ -59,11 +58,7 @@ def lowest_limit(num_samples: int, confidence: float) -> float:
 def images_needed(limit: float, confidence: float) -> int:
     """Number of calibration samples of which the certifying part reaches a limit in points, without a single loss."""
     certifying = math.ceil(math.log(1 - confidence) / math.log1p(-limit / 100))
-    low, high = certifying, 2 * certifying + 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if middle - _num_fit(middle) >= certifying else (middle + 1, high)
-    return low
+    return bisect.bisect_left(range(2 * certifying + 2), certifying, key=lambda n: n - _num_fit(n))
 
 
 def certify(
@@ -91,11 +86,11 @@ def certify(
     if risk == 'selective' and len(path) > 1:
         # too few leave early under careful policies to certify them: begin where the evidence should be best
         start = min(range(1, len(path)), key=lambda i: tests[i].p_value(expected[i], limit / 100))
-    certified = Certified(path[0], 0)
+    certified = Certified(path[0])
     for i in range(start, len(path)):
         if tests[i].p_value(_losses(fresh, path[0], path[i], risk), limit / 100) > 1 - confidence:
             break
-        certified = Certified(path[i], i, tests[i].name)
+        certified = Certified(path[i], tests[i].name)
     return certified
 
 

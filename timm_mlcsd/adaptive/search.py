@@ -176,11 +176,16 @@ class _CoordinateAscent:
 
     def result(self, cuts: Sequence[int]) -> Tuple[float, float]:
         """Accuracy in percent and mean cost under cuts, [m-1]."""
-        correct, cost = self.correct[-1], np.full(len(self.correct[-1]), self.costs[-1])
-        for k in reversed(range(len(cuts))):
+        correct, cost = self._outcomes(0, cuts)
+        return 100 * float(correct.mean()), float(cost.mean())
+
+    def _outcomes(self, first: int, cuts: Sequence[int]) -> Tuple[np.ndarray, np.ndarray]:
+        """Correctness [N] and cost [N] of each sample, given that it reaches exit `first`."""
+        correct, cost = self.correct[-1], np.full(self.correct.shape[1], self.costs[-1])
+        for k in reversed(range(first, len(cuts))):
             leaves = self.levels[k] >= cuts[k]
             correct, cost = np.where(leaves, self.correct[k], correct), np.where(leaves, self.costs[k], cost)
-        return 100 * float(correct.mean()), float(cost.mean())
+        return correct, cost
 
     def ascend(self, cuts: Sequence[int], price: float) -> List[int]:
         """Move single cuts until none of them can increase accuracy - price * cost, for at most SWEEPS sweeps."""
@@ -206,10 +211,7 @@ class _CoordinateAscent:
             before = list(cuts)
             for k in range(len(cuts)):
                 reached = self._reached(cuts)[k]
-                correct, cost = self.correct[-1], np.full(count, self.costs[-1])
-                for j in reversed(range(k + 1, len(cuts))):
-                    leaves = self.levels[j] >= cuts[j]
-                    correct, cost = np.where(leaves, self.correct[j], correct), np.where(leaves, self.costs[j], cost)
+                correct, cost = self._outcomes(k + 1, cuts)
                 base = self.result([*cuts[:k], len(self.values[k]), *cuts[k + 1 :]])
                 accuracies = base[0] + 100 / count * self._gains(k, reached, self.correct[k] - correct)
                 costs = base[1] + self._gains(k, reached, self.costs[k] - cost) / count
