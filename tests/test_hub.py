@@ -10,8 +10,10 @@ import pytest
 import timm
 import torch
 from hub_server import hub_server
+from PIL import Image
 
 from timm_mlcsd import create_multi_exit, from_pretrained, save_pretrained
+from timm_mlcsd.data import Preprocessing
 from timm_mlcsd.models import create_model
 
 NARROW = dict(channels=(8, 8, 8, 8), small_input=True)
@@ -121,12 +123,29 @@ def test_card_says_what_the_exits_cost_and_its_code_runs(tmp_path, monkeypatch):
     assert re.search(r'\| Ex1 \| `layer\d.\d` \| 81.25 \| \d+\.\d\d \|', card) and 'Top-1 on ten images.' in card
     assert '| `lr` | `0.1` |' in card
     code = re.search(r'```python\n(.*?)```', card, re.DOTALL).group(1)
-    from PIL import Image
-
-    Image.new('RGB', (40, 50)).save(tmp_path / 'photo.jpg')
+    pixels = torch.randint(256, (50, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(pixels).save(tmp_path / 'photo.jpg', exif=exif)
     monkeypatch.chdir(tmp_path)
+    code += "\ntorch.save(image, 'image.pt')"
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and 'exit 1: class' in run.stdout, run.stderr
+    # the reference normalises after it converts to 0 to 1, so float32 rounds differently
+    expected = Preprocessing(timm.data.resolve_data_config(model=timm.create_model(f'local-dir:{tmp_path}')))
+    assert torch.allclose(torch.load('image.pt'), expected('photo.jpg'), atol=1e-5)
+
+
+@pytest.mark.parametrize('channels, line', [(1, "read_image('photo.jpg', 'L')"), (5, 'torch.zeros(1, *(5, 32, 32))')])
+def test_model_card_of_other_images(tmp_path, channels, line):
+    model = timm.create_model('mlcsd_test_resnet', exits=2, num_classes=2, in_chans=channels)
+    save_pretrained(model, tmp_path, data_config=dict(input_size=(channels, 32, 32)))
+    assert line in (tmp_path / 'README.md').read_text()
+
+
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
+    save_pretrained(timm.create_model('mlcsd_test_resnet', exits=2, num_classes=2), tmp_path)
+    assert len({(tmp_path / name).stat().st_mode for name in ('config.json', 'README.md', 'model.safetensors')}) == 1
 
 
 SESSION = """

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Protocol, Sequence, Tuple, Union
@@ -14,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ._timm import HF_SAFE_WEIGHTS_NAME, hf_split, resolve_input_data_config
 from .cost import exit_costs
-from .data import IMAGE_MODE
+from .data import IMAGE_MODE, default_image_mode
 from .errors import UserError, as_user_error, one_line
 from .file_checks import read_json
 from .files import atomic_write_all
@@ -110,6 +111,7 @@ def save_pretrained(
         source or f'local-dir:{directory}',
         data_config['input_size'],
         adaptive=policy is not None,
+        image_mode=image_mode or _default_mode(data_config['input_size'][0]),
         **card,
     )
     # safetensors rejects shared tensors, so each name gets its own copy
@@ -126,6 +128,8 @@ def save_pretrained(
         with atomic_write_all(directory, replaced) as new:
             write_config(model, new / CONFIG, names, data_config, tensors)
             safetensors.torch.save_file(tensors, new / HF_SAFE_WEIGHTS_NAME, metadata={'format': 'pt'})
+            # safetensors lets the owner alone read its files
+            shutil.copymode(new / CONFIG, new / HF_SAFE_WEIGHTS_NAME)
             (new / CARD).write_text(card_text, encoding='utf-8')
             if policy is not None:
                 policy.save(new / POLICY)
@@ -339,6 +343,13 @@ def _has_edited_card(api: HfApi, repo_id: str, revision: Optional[str]) -> bool:
         if is_missing_file(e):
             return False
         raise
+
+
+def _default_mode(channels: int) -> Optional[str]:
+    try:
+        return default_image_mode(channels)
+    except ValueError:
+        return None
 
 
 def _card(

@@ -26,6 +26,28 @@ license: {license}
 ---
 """
 
+_USAGE = """```python
+import timm
+import torch
+
+import timm_mlcsd  # registers the architecture; from a checkout of timm_mlcsd: pip install .
+{imports}
+model = timm.create_model({source!r}, pretrained=True).eval()
+{image}
+with torch.no_grad():
+    for exit, logits in model.iter_exits(image):  # later exits are not computed after a break
+        probability, label = logits.softmax(-1).max(-1)
+        print(f'exit {{exit + 1}}: class {{label.item()}} with {{probability.item():.2f}}')
+        if probability > 0.9:
+            break
+```
+"""
+_IMPORTS = 'from timm_mlcsd.data import read_image\n'
+# read_image turns images upright and keeps 16 bits, as training does and Image.open does not
+_FROM_FILE = """transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+image = transform(read_image('photo.jpg'{mode})).unsqueeze(0)"""
+_NO_FILES = 'image = torch.zeros(1, *{input_size})  # normalised pixels'
+
 _ADAPTIVE = """With `exit_policy.json`, which is stored with the weights, every image of a batch stops at its own exit:
 
 ```python
@@ -52,6 +74,7 @@ def model_card(
     training: Optional[Dict[str, Any]] = None,
     license: str = 'apache-2.0',
     adaptive: bool = False,
+    image_mode: Optional[str] = 'RGB',
 ) -> str:
     """Write a model card.
 
@@ -66,6 +89,7 @@ def model_card(
         training: Training settings by name; default: not shown.
         license: Identifier of the license on the Hub.
         adaptive: Whether an exit policy is stored with the weights; default: False.
+        image_mode: Pillow mode of the images; None if image files have no mode with C channels. Default: ``RGB``.
 
     Returns:
         Markdown that starts with the Hub's metadata and ends with a digest, which `is_own_card` checks. Markup in
@@ -94,7 +118,7 @@ def model_card(
         lines.append(_row([row['exit'], _code(row['tap']), *accuracy, *costs]))
     if with_accuracy and measured_on:
         lines += ['', f'Top-1 on {_text(measured_on)}.']
-    lines += ['', '## Use', '', _usage(source)]
+    lines += ['', '## Use', '', _usage(source, input_size, image_mode)]
     if adaptive:
         lines += [_ADAPTIVE.format(source=source)]
     if training:
@@ -155,22 +179,11 @@ def _row(cells: Sequence[str]) -> str:
     return f'| {" | ".join(cells)} |'
 
 
-def _usage(source: str) -> str:
-    return f"""```python
-import timm
-import torch
-from PIL import Image
-
-import timm_mlcsd  # registers the architecture; from a checkout of timm_mlcsd: pip install .
-
-model = timm.create_model({source!r}, pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-image = transform(Image.open('photo.jpg').convert('RGB')).unsqueeze(0)
-with torch.no_grad():
-    for exit, logits in model.iter_exits(image):  # later exits are not computed after a break
-        probability, label = logits.softmax(-1).max(-1)
-        print(f'exit {{exit + 1}}: class {{label.item()}} with {{probability.item():.2f}}')
-        if probability > 0.9:
-            break
-```
-"""
+def _usage(source: str, input_size: Sequence[int], image_mode: Optional[str]) -> str:
+    return _USAGE.format(
+        source=source,
+        image=_NO_FILES.format(input_size=tuple(input_size))
+        if image_mode is None
+        else _FROM_FILE.format(mode='' if image_mode == 'RGB' else f', {image_mode!r}'),
+        imports='' if image_mode is None else _IMPORTS,
+    )
