@@ -77,6 +77,9 @@ def _prepare_terminal() -> None:
     for handler in logging.getLogger().handlers:
         if not any(isinstance(known, _EscapeFilter) for known in handler.filters):
             handler.addFilter(_EscapeFilter())
+    # the packages that huggingface_hub 1 and 2 send requests with log a line for each
+    for package in ('httpx', 'httpx2'):
+        logging.getLogger(package).setLevel(logging.WARNING)
 
 
 def run_script(prog: str, main: Callable[[], object]) -> None:

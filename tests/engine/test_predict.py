@@ -40,6 +40,7 @@ def test_push_then_predict_from_the_hub(trained, photo, tmp_path):
 
         pushed = command('push', trained / 'model_best.pth.tar', 'me/colours', '--private')
         assert pushed.returncode == 0 and '/me/colours/commit/' in pushed.stdout, pushed.stderr
+        assert 'HTTP' not in pushed.stderr  # requests are not listed
         card = server.repos['me/colours']['files']['README.md'].decode()
         assert 'Top-1 on the 5 images that chose the epoch.' in card and '| `alpha` | `1.0` |' in card
         there, here = (
