@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import subprocess
 import sys
 
@@ -37,6 +38,27 @@ def test_errors_logs_and_tables_are_escaped(capsys, monkeypatch):
     assert out.splitlines()[-1] == SHOWN
     # white space of an error becomes single spaces
     assert err == f'train.py: error: {SHOWN.replace(chr(92) + "r", " ")} is bad\n'
+
+
+@pytest.mark.parametrize(
+    'path, message',
+    [
+        ('x' * 5000, "'" + 'x' * 299 + ' ...: File name too long'),
+        ('a\nb', r"'a\nb': No such file or directory"),
+    ],
+)
+def test_paths_that_the_system_refuses(path, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        run_script('train.py', lambda: os.stat(path))
+    assert e.value.code == 2 and capsys.readouterr().err == f'train.py: error: {message}\n'
+
+
+def test_an_error_without_a_file_keeps_its_traceback():
+    def main():
+        raise OSError('of the program')
+
+    with pytest.raises(OSError, match='of the program'):
+        run_script('train.py', main)
 
 
 def test_a_terminal_without_the_letters_gets_escapes():

@@ -85,7 +85,7 @@ def _prepare_terminal() -> None:
 def run_script(prog: str, main: Callable[[], object]) -> None:
     """Run a script with logging to the terminal.
 
-    A `UserError` is printed to stderr as one line, with exit code 2.
+    A `UserError`, and an `OSError` that names a file, is printed to stderr as one line, with exit code 2.
 
     Args:
         prog: Name of the script in error messages.
@@ -94,8 +94,17 @@ def run_script(prog: str, main: Callable[[], object]) -> None:
     _prepare_terminal()
     try:
         main()
-    except UserError as e:
-        print(f'{prog}: error: {printable(" ".join(str(e).split()))}', file=sys.stderr)
+    except (UserError, OSError) as e:
+        if isinstance(e, OSError) and e.filename is None:
+            raise
+        print(f'{prog}: error: {printable(_message(e))}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError):
+        name = repr(str(error.filename))
+        return f'{name if len(name) <= 300 else name[:300] + " ..."}: {error.strerror}'
+    return ' '.join(str(error).split())
