@@ -50,9 +50,9 @@ def test_every_flag_shows_its_default(parser, action):
     assert shown
     if isinstance(action, argparse._StoreTrueAction):
         assert shown == 'off'
-    elif isinstance(action.default, list):
+    elif isinstance(action.default, list) and action.default:
         assert [float(value) for value in shown.split()] == pytest.approx(action.default, abs=1e-4)
-    elif action.default is not None and action.default is not False and action.default not in ('', {}):
+    elif action.default is not None and action.default is not False and action.default not in ('', {}, []):
         assert re.split(', ', shown)[0] == str(action.default)
 
 

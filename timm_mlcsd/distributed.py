@@ -19,6 +19,7 @@ __all__ = [
     'all_reduce_mean',
     'end_process',
     'init_distributed',
+    'launched_context',
 ]
 
 
@@ -90,6 +91,26 @@ class DistributedContext(NamedTuple):
 
 
 SINGLE_PROCESS = DistributedContext()
+
+
+def launched_context() -> DistributedContext:
+    """Rank of this process and number of processes, for work in which the processes do not communicate.
+
+    Returns:
+        The context as torchrun set it; `SINGLE_PROCESS` without torchrun. Its collectives need `init_distributed`.
+
+    Raises:
+        UserError: The environment variables of torchrun are wrong.
+    """
+    if 'RANK' not in os.environ or 'WORLD_SIZE' not in os.environ:
+        return SINGLE_PROCESS
+    try:
+        rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
+        if not 0 <= rank < size:
+            raise ValueError(f'RANK={rank}, WORLD_SIZE={size}')
+    except ValueError as e:
+        raise UserError(f'RANK, WORLD_SIZE and LOCAL_RANK are not as torchrun sets them: {e}.') from None
+    return DistributedContext(rank, size, local_rank)
 
 
 def init_distributed(device: torch.device) -> DistributedContext:

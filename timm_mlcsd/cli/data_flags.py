@@ -4,7 +4,7 @@ import argparse
 
 from .arguments import image_side, integer, interpolation, non_negative_int, number, positive_int, seed
 
-__all__ = ['add_data_flags', 'add_device_flags', 'add_train_data_flags']
+__all__ = ['add_data_flags', 'add_device_flags', 'add_loader_flags', 'add_train_data_flags']
 
 
 def add_data_flags(parser: argparse.ArgumentParser, trains: bool) -> argparse._ArgumentGroup:
@@ -20,7 +20,7 @@ def add_data_flags(parser: argparse.ArgumentParser, trains: bool) -> argparse._A
     group = parser.add_argument_group('Data')
     _add_source_flags(group, trains)
     _add_image_flags(group, trains)
-    _add_loader_flags(group)
+    add_loader_flags(group)
     return group
 
 
@@ -118,7 +118,8 @@ def _add_image_flags(group: argparse._ArgumentGroup, trains: bool) -> None:
     )
 
 
-def _add_loader_flags(group: argparse._ArgumentGroup) -> None:
+def add_loader_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the loader to the group Data."""
     group.add_argument('-b', '--batch-size', type=positive_int, metavar='N', help='images per batch and process')
     group.add_argument(
         '-j',
@@ -181,8 +182,13 @@ def add_train_data_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_device_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the group Device."""
+def add_device_flags(parser: argparse.ArgumentParser, compiles: bool = True) -> None:
+    """Add the group Device.
+
+    Args:
+        parser: Parser to extend.
+        compiles: Whether the script can compile the network; default: True.
+    """
     group = parser.add_argument_group('Device')
     group.add_argument(
         '--device',
@@ -191,6 +197,8 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--amp', action='store_true', help='run the network in mixed precision, by autocast')
     group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), help='lower precision of --amp')
     group.add_argument('--channels-last', action='store_true', help='use the channels-last memory layout')
+    if not compiles:
+        return
     group.add_argument(
         '--torchcompile',
         nargs='?',

@@ -1,7 +1,6 @@
-"""Labels for images on the command line: ``mlcsd-predict CHECKPOINT|hf-hub:REPO|FOLDER IMAGE...``."""
+"""Labels for images on the command line: ``mlcsd-predict CHECKPOINT|hf-hub:REPO|FOLDER INPUT...``."""
 
 import argparse
-import logging
 import math
 import time
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -9,17 +8,29 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 
 from ..adaptive import AdaptiveModel, ExitPolicy
-from ..data import ClassNames, Preprocessing, class_label
+from ..data import Preprocessing
+from ..distributed import launched_context
+from ..engine.device import make_autocast, resolve_device, to_channels_last
+from ..engine.prediction import (
+    LABEL_TYPES,
+    OUTPUT_TYPES,
+    PredictConfig,
+    choose_policy,
+    find_images,
+    labels,
+    load,
+    predict_to_file,
+)
 from ..errors import UserError, as_user_error, one_line, printable, run_script
 from ..models import MultiExitModel
-from ..network import Network, load_network
 from .arguments import ScriptParser, positive_int, probability
+from .data_flags import add_device_flags, add_loader_flags
 
 __all__ = ['Answer', 'answer', 'main', 'predict']
 
-_logger = logging.getLogger('predict')
-
 HEADERS = ('Image', 'Labels', 'Exit', 'ms')
+# number of labels per image in the terminal, by default
+TOPK = 3
 
 
 class Answer(NamedTuple):
@@ -40,7 +51,14 @@ def predict_parser() -> ScriptParser:
     """The flags of mlcsd-predict."""
     parser = ScriptParser(prog='mlcsd-predict', description='Label images with a multi-exit network')
     parser.add_argument('network', help='checkpoint of train.py, folder of a run, saved folder, or hf-hub:REPO')
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file to label')
+    parser.add_argument(
+        'images',
+        nargs='*',
+        default=[],
+        metavar='INPUT',
+        help="image file, folder of images, or pattern such as 'photos/**/*.jpg' (default: --dataset names the images)",
+    )
+    parser.add_argument('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
     parser.add_argument(
         '--threshold',
         type=probability,
@@ -51,10 +69,58 @@ def predict_parser() -> ScriptParser:
     parser.add_argument(
         '--no-policy', action='store_true', help='let the last exit answer every image, even if there is a policy'
     )
-    parser.add_argument('--topk', type=positive_int, default=3, metavar='N', help='labels to show per image')
-    parser.add_argument('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
-    parser.add_argument('--device', default='cpu', help='device to run on, such as cpu or cuda')
+    _add_data_flags(parser)
+    _add_output_flags(parser)
+    add_device_flags(parser, compiles=False)
+    parser.set_defaults(**PredictConfig().to_dict())
     return parser
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Data')
+    group.add_argument(
+        '--dataset',
+        '-d',
+        metavar='NAME',
+        help="data set to label instead of files: digits, or in timm's notation hfds/PATH, hfids/PATH, tfds/NAME, "
+        'wds/NAME or torch/NAME; wds/ data needs labels, which are not used (default: none)',
+    )
+    group.add_argument('--data-dir', metavar='DIR', help='path to the data set (default: none)')
+    group.add_argument('--split', metavar='NAME', help='name of the split of the data set')
+    group.add_argument(
+        '--input-key',
+        help='column with the images, in data that has columns (default: the usual one, such as image)',
+    )
+    group.add_argument(
+        '--dataset-download', action='store_true', help='download a data set of torch/, tfds/ or hfids/ that is missing'
+    )
+    group.add_argument(
+        '--dataset-trust-remote-code', action='store_true', help='let a data set of the Hugging Face Hub run its code'
+    )
+    add_loader_flags(group)
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Output')
+    group.add_argument(
+        '--output',
+        metavar='FILE',
+        help='write a row per image to this .csv, .jsonl or .parquet file, in batches; of several processes of '
+        'torchrun each writes a part (default: a table in the terminal, one image after the other)',
+    )
+    group.add_argument('--resume', action='store_true', help='go on with the file of --output if it exists')
+    group.add_argument(
+        '--topk', type=positive_int, metavar='N', help=f'labels per image (default: {TOPK}, with --output 1)'
+    )
+    group.add_argument(
+        '--label-type',
+        choices=LABEL_TYPES,
+        help="label of a class: its name, for ImageNet's classes also a description, short or detailed; or none, the "
+        "index alone (default: names; for a network without names and with as many classes as ImageNet, descriptions)",
+    )
+    group.add_argument('--include-index', action='store_true', help='write the class index too, with --output')
+    group.add_argument('--output-type', choices=OUTPUT_TYPES, help='value to write beside a label, with --output')
+    group.add_argument('--filename-col', metavar='NAME', help='name of the column with files, with --output')
 
 
 @torch.inference_mode()
@@ -77,89 +143,97 @@ def answer(model: MultiExitModel, image: torch.Tensor, policy: Optional[ExitPoli
     return Answer(probabilities, k, 1000 * (time.perf_counter() - start))
 
 
-def _policy(args: argparse.Namespace, network: Network) -> Optional[ExitPolicy]:
-    """When to stop: as ``--threshold`` says, else as the policy beside the weights does."""
-    model = network.model
-    if args.threshold is None and (network.policy_file is None or args.no_policy):
-        return None
-    if not model.resumable:
-        if args.threshold is None:
-            _logger.warning(f'The exit policy is not used: the network runs as a whole: {model.why_not_resumable}.')
-            return None
-        raise UserError(f'--threshold: the network answers at its last exit only: {model.why_not_resumable}.')
-    if args.threshold is not None:
-        return ExitPolicy((args.threshold,) * (model.num_exits - 1))
-    assert network.policy_file is not None  # without it and a threshold there is no policy
-    with as_user_error('the exit policy cannot be used, --no-policy does without it'):
-        policy = ExitPolicy.load_for(network.policy_file, model)
-    return policy.without_digest()  # checked once, not with every image
+def predict(config: PredictConfig) -> List[Answer]:
+    """Label the images of a configuration; prints a line for each as soon as it is answered.
 
+    Args:
+        config: The prediction, without `output`.
 
-def predict(args: argparse.Namespace) -> List[Answer]:
-    """Label the images that the flags name; prints a line for each as soon as it is answered.
+    Returns:
+        The answers.
 
     Raises:
         UserError: The network or the flags don't fit, or images cannot be read; the others are answered first.
     """
-    network = load_network(args.network, args.use_ema)
-    model, names = network.model, network.class_names
-    if not model.num_classes:
-        raise UserError(f'{args.network!r} has no classes to tell apart (num_classes=0).')
-    with as_user_error(f'{args.network!r} cannot label files'):
+    paths = find_images(config.images)
+    network = load(config)
+    model = network.model
+    names = labels(network, config.label_type)
+    texts = [str(index) for index in range(model.num_classes)] if names is None else names
+    with as_user_error(f'{config.network!r} cannot label files'):
         preprocessing = Preprocessing(network.data_config)
-    with as_user_error(f'--device {args.device} cannot be used'):
-        model.to(args.device)
-    policy = _policy(args, network)
-    top = min(args.topk, model.num_classes)
-    widths = (max(len(printable(path)) for path in args.images), _label_width(names, model.num_classes, top), 4, 8)
+    device = resolve_device(config.device)
+    model.to(device)
+    if config.device.channels_last:
+        model.to(memory_format=torch.channels_last)
+    policy = choose_policy(config, network)
+    top = min(config.topk or TOPK, model.num_classes)
+    widths = (max(len(printable(path)) for path in paths), _label_width(texts, top), 4, 8)
     print(_row(HEADERS, widths), _row(['-' * width for width in widths], widths), sep='\n', flush=True)
     answers: List[Answer] = []
     unreadable: List[str] = []
-    for path, image in _read(args, preprocessing, unreadable):
-        if not answers:
-            all_exits = policy and policy.with_thresholds([t if t == math.inf else 1e9 for t in policy.thresholds])
-            answer(model, image, all_exits)  # setting up isn't timed
-        answers.append(answer(model, image, policy))
+    for path, image in _read(paths, preprocessing, unreadable):
+        image = to_channels_last(image.to(device)) if config.device.channels_last else image.to(device)
+        with make_autocast(config.device, device):
+            if not answers:
+                all_exits = policy and policy.with_thresholds([t if t == math.inf else 1e9 for t in policy.thresholds])
+                answer(model, image, all_exits)  # setting up isn't timed
+            answers.append(answer(model, image, policy))
         best = answers[-1].probabilities.topk(top)
-        labels = [
-            f'{printable(class_label(names, i))} {100 * p:.1f}%'
-            for p, i in zip(best.values.tolist(), best.indices.tolist())
-        ]
-        cells = (printable(path), ', '.join(labels), f'Ex{answers[-1].exit + 1}', f'{answers[-1].milliseconds:.1f}')
+        found = [f'{texts[i]} {100 * p:.1f}%' for p, i in zip(best.values.tolist(), best.indices.tolist())]
+        cells = (printable(path), ', '.join(found), f'Ex{answers[-1].exit + 1}', f'{answers[-1].milliseconds:.1f}')
         print(_row(cells, widths), flush=True)
-    if unreadable:
-        raise UserError(f'{len(unreadable)} of {len(args.images)} images: {"; ".join(unreadable)}')
+    if len(unreadable) > config.data.max_bad_samples:
+        raise UserError(f'{len(unreadable)} of {len(paths)} images: {"; ".join(unreadable)}')
     return answers
 
 
 def _read(
-    args: argparse.Namespace, preprocessing: Preprocessing, unreadable: List[str]
+    paths: Sequence[str], preprocessing: Preprocessing, unreadable: List[str]
 ) -> Iterator[Tuple[str, torch.Tensor]]:
-    """The images that can be read, on the device; what is wrong with the others is added to `unreadable`."""
-    for path in args.images:
+    """The images that can be read; what is wrong with the others is added to `unreadable`."""
+    for path in paths:
         try:
             image = preprocessing(path)
         except Exception as e:  # decoders fail in as many ways as there are files
             unreadable.append(f'{path!r} cannot be read as an image: {one_line(e)}')
             continue
-        yield path, image.to(args.device)
+        yield path, image
 
 
-def _label_width(names: Optional[ClassNames], num_classes: int, count: int) -> int:
+def _label_width(texts: Sequence[str], count: int) -> int:
     """The width of a column for so many labels with their percentages; very long ones may stick out."""
-    longest = max(len(printable(class_label(names, index))) for index in range(num_classes))
-    return min(count * (longest + len(' 100.0%, ')) - 2, 60)
+    return min(count * (max(map(len, texts)) + len(' 100.0%, ')) - 2, 60)
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
     """Cells in columns: text to the left, numbers to the right."""
-    image, labels, exit_, milliseconds = cells
-    return f'{image:<{widths[0]}}  {labels:<{widths[1]}}  {exit_:<{widths[2]}}  {milliseconds:>{widths[3]}}'
+    image, found, exit_, milliseconds = cells
+    return f'{image:<{widths[0]}}  {found:<{widths[1]}}  {exit_:<{widths[2]}}  {milliseconds:>{widths[3]}}'
+
+
+def _predict(config: PredictConfig) -> None:
+    has_data = bool(config.data.dataset or config.data.data_dir)
+    if bool(config.images) == has_data:
+        what = 'not both' if has_data else 'got neither'
+        raise UserError(f'expected INPUT, a file, folder or pattern, or --dataset NAME; {what}.')
+    if config.output:
+        predict_to_file(config, launched_context())
+        return
+    default = PredictConfig()
+    for name in ('resume', 'include_index', 'output_type', 'filename_col'):
+        if getattr(config, name) != getattr(default, name):
+            raise UserError(f'--{name.replace("_", "-")}: only with --output FILE.')
+    if has_data:
+        raise UserError('--dataset: only with --output FILE, which gets a row per image.')
+    if launched_context().size > 1:
+        raise UserError('torchrun: several processes need --output FILE, of which each writes a part.')
+    predict(config)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Entry point of mlcsd-predict."""
-    run_script('mlcsd-predict', lambda: predict(predict_parser().parse_args(argv)))
+    run_script('mlcsd-predict', lambda: _predict(PredictConfig.from_dict(vars(predict_parser().parse_args(argv)))))
 
 
 if __name__ == '__main__':

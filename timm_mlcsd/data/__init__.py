@@ -13,6 +13,7 @@ from .class_names import (
 from .device_cache import CachedLoader, cache_images
 from .digits import DigitsDataset
 from .folders import (
+    IMAGE_ENDINGS,
     SPLIT_FOLDERS,
     check_class_folders,
     check_folder_has_split,
@@ -32,6 +33,7 @@ from .stream import CheckedStream
 from .subset import ConvertedImages, IndexedTargets, TransformSubset, hold_out, num_images
 
 __all__ = [
+    'IMAGE_ENDINGS',
     'IMAGE_MODE',
     'IMAGE_MODES',
     'SPLIT_FOLDERS',

@@ -51,7 +51,7 @@ class BrokenSampleTracker:
         """
         raise NotImplementedError
 
-    def _describe(self, broken: Any) -> str:
+    def describe(self, broken: Any) -> str:
         """Return the name of a broken image and the reason why it cannot be read."""
         raise NotImplementedError
 
@@ -71,11 +71,11 @@ class BrokenSampleTracker:
         if new and len(found) > self.limit:
             allowed = f', more than --max-bad-samples {self.limit} allows' if self.limit else ''
             raise UserError(
-                f'{len(found)} {self._describe_total()} cannot be read{allowed}, among them {self._describe(new[0])}. '
+                f'{len(found)} {self._describe_total()} cannot be read{allowed}, among them {self.describe(new[0])}. '
                 f'Fix or remove them, or continue without them with --max-bad-samples N.'
             )
         for broken in new:
-            _logger.warning(f'Left out, because it cannot be read: {self._describe(broken)}')
+            _logger.warning(f'Left out, because it cannot be read: {self.describe(broken)}')
 
 
 class CheckedImages(BrokenSampleTracker, Dataset):
@@ -133,7 +133,8 @@ class CheckedImages(BrokenSampleTracker, Dataset):
         except Exception:  # the name itself may be unreadable
             return f'number {index}'
 
-    def _describe(self, index: int) -> str:
+    def describe(self, index: int) -> str:
+        """Describe a broken image; see `BrokenSampleTracker.describe`."""
         name = self.name(index)
         try:
             self._read(index)

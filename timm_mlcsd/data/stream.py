@@ -67,7 +67,8 @@ class CheckedStream(BrokenSampleTracker, IterableImageDataset):
         for found in others:
             self._found.update(found)
 
-    def _describe(self, broken: str) -> str:
+    def describe(self, broken: str) -> str:
+        """Describe a broken image; see `BrokenSampleTracker.describe`."""
         return f'{broken} ({self._found[broken]})'
 
     def _describe_total(self) -> str:  # the length is unknown, as it counts repeated images

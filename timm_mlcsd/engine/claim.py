@@ -9,7 +9,7 @@ from typing import Iterator, Optional
 
 from ..errors import UserError, as_user_error
 
-__all__ = ['LOCK', 'claimed', 'new_folder']
+__all__ = ['LOCK', 'claimed', 'locked', 'new_folder']
 
 LOCK = '.lock'
 
@@ -43,23 +43,42 @@ def claimed(folder: Path, is_new: bool = False) -> Iterator[None]:
     Raises:
         UserError: Another process has locked it, or it cannot be written.
     """
-    path = folder / LOCK
     is_new = is_new or not folder.exists()
     with as_user_error(f'the folder {str(folder)!r} cannot be written'):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _locked(path)
+    try:
+        with locked(folder / LOCK, folder, '--experiment'):
+            yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # fails unless it is empty
+
+
+@contextlib.contextmanager
+def locked(path: Path, protected: Path, flag: str) -> Iterator[None]:
+    """Hold a lock of the kernel; without such locks (Windows, some network file systems) nothing is locked.
+
+    Args:
+        path: Path of the lock file, which is removed at the end.
+        protected: Path that the lock protects, for messages.
+        flag: Flag that names `protected`, for messages.
+
+    Raises:
+        UserError: Another process holds the lock, or the lock file cannot be written.
+    """
+    with as_user_error(f'{str(protected)!r} cannot be written'):
+        lock = _locked(path, protected, flag)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
-            if is_new:
-                folder.rmdir()  # fails unless it is empty
         if lock is not None:
             os.close(lock)
 
 
-def _locked(path: Path) -> Optional[int]:
+def _locked(path: Path, protected: Path, flag: str) -> Optional[int]:
     """The open, locked file; None if the system has no locks."""
     if importlib.util.find_spec('fcntl') is None:
         return None
@@ -73,8 +92,8 @@ def _locked(path: Path) -> Optional[int]:
             holder = os.read(file, 200).decode(errors='replace').strip()
             os.close(file)
             raise UserError(
-                f'{str(path.parent)!r} is in use by {holder or "another process"}, which is still running: wait for it '
-                f'or stop it, or name another --experiment.'
+                f'{str(protected)!r} is in use by {holder or "another process"}, which is still running: wait for it '
+                f'or stop it, or name another {flag}.'
             ) from None
         except OSError:  # a file system without locks
             os.close(file)

@@ -126,8 +126,12 @@ class Evaluator:
             forward = compile_forward(model.forward_exits, config)
         self.forward = forward
 
-    def loader(self, dataset: Dataset) -> Any:
+    def loader(self, dataset: Dataset, has_labels: bool = True) -> Any:
         """A loader of prepared batches of a data set.
+
+        Args:
+            dataset: Data set of (image, target).
+            has_labels: Whether targets are labels, which are checked; default: True.
 
         Raises:
             UserError: The data does not fit the settings.
@@ -138,7 +142,7 @@ class Evaluator:
                 dataset,
                 self.data_config,
                 self.device,
-                num_classes=self.model.num_classes,
+                num_classes=self.model.num_classes if has_labels else None,
                 channels_last=self.channels_last,
             )
 

@@ -1,0 +1,309 @@
+"""mlcsd-predict --output: every image once in a file, whatever happens on the way."""
+
+import csv
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from scripts import run
+
+from timm_mlcsd import save_pretrained
+from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy
+from timm_mlcsd.cli import predict
+from timm_mlcsd.data import Preprocessing
+from timm_mlcsd.engine.prediction.output import OutputFile, record_path
+from timm_mlcsd.errors import UserError
+from timm_mlcsd.network import load_network
+
+FLAGS = ['-j', 0, '-b', 5, '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def adaptive(folder, trained, tmp_path_factory):
+    """The trained network with a policy by which images leave at all exits."""
+    path = tmp_path_factory.mktemp('adaptive') / 'run'
+    shutil.copytree(trained, path)
+    network = load_network(path)
+    read = Preprocessing(network.data_config)
+    batch = torch.cat([read(file) for file in sorted((folder / 'test').glob('*/*.png'))])
+    with torch.no_grad():
+        exits = [logits.softmax(-1).amax(-1) for logits in network.model.forward_exits(batch).logits[:-1]]
+    thresholds = [confidence.quantile(0.6).item() for confidence in exits]
+    policy = ExitPolicy(thresholds, exit_names=network.model.exit_names).for_weights(network.model)
+    policy.save(path / 'exit_policy.json')
+    return path
+
+
+@pytest.fixture
+def images(folder, tmp_path):
+    """A folder of 12 images in folders of classes, without splits."""
+    path = tmp_path / 'images'
+    shutil.copytree(folder / 'test', path)
+    return path
+
+
+def rows_of(path):
+    if path.suffix == '.csv':
+        with open(path, newline='') as f:
+            return list(csv.DictReader(f))
+    if path.suffix == '.jsonl':
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def expected_rows(network, paths):
+    """Answers for one image after the other."""
+    loaded = load_network(network)
+    runtime, read = AdaptiveModel.from_pretrained(network), Preprocessing(loaded.data_config)
+    for path in paths:
+        logits, exit_index, cost = runtime.predict(read(path))
+        probability, index = logits[0].softmax(-1).max(0)
+        yield loaded.class_names[index], probability.item(), exit_index.item() + 1, cost.item()
+
+
+@pytest.mark.parametrize('ending', ['csv', 'jsonl', 'parquet'])
+def test_rows_are_what_the_network_answers(adaptive, images, tmp_path, ending, capsys):
+    out = tmp_path / f'preds.{ending}'
+    assert run(predict.main, [adaptive, images, '--output', out, *FLAGS]) == 0
+    rows = rows_of(out)
+    paths = sorted(map(str, images.glob('*/*.png')))
+    assert list(rows[0]) == ['filename', 'label', 'prob', 'exit', 'macs'] and [row['filename'] for row in rows] == paths
+    for row, (label, probability, exit, macs) in zip(rows, expected_rows(adaptive, paths)):
+        assert (row['label'], int(row['exit']), int(row['macs'])) == (label, exit, macs)
+        # six digits, and kernels that sum in another order for another batch
+        assert float(row['prob']) == pytest.approx(probability, abs=1e-4)
+    assert len({row['exit'] for row in rows}) > 1
+    record = json.loads(record_path(out).read_text())
+    assert record['finished'] and record['answered'] == 12 and sum(record['exits']) == 12
+    assert '12 images labelled' in capsys.readouterr().out
+    assert {p.name for p in tmp_path.glob('*preds*')} | {p.name for p in tmp_path.glob('.*')} == {
+        out.name,
+        record_path(out).name,
+    }
+
+
+def test_columns(adaptive, images, tmp_path):
+    flags = ['--topk', 2, '--include-index', '--output-type', 'logit', '--filename-col', 'file', '--no-policy']
+    assert run(predict.main, [adaptive, images, '--output', tmp_path / 'a.jsonl', *flags, *FLAGS]) == 0
+    (row, *_) = rows_of(tmp_path / 'a.jsonl')
+    pairs = [f'{name}_{rank}' for rank in range(2) for name in ('index', 'label', 'logit')]
+    assert list(row) == ['file', *pairs, 'exit', 'macs'] and row['exit'] == 4
+    network = load_network(adaptive)
+    with torch.no_grad():
+        top = network.model(Preprocessing(network.data_config)(row['file']))[0].topk(2)
+    assert [row['index_0'], row['index_1']] == top.indices.tolist()
+    assert [row['logit_0'], row['logit_1']] == pytest.approx(top.values.tolist(), abs=1e-4)
+    assert run(predict.main, [adaptive, images, '--output', tmp_path / 'b.csv', '--label-type', 'none', *FLAGS]) == 0
+    assert list(rows_of(tmp_path / 'b.csv')[0]) == ['filename', 'index', 'prob', 'exit', 'macs']
+
+
+def test_imagenets_classes_have_descriptions(images, tmp_path, capsys):
+    torch.manual_seed(0)
+    save_pretrained(timm.create_model('mlcsd_test_resnet', exits=2), tmp_path / 'net')
+    found = {}
+    for kind in ('name', 'description', 'detailed'):
+        flags = ['--output', tmp_path / f'{kind}.csv', '--label-type', kind, '--include-index', *FLAGS]
+        assert run(predict.main, [tmp_path / 'net', images, *flags]) == 0
+        found[kind] = rows_of(tmp_path / f'{kind}.csv')[0]
+    info = timm.data.ImageNetInfo()
+    index = int(found['name']['index'])
+    assert found['name']['label'] == str(index)
+    assert found['description']['label'] == info.index_to_description(index)
+    assert found['detailed']['label'] == info.index_to_description(index, detailed=True)
+
+
+def test_files_patterns_and_what_is_no_image(adaptive, images, tmp_path, caplog):
+    (images / 'notes.txt').write_text('no image')
+    (images / '._0.png').write_bytes(b'twin')
+    some = images / 'red' / '1.png'
+    inputs = [some, images / '*' / '[01].png', images / 'blue', some]
+    assert run(predict.main, [adaptive, *inputs, '--output', tmp_path / 'a.csv', *FLAGS]) == 0
+    names = [row['filename'] for row in rows_of(tmp_path / 'a.csv')]
+    expected = [some, *(images / c / f'{i}.png' for c in ('blue', 'green', 'red') for i in range(2))]
+    assert names == list(dict.fromkeys([*map(str, expected), *(str(images / 'blue' / f'{i}.png') for i in range(4))]))
+    assert run(predict.main, [adaptive, images, '--output', tmp_path / 'b.csv', *FLAGS]) == 0
+    assert 'left out 1 hidden, 1 .txt' in caplog.text and len(rows_of(tmp_path / 'b.csv')) == 12
+
+
+def test_a_table_of_the_folder_in_the_terminal(adaptive, images, capsys):
+    assert run(predict.main, [adaptive, images]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 14
+
+
+def test_images_that_cannot_be_read_are_listed(adaptive, images, tmp_path, capsys):
+    (images / 'green' / '2.png').write_bytes(b'damaged')
+    flags = ['--output', tmp_path / 'a.csv', *FLAGS]
+    assert run(predict.main, [adaptive, images, *flags]) == 2
+    error = capsys.readouterr().err
+    assert '1 images cannot be read' in error and '2.png' in error and 'a.csv.json' in error
+    record = json.loads((tmp_path / 'a.csv.json').read_text())
+    assert record['answered'] == 11 and record['unreadable'] == 1 and '2.png' in record['unreadable_images'][0]
+    assert run(predict.main, [adaptive, images, *flags, '--resume', '--max-bad-samples', 1]) == 0
+    assert len(rows_of(tmp_path / 'a.csv')) == 11
+    shutil.copy(images / 'green' / '1.png', images / 'green' / '2.png')
+    assert run(predict.main, [adaptive, images, *flags, '--resume']) == 0
+    assert len({row['filename'] for row in rows_of(tmp_path / 'a.csv')}) == 12
+
+
+@pytest.mark.parametrize('ending', ['csv', 'jsonl', 'parquet'])
+def test_a_torn_line_and_new_images(adaptive, images, tmp_path, ending):
+    out = tmp_path / f'a.{ending}'
+    late = images / 'red' / '3.png'
+    late.rename(tmp_path / 'late.png')
+    assert run(predict.main, [adaptive, images, '--output', out, *FLAGS]) == 0
+    if ending != 'parquet':
+        out.write_bytes(out.read_bytes()[:-9])
+    (tmp_path / 'late.png').rename(late)
+    assert run(predict.main, [adaptive, images, '--output', out, '--resume', *FLAGS]) == 0
+    rows = rows_of(out)
+    assert len(rows) == len({row['filename'] for row in rows}) == 12
+    whole = tmp_path / f'whole.{ending}'
+    assert run(predict.main, [adaptive, images, '--output', whole, *FLAGS]) == 0
+
+    def key(row):
+        return row['filename']
+
+    # other batches, so other roundings of the last digit
+    for a, b in zip(sorted(rows, key=key), sorted(rows_of(whole), key=key)):
+        assert a.pop('prob') and b.pop('prob') and a == b
+
+
+def test_a_killed_job_goes_on_without_doubles(adaptive, folder, tmp_path):
+    many = tmp_path / 'many'
+    for i in range(40):
+        shutil.copytree(folder / 'test', many / str(i))
+    out = tmp_path / 'a.parquet'
+    command = [sys.executable, '-m', 'timm_mlcsd.cli.predict', adaptive, many, '--output', out, '--resume', *FLAGS]
+    lines = tmp_path / '.a.parquet.partial.jsonl'
+    for least in (20, 60):
+        job = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(6000):
+            if (lines.exists() and lines.read_bytes().count(b'\n') >= least) or job.poll() is not None:
+                break
+            time.sleep(0.01)
+        job.send_signal(signal.SIGKILL)
+        assert job.wait() == -signal.SIGKILL, 'it ended before it was killed'
+    assert not out.exists()
+    assert run(predict.main, command[3:]) == 0
+    names = [row['filename'] for row in rows_of(out)]
+    assert len(names) == len(set(names)) == 480
+
+
+def test_two_processes_share_the_work(adaptive, images, tmp_path, monkeypatch):
+    whole = tmp_path / 'whole.csv'
+    assert run(predict.main, [adaptive, images, '--output', whole, *FLAGS]) == 0
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    for rank in range(2):
+        monkeypatch.setenv('RANK', str(rank))
+        assert run(predict.main, [adaptive, images, '--output', tmp_path / 'a.csv', *FLAGS]) == 0
+    parts = [rows_of(tmp_path / f'a.{rank}-of-2.csv') for rank in range(2)]
+    assert [len(part) for part in parts] == [6, 6]
+    expected = rows_of(whole)
+    for rank, part in enumerate(parts):
+        for a, b in zip(part, expected[rank::2]):
+            assert float(a.pop('prob')) == pytest.approx(float(b.pop('prob')), abs=1e-4) and a == b
+
+
+def test_data_sets(adaptive, tmp_path):
+    import datasets
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (23, 16, 16, 3), dtype=np.uint8)
+    table = datasets.Dataset.from_dict(dict(picture=[Image.fromarray(p) for p in pixels]))
+    (tmp_path / 'data').mkdir()
+    table.cast_column('picture', datasets.Image()).to_parquet(tmp_path / 'data' / 'train.parquet')
+    where = ['--dataset', f'hfds/{tmp_path / "data"}', '--split', 'train', '--input-key', 'picture']
+    assert run(predict.main, [adaptive, *where, '--output', tmp_path / 'a.csv', *FLAGS]) == 0
+    assert [row['filename'] for row in rows_of(tmp_path / 'a.csv')] == [str(i) for i in range(23)]
+    where[1] = where[1].replace('hfds', 'hfids')
+    assert run(predict.main, [adaptive, *where, '--output', tmp_path / 'b.csv', *FLAGS]) == 0
+    lines = (tmp_path / 'b.csv').read_bytes().splitlines(keepends=True)
+    (tmp_path / 'b.csv').write_bytes(b''.join(lines[:11]))
+    assert run(predict.main, [adaptive, *where, '--output', tmp_path / 'b.csv', '--resume', *FLAGS]) == 0
+    for a, b in zip(rows_of(tmp_path / 'a.csv'), rows_of(tmp_path / 'b.csv')):
+        assert float(a.pop('prob')) == pytest.approx(float(b.pop('prob')), abs=1e-4) and a == b
+
+
+def test_mistakes(adaptive, images, tmp_path, capsys, monkeypatch):
+    out = tmp_path / 'a.csv'
+    assert run(predict.main, [adaptive, images, '--output', out, *FLAGS]) == 0
+    before = out.read_bytes()
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'b.csv').write_text('mine')
+    cases = [
+        ([images, '--output', out], 'exists; go on with --resume'),
+        ([images, '--output', out, '--resume', '--topk', 2], 'it was made with topk 1, this would be 2'),
+        ([images, '--output', out, '--resume', '--no-policy'], 'it was made with policy'),
+        ([images / 'red', '--output', out, '--resume'], 'it was made with inputs'),
+        ([images, '--output', tmp_path / 'b.csv', '--resume'], 'tells how it was made, cannot be read'),
+        ([images, '--output', tmp_path / 'a.txt'], 'expected a file that ends in .csv, .jsonl, .parquet'),
+        ([images, '--output', tmp_path / 'b.csv' / 'a.csv'], 'cannot be written'),
+        ([tmp_path / 'empty', '--output', tmp_path / 'c.csv'], 'the folder has no images'),
+        ([f'{tmp_path}/*.gif', '--output', tmp_path / 'c.csv'], 'no file of this pattern'),
+        ([], 'expected INPUT, a file, folder or pattern, or --dataset NAME'),
+        ([images, '--dataset', 'digits', '--output', tmp_path / 'c.csv'], 'not both'),
+        (['--dataset', 'digits'], 'only with --output'),
+        ([images, '--resume'], '--resume: only with --output'),
+        ([images, '--output', tmp_path / 'c.csv', '--filename-col', 'prob'], 'there is another column of this name'),
+        ([images, '--output', tmp_path / 'c.csv', '--label-type', 'detailed'], 'expected a network whose classes'),
+    ]
+    capsys.readouterr()
+    for argv, message in cases:
+        assert run(predict.main, [adaptive, *argv, *FLAGS]) == 2, argv
+        error = capsys.readouterr().err
+        assert message in error and error.count('\n') == 1, (argv, error)
+    assert out.read_bytes() == before and (tmp_path / 'b.csv').read_text() == 'mine'
+    assert not (tmp_path / 'c.csv').exists() and not (tmp_path / 'c.csv.json').exists()
+    monkeypatch.setenv('RANK', '3')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert run(predict.main, [adaptive, images, '--output', tmp_path / 'c.csv', *FLAGS]) == 2
+    assert 'are not as torchrun sets them' in capsys.readouterr().err
+
+
+def open_output(path, resume=True):
+    return OutputFile(path, dict(name=str, value=float), dict(topk=1), resume)
+
+
+def test_a_file_in_use_and_a_damaged_one(tmp_path):
+    path = tmp_path / 'a.csv'
+    with open_output(path) as output:
+        output.write([['a', 1.0], ['b, "c"', None]])
+        code = (
+            f'from pathlib import Path; from timm_mlcsd.engine.prediction.output import OutputFile\n'
+            f'OutputFile(Path({str(path)!r}), dict(name=str, value=float), dict(topk=1), True).__enter__()'
+        )
+        other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+        assert 'is in use by process' in other.stderr
+    with open_output(path) as output:
+        assert output.done == {'a', 'b, "c"'}
+    path.write_text('name,value\na\nb,2\n')
+    with pytest.raises(UserError, match='its line 2 is not a row'), open_output(path):
+        pass
+    assert path.read_text() == 'name,value\na\nb,2\n'
+
+
+def test_a_full_disk_loses_nothing(adaptive, images, tmp_path, capsys):
+    out = tmp_path / 'a.csv'
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    network = load_network(adaptive)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(os.fspath(images)) * 8, before[1]))
+        assert run(predict.main, [adaptive, images, '--output', out, *FLAGS]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert 'cannot be written: File too large; nothing before is lost' in capsys.readouterr().err
+    assert run(predict.main, [adaptive, images, '--output', out, '--resume', *FLAGS]) == 0
+    assert len({row['filename'] for row in rows_of(out)}) == 12 and network

@@ -1,0 +1,217 @@
+"""The images to label: files, folders and patterns of files, or a data set as in training."""
+
+import glob
+import logging
+import os
+from collections import Counter
+from dataclasses import replace
+from itertools import count
+from typing import Any, BinaryIO, Callable, Collection, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+from timm.utils import natural_key
+from torch.utils.data import Dataset, IterableDataset
+
+from ...data import IMAGE_ENDINGS, IMAGE_MODE, CheckedImages, default_image_mode, is_hidden, num_images
+from ...errors import UserError, as_user_error, printable
+from ..data_config import DataConfig
+from ..datasets import load_dataset
+
+__all__ = ['Images', 'NumberedImages', 'NumberedStream', 'find_images', 'load_images']
+
+_logger = logging.getLogger('predict')
+
+# every image that can be read is labelled before the others are an error
+NO_LIMIT = 2**31
+
+
+class Images(NamedTuple):
+    """Images to label.
+
+    Attributes:
+        dataset: Data set of (image, target), with None for an image that cannot be read; or a stream without those.
+        names: Name per image, [N], a path or else the number of the image in the data set; None for a stream, whose
+            images are named by their numbers.
+    """
+
+    dataset: Dataset
+    names: Optional[List[str]]
+
+
+class _Files:
+    """A reader, in timm's sense, of files without classes."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = paths
+
+    def __getitem__(self, index: int) -> Tuple[BinaryIO, None]:
+        return open(self.paths[index], 'rb'), None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.paths[index]
+
+
+class NumberedImages(Dataset):
+    """Some images of a data set, each with its number in the data set as target.
+
+    Args:
+        dataset: Data set of (image, target) without a transform, with None for an image that cannot be read.
+        numbers: Numbers of the images.
+    """
+
+    def __init__(self, dataset: Dataset, numbers: Sequence[int]):
+        self.dataset = dataset
+        self.numbers = numbers
+        self.transform: Optional[Callable] = None
+
+    def __getitem__(self, index: int) -> Optional[Tuple[Any, int]]:
+        sample = self.dataset[self.numbers[index]]
+        if sample is None:
+            return None
+        return self.transform(sample[0]) if self.transform else sample[0], self.numbers[index]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+class NumberedStream(IterableDataset):
+    """Some images of a stream, each with its number in the stream as target.
+
+    The numbers are those of a single process that reads the stream, so a loader must not have more than one.
+
+    Args:
+        dataset: Stream of (image, target) without a transform.
+        done: Numbers of images to leave out.
+        rank: Rank of this process: of `size` processes, each has the images whose number leaves its rank as remainder.
+        size: Number of processes.
+    """
+
+    def __init__(self, dataset: IterableDataset, done: Collection[int] = (), rank: int = 0, size: int = 1):
+        self.dataset = dataset
+        self.done = done
+        self.rank = rank
+        self.size = size
+        self.transform: Optional[Callable] = None
+
+    def __iter__(self) -> Iterator[Tuple[Any, int]]:
+        for number, (image, _) in zip(count(), self.dataset):
+            if number % self.size == self.rank and number not in self.done:
+                yield self.transform(image) if self.transform else image, number
+
+
+def find_images(inputs: Sequence[str]) -> List[str]:
+    """Find the image files that inputs stand for.
+
+    Args:
+        inputs: Files, folders, which are searched at all depths, and patterns with ``*``, ``**``, ``?`` or ``[]``.
+
+    Returns:
+        Paths, [N], each once; those of a folder or a pattern in natural order. A file that is named itself is in the
+        list whether it exists or not.
+
+    Raises:
+        UserError: A folder or a pattern has no image.
+    """
+    found: Dict[str, None] = {}
+    for text in inputs:
+        if os.path.isdir(text):
+            paths = _images_below(text)
+        elif glob.has_magic(text) and not os.path.lexists(text):
+            matches = sorted(glob.glob(text, recursive=True), key=natural_key)
+            paths = [path for path in matches if os.path.isfile(path) and _has_image_ending(path)]
+            if not paths:
+                endings = ', '.join(IMAGE_ENDINGS)
+                raise UserError(f'{text!r}: no file of this pattern is an image; images end in {endings}.')
+        else:
+            paths = [text]
+        found.update(dict.fromkeys(paths))
+    return list(found)
+
+
+def _has_image_ending(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in IMAGE_ENDINGS
+
+
+def _images_below(folder: str) -> List[str]:
+    """Paths of the images in a folder, with a warning that counts the files of other kinds."""
+    paths: List[str] = []
+    left_out: Counter = Counter()
+    seen: Set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+        below = os.path.relpath(place, folder)
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()  # a link to a folder that has been searched
+            continue
+        seen.add(real)
+        for name in files:
+            if is_hidden(os.path.join(below, name)):
+                left_out['hidden'] += 1
+            elif _has_image_ending(name):
+                paths.append(os.path.join(place, name))
+            else:
+                left_out[os.path.splitext(name)[1].lower() or 'without an ending'] += 1
+    if not paths:
+        raise UserError(
+            f'{folder!r}: the folder has no images; images are files that end in {", ".join(IMAGE_ENDINGS)}.'
+        )
+    if left_out:
+        counts = ', '.join(f'{number} {printable(ending)}' for ending, number in left_out.most_common(8))
+        _logger.warning(f'{printable(folder)}: left out {counts}; images end in {", ".join(IMAGE_ENDINGS)}')
+    return sorted(paths, key=natural_key)
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f'{str(error.filename)!r}: the folder cannot be read: {error.strerror}.')
+
+
+def load_images(config: DataConfig, inputs: Sequence[str], split: str, data_config: Dict[str, Any]) -> Images:
+    """Load the images to label.
+
+    Args:
+        config: Data set; not used if there are `inputs`.
+        inputs: Files, folders and patterns, as for `find_images`.
+        split: Split of the data set.
+        data_config: Preprocessing of the network, which gives the mode of the images.
+
+    Returns:
+        The images with their names.
+
+    Raises:
+        UserError: They cannot be read, or there are none.
+    """
+    with as_user_error('the network cannot label files'):
+        mode = data_config.get(IMAGE_MODE) or default_image_mode(data_config['input_size'][0])
+    if inputs:
+        paths = find_images(inputs)
+        return Images(CheckedImages(_Files(paths), mode, NO_LIMIT), _printed(paths))
+    # labels are not read, so the column of the images does for them
+    prefix = config.dataset.partition('/')[0].lower()
+    key = (config.input_key or 'image') if prefix in ('hfds', 'hfids') else None
+    config = replace(
+        config,
+        max_bad_samples=NO_LIMIT,
+        input_img_mode=mode,
+        in_chans=data_config['input_size'][0],
+        target_key=config.target_key or key,
+    )
+    dataset = load_dataset(config, split)
+    if isinstance(dataset, IterableDataset):
+        return Images(dataset, None)
+    size = num_images(dataset)
+    if not size:
+        raise UserError(f'split {split!r} of --dataset {config.dataset!r} has no images.')
+    reader: Any = getattr(dataset, 'reader', None)
+    if hasattr(reader, 'samples'):
+        return Images(dataset, _printed([reader.filename(i, absolute=True) for i in range(size)]))
+    return Images(dataset, [str(i) for i in range(size)])
+
+
+def _printed(paths: Sequence[str]) -> List[str]:
+    """Paths as text for a file: with control characters and bytes that are no text escaped."""
+    names = [printable(os.fsencode(path).decode('utf-8', 'backslashreplace')) for path in paths]
+    twice = next((name for name, number in Counter(names).items() if number > 1), None)
+    if twice:
+        raise UserError(f'two images are both written as {twice!r}; rename one of them.')
+    return names
