@@ -18,6 +18,7 @@ from .validate_config import ValidateConfig
 __all__ = [
     'backbone_macs',
     'check_policy_flags',
+    'describe_certificate',
     'load_calibration',
     'fit_or_load_policy',
     'saved_policy_path',
@@ -208,6 +209,15 @@ def _check_not_fitted_to(policy: ExitPolicy, path: Path, config: ValidateConfig,
         )
 
 
+def describe_certificate(certificate: Dict[str, Any]) -> str:
+    """Sentence about what is certified of a policy."""
+    what = {'drop': 'drop', 'selective': 'wrong early answers', 'disagreement': 'disagreement'}
+    return (
+        f'certified: {what[certificate["risk"]]} on new images of at most {certificate["limit"]:g} points, with '
+        f'confidence {certificate["confidence"]:g}, from {certificate["images"]} images ({certificate["bound"]})'
+    )
+
+
 class ChosenPolicy(NamedTuple):
     """The policy of a validation.
 
@@ -232,14 +242,8 @@ class ChosenPolicy(NamedTuple):
             if fitted.cross_validated is not None:
                 line += f', {fitted.cross_validated[0]:.2f} in cross-validation'
             lines.append(line)
-        certificate = self.policy.certificate
-        if certificate is not None:
-            what = {'drop': 'drop', 'selective': 'wrong early answers', 'disagreement': 'disagreement'}
-            lines.append(
-                f'certified: {what[certificate["risk"]]} on new images of at most {certificate["limit"]:g} points, '
-                f'with confidence {certificate["confidence"]:g}, from {certificate["images"]} images '
-                f'({certificate["bound"]})'
-            )
+        if self.policy.certificate is not None:
+            lines.append(describe_certificate(self.policy.certificate))
         return lines
 
     def record(self) -> Dict[str, Any]:

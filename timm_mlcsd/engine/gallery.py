@@ -2,8 +2,9 @@
 
 import base64
 import io
+import math
 from dataclasses import fields
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from PIL import Image
@@ -19,9 +20,10 @@ from ..adaptive import (
 )
 from ..cost import ExitCost
 from ..data import class_label
+from ..report import accuracy_interval
 from .benchmark import PolicyBenchmark
 from .evaluator import LabelledLogits
-from .fit_policy import backbone_macs
+from .fit_policy import backbone_macs, describe_certificate
 
 __all__ = ['ExampleGallery', 'page_data']
 
@@ -84,6 +86,21 @@ def _policies(policy: ExitPolicy, val: LabelledLogits, costs: Sequence[ExitCost]
     return [policy, *(calibrate(*val, costs, budget=budget, **_settings(policy)) for budget in budgets)]
 
 
+def _distinct(results: Sequence[Tuple[ExitPolicy, PolicyResult]]) -> List[Tuple[ExitPolicy, PolicyResult]]:
+    """The first policy, and those of the others whose costs visibly differ; sorted by cost."""
+    found = [results[0]]
+    gap = (max(r.cost for _, r in results) - min(r.cost for _, r in results)) / (2 * BUDGETS)
+    for policy, result in results[1:]:
+        if all(abs(result.cost - known.cost) > gap for _, known in found):
+            found.append((policy, result))
+    return sorted(found, key=lambda pair: pair[1].cost)
+
+
+def _accuracy(top1: float, count: int) -> Dict[str, float]:
+    low, high = accuracy_interval(top1, count)
+    return dict(top1=top1, low=low, high=high)
+
+
 def page_data(
     title: str,
     about: str,
@@ -109,8 +126,8 @@ def page_data(
         class_names: Class names by index, None for an index without a name.
     """
 
-    results = [(p, evaluate_policy(*test, costs, p)) for p in _policies(policy, val, costs)]
-    results.sort(key=lambda pair: pair[1].cost)
+    results = _distinct([(p, evaluate_policy(*test, costs, p)) for p in _policies(policy, val, costs)])
+    count = len(test.targets)
     exits = [f'Ex{k}' for k in range(1, len(costs) + 1)]
     right = gallery.answers.argmax(-1) == test.targets
     sweep = budgeted_curve(val, test, costs, **_settings(policy)) if len(costs) > 1 else []
@@ -133,12 +150,23 @@ def page_data(
     names = ('images/s', 'ms at batch 1, median', 'ms at batch 1, 90th percentile', 'ms at batch 1, 99th percentile')
     return dict(
         title=title,
-        about=f'Policy {about}; score {policy.score}, aggregate {policy.aggregate}; {len(test.targets)} images.',
+        about=f'Policy {about}; score {policy.score}, aggregate {policy.aggregate}; {count} images.',
         exits=exits,
-        backbone=dict(cost=backbone_macs(costs) / 1e6, top1=run.backbone_top1),
-        anytime=[[c.macs / 1e6, 100 * r.double().mean().item()] for c, r in zip(costs, right)],
+        backbone=dict(cost=backbone_macs(costs) / 1e6, **_accuracy(run.backbone_top1, count)),
+        anytime=[
+            dict(cost=c.macs / 1e6, **_accuracy(100 * r.double().mean().item(), count)) for c, r in zip(costs, right)
+        ],
         sweep=[[point.test.cost / 1e6, point.test.accuracy] for point in sweep],
-        policies=[dict(cost=r.cost / 1e6, top1=r.accuracy, fractions=r.exit_fractions) for _, r in results],
+        policies=[
+            dict(
+                cost=r.cost / 1e6,
+                **_accuracy(r.accuracy, count),
+                fractions=r.exit_fractions,
+                thresholds=[f'{t:.4g}' if t < math.inf else 'off' for t in p.thresholds] + ['rest'],
+                certificate=None if p.certificate is None else describe_certificate(p.certificate),
+            )
+            for p, r in results
+        ],
         chosen=next(i for i, (p, _) in enumerate(results) if p is policy),
         speed=[['top-1 %', run.top1, run.backbone_top1]]
         + [[name, *pair] for name, pair in zip(names, [run.images_per_second, *run.latencies])],

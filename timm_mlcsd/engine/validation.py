@@ -24,7 +24,7 @@ from .combinations import check_input
 from .datasets import check_classes, class_names, load_dataset, same_split
 from .device import resolve_device
 from .evaluator import Evaluation, Evaluator
-from .fit_policy import check_policy_flags, fit_or_load_policy, reports_on_half, saved_policy_path
+from .fit_policy import backbone_macs, check_policy_flags, fit_or_load_policy, reports_on_half, saved_policy_path
 from .gallery import ExampleGallery, page_data
 from .held_out import halves_of, held_out, is_data_of, is_same_data
 from .validate_config import ValidateConfig
@@ -71,8 +71,10 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
     if config.results_file:
         _write_results(Path(config.results_file), rows, result, config.source, split, record)
     if config.plot:
-        points = [(row['macs'] / 1e6, row['top1']) for row in rows]
-        plot_accuracy_against_cost(config.plot, {config.source: points}, title=f'{config.source} on {split}')
+        exits = [(row['macs'] / 1e6, row['top1']) for row in rows]
+        backbone = backbone_macs(counted) / 1e6, rows[-1]['top1']
+        title = f'{config.source} on {split}'
+        plot_accuracy_against_cost(config.plot, exits, result.num_samples, backbone, title)
     return rows
 
 

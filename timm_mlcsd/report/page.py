@@ -13,11 +13,13 @@ def write_page(path: Union[str, Path], data: Dict[str, Any]) -> None:
 
     Args:
         path: HTML file to write; it needs no other files and no network connection.
-        data: JSON values by name: ``title``; ``about``; ``exits`` (names); ``backbone`` (cost, top1); ``anytime`` and
-            ``sweep`` (pairs of cost and top1); ``policies`` (cost, top1, fractions); ``chosen`` (index of a policy);
-            ``speed`` (rows of name, adaptive, backbone); ``reliability`` (per exit ``before`` and ``ece`` in percent,
-            and ``bins``: lower bound, upper bound, accuracy, share); ``pictures`` (``src``; ``truth``; ``group``, first
-            or last; ``says``, label and probability per exit; ``leaves``, exit under each policy).
+        data: JSON values by name: ``title``; ``about``; ``exits`` (names); ``backbone`` and, per exit, ``anytime``
+            (``cost`` in MMACs, ``top1`` in percent, ``low`` and ``high``, its bounds); ``sweep`` (pairs of cost and
+            top1); ``policies`` (the same and ``fractions``, ``thresholds``, ``certificate`` or null), sorted by cost;
+            ``chosen`` (index of a policy); ``speed`` (rows of name, adaptive, backbone); ``reliability`` (per exit
+            ``before`` and ``ece`` in percent, and ``bins``: lower bound, upper bound, accuracy, share); ``pictures``
+            (``src``; ``truth``; ``group``, first or last; ``says``, label and probability per exit; ``leaves``, exit
+            under each policy).
     """
     template = importlib.resources.files(__package__).joinpath('page.html').read_text(encoding='utf-8')
     # a `</` in the data would end the script element
