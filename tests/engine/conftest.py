@@ -1,11 +1,17 @@
 """A small folder of images and a network that trains on it in seconds."""
 
+import shutil
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scripts import run
 
+from timm_mlcsd.adaptive import ExitPolicy
 from timm_mlcsd.cli import train
+from timm_mlcsd.data import Preprocessing
+from timm_mlcsd.network import load_network
 
 SMALL = (
     '--model mlcsd_resnet18 --model-kwargs channels=(8,8,8,8) --exits 4 --small-input --img-size 16 --crop-pct 1 '
@@ -48,3 +54,19 @@ def trained(folder, small_flags, tmp_path_factory):
     where = ['--output', out, '--experiment', 'run', '--checkpoint-hist', 2]
     assert run(train.main, [folder, *small_flags, *where, '--epochs', 6, '--model-ema', '--model-ema-decay', 0.5]) == 0
     return out / 'run'
+
+
+@pytest.fixture(scope='session')
+def adaptive_run(folder, trained, tmp_path_factory):
+    """The trained run with a policy by which images leave at different exits."""
+    path = tmp_path_factory.mktemp('adaptive') / 'run'
+    shutil.copytree(trained, path)
+    network = load_network(path)
+    read = Preprocessing(network.data_config)
+    batch = torch.cat([read(file) for file in sorted((folder / 'test').glob('*/*.png'))])
+    with torch.no_grad():
+        exits = [logits.softmax(-1).amax(-1) for logits in network.model.forward_exits(batch).logits[:-1]]
+    thresholds = [confidence.quantile(0.6).item() for confidence in exits]
+    policy = ExitPolicy(thresholds, exit_names=network.model.exit_names).for_weights(network.model)
+    policy.save(path / 'exit_policy.json')
+    return path

@@ -17,7 +17,7 @@ import torch
 from scripts import run
 
 from timm_mlcsd import save_pretrained
-from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy
+from timm_mlcsd.adaptive import AdaptiveModel
 from timm_mlcsd.cli import predict
 from timm_mlcsd.data import Preprocessing
 from timm_mlcsd.engine.prediction.output import OutputFile, record_path
@@ -25,22 +25,6 @@ from timm_mlcsd.errors import UserError
 from timm_mlcsd.network import load_network
 
 FLAGS = ['-j', 0, '-b', 5, '--device', 'cpu']
-
-
-@pytest.fixture(scope='module')
-def adaptive(folder, trained, tmp_path_factory):
-    """The trained network with a policy by which images leave at all exits."""
-    path = tmp_path_factory.mktemp('adaptive') / 'run'
-    shutil.copytree(trained, path)
-    network = load_network(path)
-    read = Preprocessing(network.data_config)
-    batch = torch.cat([read(file) for file in sorted((folder / 'test').glob('*/*.png'))])
-    with torch.no_grad():
-        exits = [logits.softmax(-1).amax(-1) for logits in network.model.forward_exits(batch).logits[:-1]]
-    thresholds = [confidence.quantile(0.6).item() for confidence in exits]
-    policy = ExitPolicy(thresholds, exit_names=network.model.exit_names).for_weights(network.model)
-    policy.save(path / 'exit_policy.json')
-    return path
 
 
 @pytest.fixture
@@ -73,13 +57,13 @@ def expected_rows(network, paths):
 
 
 @pytest.mark.parametrize('ending', ['csv', 'jsonl', 'parquet'])
-def test_rows_are_what_the_network_answers(adaptive, images, tmp_path, ending, capsys):
+def test_rows_are_what_the_network_answers(adaptive_run, images, tmp_path, ending, capsys):
     out = tmp_path / f'preds.{ending}'
-    assert run(predict.main, [adaptive, images, '--output', out, *FLAGS]) == 0
+    assert run(predict.main, [adaptive_run, images, '--output', out, *FLAGS]) == 0
     rows = rows_of(out)
     paths = sorted(map(str, images.glob('*/*.png')))
     assert list(rows[0]) == ['filename', 'label', 'prob', 'exit', 'macs'] and [row['filename'] for row in rows] == paths
-    for row, (label, probability, exit, macs) in zip(rows, expected_rows(adaptive, paths)):
+    for row, (label, probability, exit, macs) in zip(rows, expected_rows(adaptive_run, paths)):
         assert (row['label'], int(row['exit']), int(row['macs'])) == (label, exit, macs)
         # six digits, and kernels that sum in another order for another batch
         assert float(row['prob']) == pytest.approx(probability, abs=1e-4)
@@ -93,18 +77,20 @@ def test_rows_are_what_the_network_answers(adaptive, images, tmp_path, ending, c
     }
 
 
-def test_columns(adaptive, images, tmp_path):
+def test_columns(adaptive_run, images, tmp_path):
     flags = ['--topk', 2, '--include-index', '--output-type', 'logit', '--filename-col', 'file', '--no-policy']
-    assert run(predict.main, [adaptive, images, '--output', tmp_path / 'a.jsonl', *flags, *FLAGS]) == 0
+    assert run(predict.main, [adaptive_run, images, '--output', tmp_path / 'a.jsonl', *flags, *FLAGS]) == 0
     (row, *_) = rows_of(tmp_path / 'a.jsonl')
     pairs = [f'{name}_{rank}' for rank in range(2) for name in ('index', 'label', 'logit')]
     assert list(row) == ['file', *pairs, 'exit', 'macs'] and row['exit'] == 4
-    network = load_network(adaptive)
+    network = load_network(adaptive_run)
     with torch.no_grad():
         top = network.model(Preprocessing(network.data_config)(row['file']))[0].topk(2)
     assert [row['index_0'], row['index_1']] == top.indices.tolist()
     assert [row['logit_0'], row['logit_1']] == pytest.approx(top.values.tolist(), abs=1e-4)
-    assert run(predict.main, [adaptive, images, '--output', tmp_path / 'b.csv', '--label-type', 'none', *FLAGS]) == 0
+    assert (
+        run(predict.main, [adaptive_run, images, '--output', tmp_path / 'b.csv', '--label-type', 'none', *FLAGS]) == 0
+    )
     assert list(rows_of(tmp_path / 'b.csv')[0]) == ['filename', 'index', 'prob', 'exit', 'macs']
 
 
@@ -123,53 +109,53 @@ def test_imagenets_classes_have_descriptions(images, tmp_path, capsys):
     assert found['detailed']['label'] == info.index_to_description(index, detailed=True)
 
 
-def test_files_patterns_and_what_is_no_image(adaptive, images, tmp_path, caplog):
+def test_files_patterns_and_what_is_no_image(adaptive_run, images, tmp_path, caplog):
     (images / 'notes.txt').write_text('no image')
     (images / '._0.png').write_bytes(b'twin')
     some = images / 'red' / '1.png'
     inputs = [some, images / '*' / '[01].png', images / 'blue', some]
-    assert run(predict.main, [adaptive, *inputs, '--output', tmp_path / 'a.csv', *FLAGS]) == 0
+    assert run(predict.main, [adaptive_run, *inputs, '--output', tmp_path / 'a.csv', *FLAGS]) == 0
     names = [row['filename'] for row in rows_of(tmp_path / 'a.csv')]
     expected = [some, *(images / c / f'{i}.png' for c in ('blue', 'green', 'red') for i in range(2))]
     assert names == list(dict.fromkeys([*map(str, expected), *(str(images / 'blue' / f'{i}.png') for i in range(4))]))
-    assert run(predict.main, [adaptive, images, '--output', tmp_path / 'b.csv', *FLAGS]) == 0
+    assert run(predict.main, [adaptive_run, images, '--output', tmp_path / 'b.csv', *FLAGS]) == 0
     assert 'left out 1 hidden, 1 .txt' in caplog.text and len(rows_of(tmp_path / 'b.csv')) == 12
 
 
-def test_a_table_of_the_folder_in_the_terminal(adaptive, images, capsys):
-    assert run(predict.main, [adaptive, images]) == 0
+def test_a_table_of_the_folder_in_the_terminal(adaptive_run, images, capsys):
+    assert run(predict.main, [adaptive_run, images]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 14
 
 
-def test_images_that_cannot_be_read_are_listed(adaptive, images, tmp_path, capsys):
+def test_images_that_cannot_be_read_are_listed(adaptive_run, images, tmp_path, capsys):
     (images / 'green' / '2.png').write_bytes(b'damaged')
     flags = ['--output', tmp_path / 'a.csv', *FLAGS]
-    assert run(predict.main, [adaptive, images, *flags]) == 2
+    assert run(predict.main, [adaptive_run, images, *flags]) == 2
     error = capsys.readouterr().err
     assert '1 images cannot be read' in error and '2.png' in error and 'a.csv.json' in error
     record = json.loads((tmp_path / 'a.csv.json').read_text())
     assert record['answered'] == 11 and record['unreadable'] == 1 and '2.png' in record['unreadable_images'][0]
-    assert run(predict.main, [adaptive, images, *flags, '--resume', '--max-bad-samples', 1]) == 0
+    assert run(predict.main, [adaptive_run, images, *flags, '--resume', '--max-bad-samples', 1]) == 0
     assert len(rows_of(tmp_path / 'a.csv')) == 11
     shutil.copy(images / 'green' / '1.png', images / 'green' / '2.png')
-    assert run(predict.main, [adaptive, images, *flags, '--resume']) == 0
+    assert run(predict.main, [adaptive_run, images, *flags, '--resume']) == 0
     assert len({row['filename'] for row in rows_of(tmp_path / 'a.csv')}) == 12
 
 
 @pytest.mark.parametrize('ending', ['csv', 'jsonl', 'parquet'])
-def test_a_torn_line_and_new_images(adaptive, images, tmp_path, ending):
+def test_a_torn_line_and_new_images(adaptive_run, images, tmp_path, ending):
     out = tmp_path / f'a.{ending}'
     late = images / 'red' / '3.png'
     late.rename(tmp_path / 'late.png')
-    assert run(predict.main, [adaptive, images, '--output', out, *FLAGS]) == 0
+    assert run(predict.main, [adaptive_run, images, '--output', out, *FLAGS]) == 0
     if ending != 'parquet':
         out.write_bytes(out.read_bytes()[:-9])
     (tmp_path / 'late.png').rename(late)
-    assert run(predict.main, [adaptive, images, '--output', out, '--resume', *FLAGS]) == 0
+    assert run(predict.main, [adaptive_run, images, '--output', out, '--resume', *FLAGS]) == 0
     rows = rows_of(out)
     assert len(rows) == len({row['filename'] for row in rows}) == 12
     whole = tmp_path / f'whole.{ending}'
-    assert run(predict.main, [adaptive, images, '--output', whole, *FLAGS]) == 0
+    assert run(predict.main, [adaptive_run, images, '--output', whole, *FLAGS]) == 0
 
     def key(row):
         return row['filename']
@@ -179,12 +165,12 @@ def test_a_torn_line_and_new_images(adaptive, images, tmp_path, ending):
         assert a.pop('prob') and b.pop('prob') and a == b
 
 
-def test_a_killed_job_goes_on_without_doubles(adaptive, folder, tmp_path):
+def test_a_killed_job_goes_on_without_doubles(adaptive_run, folder, tmp_path):
     many = tmp_path / 'many'
     for i in range(40):
         shutil.copytree(folder / 'test', many / str(i))
     out = tmp_path / 'a.parquet'
-    command = [sys.executable, '-m', 'timm_mlcsd.cli.predict', adaptive, many, '--output', out, '--resume', *FLAGS]
+    command = [sys.executable, '-m', 'timm_mlcsd.cli.predict', adaptive_run, many, '--output', out, '--resume', *FLAGS]
     lines = tmp_path / '.a.parquet.partial.jsonl'
     for least in (20, 60):
         job = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -200,13 +186,13 @@ def test_a_killed_job_goes_on_without_doubles(adaptive, folder, tmp_path):
     assert len(names) == len(set(names)) == 480
 
 
-def test_two_processes_share_the_work(adaptive, images, tmp_path, monkeypatch):
+def test_two_processes_share_the_work(adaptive_run, images, tmp_path, monkeypatch):
     whole = tmp_path / 'whole.csv'
-    assert run(predict.main, [adaptive, images, '--output', whole, *FLAGS]) == 0
+    assert run(predict.main, [adaptive_run, images, '--output', whole, *FLAGS]) == 0
     monkeypatch.setenv('WORLD_SIZE', '2')
     for rank in range(2):
         monkeypatch.setenv('RANK', str(rank))
-        assert run(predict.main, [adaptive, images, '--output', tmp_path / 'a.csv', *FLAGS]) == 0
+        assert run(predict.main, [adaptive_run, images, '--output', tmp_path / 'a.csv', *FLAGS]) == 0
     parts = [rows_of(tmp_path / f'a.{rank}-of-2.csv') for rank in range(2)]
     assert [len(part) for part in parts] == [6, 6]
     expected = rows_of(whole)
@@ -215,7 +201,7 @@ def test_two_processes_share_the_work(adaptive, images, tmp_path, monkeypatch):
             assert float(a.pop('prob')) == pytest.approx(float(b.pop('prob')), abs=1e-4) and a == b
 
 
-def test_data_sets(adaptive, tmp_path):
+def test_data_sets(adaptive_run, tmp_path):
     import datasets
     from PIL import Image
 
@@ -224,20 +210,20 @@ def test_data_sets(adaptive, tmp_path):
     (tmp_path / 'data').mkdir()
     table.cast_column('picture', datasets.Image()).to_parquet(tmp_path / 'data' / 'train.parquet')
     where = ['--dataset', f'hfds/{tmp_path / "data"}', '--split', 'train', '--input-key', 'picture']
-    assert run(predict.main, [adaptive, *where, '--output', tmp_path / 'a.csv', *FLAGS]) == 0
+    assert run(predict.main, [adaptive_run, *where, '--output', tmp_path / 'a.csv', *FLAGS]) == 0
     assert [row['filename'] for row in rows_of(tmp_path / 'a.csv')] == [str(i) for i in range(23)]
     where[1] = where[1].replace('hfds', 'hfids')
-    assert run(predict.main, [adaptive, *where, '--output', tmp_path / 'b.csv', *FLAGS]) == 0
+    assert run(predict.main, [adaptive_run, *where, '--output', tmp_path / 'b.csv', *FLAGS]) == 0
     lines = (tmp_path / 'b.csv').read_bytes().splitlines(keepends=True)
     (tmp_path / 'b.csv').write_bytes(b''.join(lines[:11]))
-    assert run(predict.main, [adaptive, *where, '--output', tmp_path / 'b.csv', '--resume', *FLAGS]) == 0
+    assert run(predict.main, [adaptive_run, *where, '--output', tmp_path / 'b.csv', '--resume', *FLAGS]) == 0
     for a, b in zip(rows_of(tmp_path / 'a.csv'), rows_of(tmp_path / 'b.csv')):
         assert float(a.pop('prob')) == pytest.approx(float(b.pop('prob')), abs=1e-4) and a == b
 
 
-def test_mistakes(adaptive, images, tmp_path, capsys, monkeypatch):
+def test_mistakes(adaptive_run, images, tmp_path, capsys, monkeypatch):
     out = tmp_path / 'a.csv'
-    assert run(predict.main, [adaptive, images, '--output', out, *FLAGS]) == 0
+    assert run(predict.main, [adaptive_run, images, '--output', out, *FLAGS]) == 0
     before = out.read_bytes()
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'b.csv').write_text('mine')
@@ -260,14 +246,14 @@ def test_mistakes(adaptive, images, tmp_path, capsys, monkeypatch):
     ]
     capsys.readouterr()
     for argv, message in cases:
-        assert run(predict.main, [adaptive, *argv, *FLAGS]) == 2, argv
+        assert run(predict.main, [adaptive_run, *argv, *FLAGS]) == 2, argv
         error = capsys.readouterr().err
         assert message in error and error.count('\n') == 1, (argv, error)
     assert out.read_bytes() == before and (tmp_path / 'b.csv').read_text() == 'mine'
     assert not (tmp_path / 'c.csv').exists() and not (tmp_path / 'c.csv.json').exists()
     monkeypatch.setenv('RANK', '3')
     monkeypatch.setenv('WORLD_SIZE', '2')
-    assert run(predict.main, [adaptive, images, '--output', tmp_path / 'c.csv', *FLAGS]) == 2
+    assert run(predict.main, [adaptive_run, images, '--output', tmp_path / 'c.csv', *FLAGS]) == 2
     assert 'are not as torchrun sets them' in capsys.readouterr().err
 
 
@@ -293,17 +279,17 @@ def test_a_file_in_use_and_a_damaged_one(tmp_path):
     assert path.read_text() == 'name,value\na\nb,2\n'
 
 
-def test_a_full_disk_loses_nothing(adaptive, images, tmp_path, capsys):
+def test_a_full_disk_loses_nothing(adaptive_run, images, tmp_path, capsys):
     out = tmp_path / 'a.csv'
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    network = load_network(adaptive)
+    network = load_network(adaptive_run)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(os.fspath(images)) * 8, before[1]))
-        assert run(predict.main, [adaptive, images, '--output', out, *FLAGS]) == 2
+        assert run(predict.main, [adaptive_run, images, '--output', out, *FLAGS]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert 'cannot be written: File too large; nothing before is lost' in capsys.readouterr().err
-    assert run(predict.main, [adaptive, images, '--output', out, '--resume', *FLAGS]) == 0
+    assert run(predict.main, [adaptive_run, images, '--output', out, '--resume', *FLAGS]) == 0
     assert len({row['filename'] for row in rows_of(out)}) == 12 and network

@@ -165,4 +165,14 @@ def _add_result_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         '--results-file', metavar='FILE', help='write the table to this .csv or .json file (default: none)'
     )
+    group.add_argument(
+        '--exported',
+        metavar='FOLDER',
+        help='also run the stages that mlcsd-export wrote to this folder, and compare their answers (default: none)',
+    )
+    group.add_argument(
+        '--trust-exported',
+        action='store_true',
+        help="load PyTorch's exported programs of --exported, which can run code, because their author is trusted",
+    )
     group.add_argument('--plot', metavar='FILE', help='draw accuracy against cost to this .png file (default: no plot)')

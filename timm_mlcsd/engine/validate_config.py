@@ -37,6 +37,8 @@ class ValidateConfig(FlatConfig):
         report: HTML page to write, empty for none.
         results_file: Table to write as .csv or .json, empty for none.
         plot: Figure to write as .png, empty for none.
+        exported: Folder of exported stages to compare with the network, empty for none.
+        trust_exported: Whether the author of that folder is trusted, which PyTorch's exported programs need.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -61,6 +63,8 @@ class ValidateConfig(FlatConfig):
     report: str = ''
     results_file: str = ''
     plot: str = ''
+    exported: str = ''
+    trust_exported: bool = False
 
     @property
     def source(self) -> str:

@@ -4,7 +4,7 @@ import csv
 import importlib.util
 import json
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -24,6 +24,7 @@ from .combinations import check_input
 from .datasets import check_classes, class_names, load_dataset, same_split
 from .device import resolve_device
 from .evaluator import Evaluation, Evaluator
+from .exported import compare_exported
 from .fit_policy import backbone_macs, check_policy_flags, fit_or_load_policy, reports_on_half, saved_policy_path
 from .gallery import ExampleGallery, page_data
 from .held_out import halves_of, held_out, is_data_of, is_same_data
@@ -67,9 +68,14 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
     else:
         result, record = evaluator.evaluate(dataset), {}
         _print_exits(config, evaluator, result, costs, split)
+    about = dict(adaptive=record) if record else {}
+    if config.exported:
+        comparison = compare_exported(config.exported, evaluator, evaluator.loader(dataset), config.trust_exported)
+        print(f'\nExported, {config.exported}:\n{comparison.describe()}')
+        about['exported'] = asdict(comparison)
     rows = _rows(model, result, costs)
     if config.results_file:
-        _write_results(Path(config.results_file), rows, result, config.source, split, record)
+        _write_results(Path(config.results_file), rows, result, config.source, split, about)
     if config.plot:
         exits = [(row['macs'] / 1e6, row['top1']) for row in rows]
         backbone = backbone_macs(counted) / 1e6, rows[-1]['top1']
@@ -249,12 +255,12 @@ def _write_results(
     result: Evaluation,
     source: str,
     split: str,
-    record: Dict[str, Any],
+    more: Dict[str, Any],
 ) -> None:
-    about = dict(source=source, split=split, num_samples=result.num_samples, mean_top1=result.mean_top1)
-    if record:
-        about['adaptive'] = record
-        rows = [dict(row, **{k: v for k, v in here.items() if k != 'top1'}) for row, here in zip(rows, record['exits'])]
+    about = dict(source=source, split=split, num_samples=result.num_samples, mean_top1=result.mean_top1, **more)
+    if 'adaptive' in more:
+        per_exit = more['adaptive']['exits']
+        rows = [dict(row, **{k: v for k, v in here.items() if k != 'top1'}) for row, here in zip(rows, per_exit)]
     with open(path, 'w', newline='') as f:
         if path.suffix == '.json':
             json.dump(dict(about, exits=rows), f, indent=2)
