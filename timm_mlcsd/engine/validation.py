@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import torch
 from torch.utils.data import Dataset
 
 from ..adaptive import ExitPolicy, evaluate_policy
@@ -20,10 +21,11 @@ from ..network import Network, load_network
 from ..report import format_table, plot_accuracy_against_cost, write_page
 from .benchmark import benchmark_policy, tables
 from .build import resolve_data_config
+from .class_metrics import ClassCounts
 from .combinations import check_input
 from .datasets import check_classes, class_names, load_dataset, same_split
 from .device import resolve_device
-from .evaluator import Evaluation, Evaluator
+from .evaluator import Evaluation, Evaluator, accumulate, finalize
 from .exported import compare_exported
 from .fit_policy import backbone_macs, check_policy_flags, fit_or_load_policy, reports_on_half, saved_policy_path
 from .gallery import ExampleGallery, page_data
@@ -64,11 +66,12 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
         raise UserError(f'the data has {len(names)} classes, the model {model.num_classes}: they do not fit.')
     evaluator = Evaluator(model, data_config, config.data, config.device, device=device)
     if config.adaptive:
-        result, record = _validate_adaptive(config, network, evaluator, dataset, split, counted)
+        result, about, classes = _validate_adaptive(config, network, evaluator, dataset, split, counted)
     else:
-        result, record = evaluator.evaluate(dataset), {}
+        classes = ClassCounts([f'Ex{k}' for k in range(1, model.num_exits + 1)], model.num_classes)
+        result, about = finalize(accumulate(classes.counted(evaluator.batches(dataset)))), {}
         _print_exits(config, evaluator, result, costs, split)
-    about = dict(adaptive=record) if record else {}
+    about['classes'] = classes.rows(names or network.class_names)
     if config.exported:
         comparison = compare_exported(config.exported, evaluator, evaluator.loader(dataset), config.trust_exported)
         print(f'\nExported, {config.exported}:\n{comparison.describe()}')
@@ -91,8 +94,12 @@ def _validate_adaptive(
     dataset: Dataset,
     split: str,
     costs: Sequence[ExitCost],
-) -> Tuple[Evaluation, Dict[str, Any]]:
-    """Evaluate all exits, and a policy beside the plain backbone; returns the metrics and the record of the policy."""
+) -> Tuple[Evaluation, Dict[str, Any], ClassCounts]:
+    """Evaluate all exits, and a policy beside the plain backbone.
+
+    Returns:
+        The metrics of the exits, the record of the policy, and the answers of exits and policy per class.
+    """
     names = class_names(dataset)
     chosen = fit_or_load_policy(config, network, evaluator, names, costs)
     policy, origin = chosen.policy, chosen.origin
@@ -116,7 +123,9 @@ def _validate_adaptive(
         names = names or network.class_names
         write_page(config.report, page_data(title, about, policy, chosen.val, test, costs, benchmark, gallery, names))
         print(f'page: {config.report}')
-    return result, record
+    classes = ClassCounts([*(f'Ex{k}' for k in range(1, len(costs) + 1)), 'adaptive'], evaluator.model.num_classes)
+    classes.add(torch.cat([test.logits.argmax(-1), adaptive.prediction[None]]), test.targets)
+    return result, dict(adaptive=record), classes
 
 
 def _print_exits(
