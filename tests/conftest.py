@@ -7,7 +7,30 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import pytest
 import torch
 
+from timm_mlcsd.adaptive import export
+
+# the bound of the extra in setup.cfg: exporters before it cannot convert max pooling
+OLDEST_ONNX_TORCH = (2, 13)
+
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def onnx_needs():
+    """Why this PyTorch cannot export to ONNX; None if it can."""
+    found = tuple(int(number) for number in torch.__version__.split('.')[:2])
+    if found < OLDEST_ONNX_TORCH:
+        return f'torch {torch.__version__} cannot export to ONNX; the extra [onnx] needs 2.13'
+    return None
+
+
+@pytest.fixture(scope='module')
+def skip_onnx_export(onnx_needs):
+    """Exports to ONNX skip their test if this PyTorch is too old for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if onnx_needs:
+            patch.setattr(export, '_write_onnx', lambda *_: pytest.skip(onnx_needs))
+        yield

@@ -46,8 +46,10 @@ def test_own_loop(tmp_path):
     assert from_pretrained(tmp_path / 'own').num_exits == 4
 
 
-def test_deploy(tmp_path):
+def test_deploy(tmp_path, onnx_needs):
     pytest.importorskip('onnxscript')
+    if onnx_needs:
+        pytest.skip(onnx_needs)
     text = printed('deploy', tmp_path / 'deploy')
     assert 'backbone unchanged: yes\n' in text
     ((plain, plain_macs),) = numbers(rf'plain network +{NUMBER} +{NUMBER}$', text)

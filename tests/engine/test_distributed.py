@@ -28,6 +28,9 @@ CONVNEXT = (
     '--no-aug --device cpu --val-fraction 0.25'
 ).split()
 
+# torch 2.6 has no FSDP on the CPU
+CPU_FSDP = hasattr(torch.cpu.Stream, 'record_event')
+
 
 def torchrun(*flags, launcher=('--standalone', '--nproc-per-node', 2), script=ROOT / 'train.py'):
     """A job of train.py, started."""
@@ -62,11 +65,14 @@ def test_two_processes_train_as_one_with_the_same_global_batch(folder, tmp_path)
         torchrun(*flags, '--batch-size', 12, '--experiment', 'one', launcher=('--standalone', '--nproc-per-node', 1)),
         # 3 images at a time, added up over two steps without synchronisation
         torchrun(*flags, '--batch-size', 3, '--grad-accum-steps', 2, '--experiment', 'two'),
-        torchrun(*flags, '--batch-size', 6, '--experiment', 'sharded', '--fsdp', '--log-tensorboard', '--epochs', 1),
     ]
+    sharded = ['--batch-size', 6, '--fsdp', '--log-tensorboard']
+    if CPU_FSDP:
+        jobs.append(torchrun(*flags, *sharded, '--experiment', 'sharded', '--epochs', 1))
     output = [done(job) for job in jobs]
-    done(torchrun(*flags, '--batch-size', 6, '--resume', tmp_path / 'sharded', '--fsdp', '--log-tensorboard'))
-    for name in ('two', 'sharded'):
+    if CPU_FSDP:
+        done(torchrun(*flags, *sharded, '--resume', tmp_path / 'sharded'))
+    for name in ('two', 'sharded') if CPU_FSDP else ('two',):
         one, other = curve(tmp_path / 'one'), curve(tmp_path / name)
         assert len(one) == len(other) == 2
         for a, b in zip(one, other):
@@ -170,7 +176,10 @@ train.main()
 """
 
 
-@pytest.mark.parametrize('more, batch', [([], 1), (['--fsdp'], 0)])
+@pytest.mark.parametrize(
+    'more, batch',
+    [([], 1), pytest.param(['--fsdp'], 0, marks=pytest.mark.skipif(not CPU_FSDP, reason='no FSDP on the CPU'))],
+)
 def test_running_statistics_of_each_process_come_back(folder, small_flags, tmp_path, monkeypatch, more, batch):
     """Without that they would all go on with those of the first, and --dist-bn would find another mean."""
     script = tmp_path / 'cut.py'
@@ -248,6 +257,15 @@ def test_fsdp_says_what_it_does_not_do(small, capsys, monkeypatch, others):
     monkeypatch.setattr(trainer, 'check_heads_only', lambda *args: None)
     assert run(train.main, [*small, '--fsdp', *others]) == 2
     assert (others[0] if others else 'torchrun') in capsys.readouterr().err
+
+
+def test_fsdp_needs_a_torch_that_has_it_on_the_cpu(small, capsys, monkeypatch):
+    monkeypatch.setattr(train, 'init_distributed', lambda device_type: DistributedContext(size=2))
+    monkeypatch.setattr(DistributedContext, 'all_gather', lambda self, value: [value] * self.size)
+    monkeypatch.delattr(torch.cpu.Stream, 'record_event', raising=False)
+    assert run(train.main, [*small, '--fsdp']) == 2
+    error = capsys.readouterr().err
+    assert f'--fsdp --device cpu: torch {torch.__version__}' in error and error.count('\n') == 1
 
 
 def test_processes_that_would_begin_at_different_epochs_stop(small, tmp_path, capsys, monkeypatch):

@@ -8,6 +8,8 @@ from scripts import run
 
 from timm_mlcsd.cli import export, validate
 
+pytestmark = pytest.mark.usefixtures('skip_onnx_export')
+
 
 @pytest.fixture
 def flags(adaptive_run, folder):

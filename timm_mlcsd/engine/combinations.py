@@ -2,6 +2,8 @@
 
 from typing import Any, Dict, Sequence
 
+import torch
+
 from ..distributed import DistributedContext
 from ..errors import UserError
 from .config import TrainConfig
@@ -101,10 +103,16 @@ def check_input(data: DataConfig) -> None:
             raise UserError(f'--{name} has {len(value)} values for {channels} channels.')
 
 
-def check_fsdp(config: TrainConfig, dist_context: DistributedContext) -> None:
+def check_fsdp(config: TrainConfig, dist_context: DistributedContext, device: torch.device) -> None:
     """Refuse what does not go together with ``--fsdp``."""
     if dist_context.size == 1:
         raise UserError('--fsdp shares a network out among processes: start several with torchrun.')
+    # FSDP of torch 2.6 records events of this class, which has none there
+    if device.type == 'cpu' and not hasattr(torch.cpu.Stream, 'record_event'):
+        raise UserError(
+            f'--fsdp --device cpu: torch {torch.__version__} shards networks on GPUs only; install a newer torch, or '
+            f'leave --fsdp out.'
+        )
     switches = dict(
         model_ema=config.trainer.model_ema,
         torchcompile=config.device.torchcompile,

@@ -147,7 +147,7 @@ class Trainer:
             self.model.set_grad_checkpointing()
         fsdp = self.config.trainer.fsdp
         if fsdp:
-            check_fsdp(self.config, self.dist_context)
+            check_fsdp(self.config, self.dist_context, self.device)
         else:
             self.model.to(device=self.device)
         # FSDP shards contiguous weights only
