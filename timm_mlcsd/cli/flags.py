@@ -166,6 +166,14 @@ def _add_result_flags(group: argparse._ArgumentGroup) -> None:
         '--results-file', metavar='FILE', help='write the table to this .csv or .json file (default: none)'
     )
     group.add_argument(
+        '--against',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help='networks without early exits to compare --adaptive with: checkpoints, or names of networks that timm has '
+        'pretrained (default: none)',
+    )
+    group.add_argument(
         '--exported',
         metavar='FOLDER',
         help='also run the stages that mlcsd-export wrote to this folder, and compare their answers (default: none)',

@@ -114,6 +114,7 @@ class Evaluator:
     ):
         config = device_config or DeviceConfig()
         self.model = model
+        self.device_config = config
         self.data_config = data_config
         self.data = data or DataConfig()
         self.device = device or resolve_device(config)
@@ -125,6 +126,15 @@ class Evaluator:
                 model.to(memory_format=torch.channels_last)
             forward = compile_forward(model.forward_exits, config)
         self.forward = forward
+
+    def with_network(self, model: MultiExitModel, data_config: Dict[str, Any]) -> 'Evaluator':
+        """An evaluator of another network with the same settings.
+
+        Args:
+            model: The network; moved to the device and memory format.
+            data_config: Its preprocessing.
+        """
+        return Evaluator(model, data_config, self.data, self.device_config, device=self.device)
 
     def loader(self, dataset: Dataset, has_labels: bool = True) -> Any:
         """A loader of prepared batches of a data set.

@@ -1,7 +1,7 @@
 """The configuration of a validation: what validate.py's flags set."""
 
 from dataclasses import dataclass, field
-from typing import Optional, Union
+from typing import List, Optional, Union
 
 from .data_config import DataConfig
 from .device import DeviceConfig
@@ -37,6 +37,7 @@ class ValidateConfig(FlatConfig):
         report: HTML page to write, empty for none.
         results_file: Table to write as .csv or .json, empty for none.
         plot: Figure to write as .png, empty for none.
+        against: Static networks to compare an adaptive one with: checkpoints, or names of timm's pretrained networks.
         exported: Folder of exported stages to compare with the network, empty for none.
         trust_exported: Whether the author of that folder is trusted, which PyTorch's exported programs need.
     """
@@ -63,6 +64,7 @@ class ValidateConfig(FlatConfig):
     report: str = ''
     results_file: str = ''
     plot: str = ''
+    against: List[str] = field(default_factory=list)
     exported: str = ''
     trust_exported: bool = False
 

@@ -30,6 +30,7 @@ from .exported import compare_exported
 from .fit_policy import backbone_macs, check_policy_flags, fit_or_load_policy, reports_on_half, saved_policy_path
 from .gallery import ExampleGallery, page_data
 from .held_out import halves_of, held_out, is_data_of, is_same_data
+from .static_networks import benchmark_static, load_static, static_table
 from .validate_config import ValidateConfig
 
 __all__ = ['load_model', 'load_split', 'validate', 'with_trained_data']
@@ -83,7 +84,9 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
         exits = [(row['macs'] / 1e6, row['top1']) for row in rows]
         backbone = backbone_macs(counted) / 1e6, rows[-1]['top1']
         title = f'{config.source} on {split}'
-        plot_accuracy_against_cost(config.plot, exits, result.num_samples, backbone, title)
+        others = about.get('adaptive', {}).get('against', [])[2:]
+        points = {row['name']: (row['mmacs'], row['top1']) for row in others if row['mmacs'] is not None}
+        plot_accuracy_against_cost(config.plot, exits, result.num_samples, backbone, title, points)
     return rows
 
 
@@ -101,6 +104,7 @@ def _validate_adaptive(
         The metrics of the exits, the record of the policy, and the answers of exits and policy per class.
     """
     names = class_names(dataset)
+    static = [load_static(name, evaluator, names or network.class_names) for name in config.against]
     chosen = fit_or_load_policy(config, network, evaluator, names, costs)
     policy, origin = chosen.policy, chosen.origin
     loader = evaluator.loader(dataset)
@@ -114,6 +118,10 @@ def _validate_adaptive(
     text, record = tables(policy, adaptive, benchmark, test, costs, config.data.batch_size)
     print(f'\nAdaptive, {origin}: {policy.score}, aggregate {policy.aggregate}', *chosen.describe(), text, sep='\n')
     record.update(chosen.record())
+    if static:
+        rows = benchmark_static(evaluator, policy, adaptive.cost, static, dataset, len(test.targets))
+        print(f'\nBeside networks without early exits, in turn on the same images:\n{static_table(rows)}')
+        record['against'] = rows
     if config.save_policy:
         policy.save(saved_policy_path(config))
         print(f'policy: {saved_policy_path(config)}')
@@ -121,7 +129,9 @@ def _validate_adaptive(
         assert chosen.val is not None  # a report needs the logits, so the policy comes with them
         title, about = f'{config.source} on {split}', '; '.join([origin, *chosen.describe()])
         names = names or network.class_names
-        write_page(config.report, page_data(title, about, policy, chosen.val, test, costs, benchmark, gallery, names))
+        data = page_data(title, about, policy, chosen.val, test, costs, benchmark, gallery, names)
+        data['against'] = [row for row in record.get('against', [])[2:] if row['mmacs'] is not None]
+        write_page(config.report, data)
         print(f'page: {config.report}')
     classes = ClassCounts([*(f'Ex{k}' for k in range(1, len(costs) + 1)), 'adaptive'], evaluator.model.num_classes)
     classes.add(torch.cat([test.logits.argmax(-1), adaptive.prediction[None]]), test.targets)

@@ -19,7 +19,7 @@ def write_page(path: Union[str, Path], data: Dict[str, Any]) -> None:
             ``chosen`` (index of a policy); ``speed`` (rows of name, adaptive, backbone); ``reliability`` (per exit
             ``before`` and ``ece`` in percent, and ``bins``: lower bound, upper bound, accuracy, share); ``pictures``
             (``src``; ``truth``; ``group``, first or last; ``says``, label and probability per exit; ``leaves``, exit
-            under each policy).
+            under each policy); optional ``against`` (networks without early exits: ``name``, ``mmacs``, ``top1``).
     """
     template = importlib.resources.files(__package__).joinpath('page.html').read_text(encoding='utf-8')
     # a `</` in the data would end the script element

@@ -1,7 +1,7 @@
 """Plots with matplotlib (extra ``[plot]``)."""
 
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, List, Mapping, Optional, Sequence, Tuple, Union
 
 from .intervals import accuracy_interval
 
@@ -19,6 +19,7 @@ def plot_accuracy_against_cost(
     num_images: int,
     backbone: Optional[Tuple[float, float]] = None,
     title: str = '',
+    others: Optional[Mapping[str, Tuple[float, float]]] = None,
 ) -> None:
     """Plot the accuracy of every exit against its cost, with confidence intervals of 95%.
 
@@ -28,6 +29,7 @@ def plot_accuracy_against_cost(
         num_images: Number of images that the accuracies were measured on.
         backbone: Cost and accuracy of the plain backbone; default: not shown.
         title: Title of the figure; default: none.
+        others: Cost and accuracy of further networks by name; default: none.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -38,14 +40,16 @@ def plot_accuracy_against_cost(
     _points(axes, exits, num_images, fmt='o', label='exits')
     if backbone is not None:
         _points(axes, [backbone], num_images, fmt='s', label='plain backbone')
-        axes.legend(loc='lower right')
+    for name, point in (others or {}).items():
+        _points(axes, [point], num_images, fmt='D', label=name if len(name) <= 40 else f'... {name[-36:]}')
+    axes.legend(loc='lower right')
     axes.set_xlim(left=0)
     axes.set_xlabel('MMACs to answer')
     axes.set_ylabel('top-1 accuracy (%), with 95% confidence intervals')
     axes.set_title(title)
     axes.margins(y=0.15)
     figure.draw_without_rendering()
-    _label(axes, exits, [*exits, *([backbone] if backbone else [])], num_images)
+    _label(axes, exits, [*exits, *([backbone] if backbone else []), *(others or {}).values()], num_images)
     figure.savefig(path)
 
 

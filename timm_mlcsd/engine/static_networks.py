@@ -1,0 +1,175 @@
+"""Smaller networks without early exits beside an adaptive one: is it worth it?"""
+
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+import timm
+import torch
+from torch.utils.data import Dataset
+
+from ..adaptive import AdaptiveModel, ExitPolicy
+from ..cost import exit_costs
+from ..data import ClassNames
+from ..errors import UserError, as_user_error
+from ..hub import URI_SCHEMES
+from ..models import MultiExitModel, create_model
+from ..network import load_network
+from ..report import format_table
+from .datasets import check_classes
+from .evaluator import Evaluator
+from .fit_policy import backbone_macs
+
+__all__ = ['StaticNetwork', 'benchmark_static', 'load_static', 'static_table']
+
+# images that run one at a time as well
+LATENCY_IMAGES = 200
+
+
+class StaticNetwork(NamedTuple):
+    """A network of which every image runs through all layers.
+
+    Attributes:
+        name: Name in tables.
+        evaluator: Evaluator with its preprocessing.
+        macs: Multiply-adds per image; None if they cannot be counted.
+    """
+
+    name: str
+    evaluator: Evaluator
+    macs: Optional[float]
+
+
+def load_static(name: str, beside: Evaluator, names: Optional[ClassNames]) -> StaticNetwork:
+    """Load a network to compare with.
+
+    Args:
+        name: Checkpoint of train.py, folder of a run, saved folder or ``hf-hub:REPO``, whose last exit answers; or an
+            architecture of timm, with its pretrained weights.
+        beside: Evaluator of the adaptive network, whose data, device and precision are used.
+        names: Class names of the data; None if they are unknown.
+
+    Returns:
+        The network.
+
+    Raises:
+        UserError: It cannot be loaded, or has other classes.
+    """
+    with as_user_error(f'--against {name!r} cannot be loaded'):
+        if name.startswith(URI_SCHEMES) or Path(name).exists() or not timm.is_model(name):
+            network = load_network(name)
+            model, config = network.model, network.data_config
+            check_classes(network.class_names, names, f'--against {name!r}')
+        else:
+            architecture = name if name.startswith('mlcsd_') else f'mlcsd_{name}'
+            model = create_model(architecture, exits=1, pretrained=True).eval()
+            config = timm.data.resolve_data_config({}, model=model)
+    if model.num_classes != beside.model.num_classes:
+        raise UserError(
+            f'--against {name!r}: expected a network of {beside.model.num_classes} classes, got {model.num_classes}.'
+        )
+    evaluator = beside.with_network(model, config)
+    return StaticNetwork(name, evaluator, _macs(model, config))
+
+
+def _macs(model: MultiExitModel, data_config: Dict[str, Any]) -> Optional[float]:
+    return float(backbone_macs(exit_costs(model, data_config['input_size']))) if model.resumable else None
+
+
+class _Meter:
+    """Accuracy, throughput and latency of one network.
+
+    Args:
+        evaluator: Evaluator of the network.
+        run: Function from images to logits.
+    """
+
+    def __init__(self, evaluator: Evaluator, run: Callable[[torch.Tensor], torch.Tensor]):
+        self.evaluator = evaluator
+        self.run = run
+        self.right = self.count = 0
+        self.seconds = 0.0
+        self.latencies: List[float] = []
+
+    def add(self, images: torch.Tensor, target: torch.Tensor, alone: Sequence[int]) -> None:
+        """Run a batch, and some of its images alone; only the network is timed."""
+        images = self.evaluator.prepared(images)
+        if not self.count:  # first calls include set-up
+            for some in (images, images[:1]):
+                self._timed(some)
+        logits, seconds = self._timed(images)
+        self.seconds += seconds
+        self.right += int((logits.argmax(-1).cpu() == target.cpu()).sum())
+        self.count += len(target)
+        self.latencies += [1000 * self._timed(images[i : i + 1])[1] for i in alone]
+
+    def _timed(self, images: torch.Tensor) -> Any:
+        device = self.evaluator.device
+        synchronize = torch.cuda.synchronize if device.type == 'cuda' else lambda _: None
+        synchronize(device)
+        start = time.perf_counter()
+        with self.evaluator.autocast:
+            logits = self.run(images)
+        synchronize(device)
+        return logits, time.perf_counter() - start
+
+    def row(self, name: str, macs: Optional[float]) -> Dict[str, Any]:
+        """Accuracy in percent, MMACs, images per second, and percentiles of the milliseconds at batch 1."""
+        median, p90, p99 = torch.tensor(self.latencies).quantile(torch.tensor([0.5, 0.9, 0.99])).tolist()
+        return dict(
+            name=name,
+            top1=100 * self.right / self.count,
+            mmacs=None if macs is None else macs / 1e6,
+            images_per_second=self.count / self.seconds,
+            ms_median=median,
+            ms_90=p90,
+            ms_99=p99,
+        )
+
+
+@torch.inference_mode()
+def benchmark_static(
+    evaluator: Evaluator,
+    policy: ExitPolicy,
+    cost: float,
+    networks: Sequence[StaticNetwork],
+    dataset: Dataset,
+    count: int,
+) -> List[Dict[str, Any]]:
+    """Run an adaptive network, its plain backbone and static networks in turn on the batches of a data set.
+
+    Args:
+        evaluator: Evaluator of the adaptive network.
+        policy: Exit policy.
+        cost: Mean multiply-adds per image under the policy.
+        networks: Static networks.
+        dataset: Images.
+        count: Number of images.
+
+    Returns:
+        One dict per network, the adaptive one and its backbone first.
+    """
+    model = evaluator.model
+    adaptive = AdaptiveModel(model, policy, range(model.num_exits))
+    meters = [
+        _Meter(evaluator, lambda images: adaptive.predict(images).logits),
+        _Meter(evaluator, model),
+        *(_Meter(network.evaluator, network.evaluator.model) for network in networks),
+    ]
+    names = ['adaptive', 'plain backbone', *(network.name for network in networks)]
+    macs = [cost, _macs(model, evaluator.data_config), *(network.macs for network in networks)]
+    chosen = set(torch.randperm(count, generator=torch.Generator().manual_seed(0))[:LATENCY_IMAGES].tolist())
+    loaders = [network.evaluator.loader(dataset) for network in networks]
+    before = 0
+    for own, *others in zip(evaluator.loader(dataset), *loaders):
+        alone = [i for i in range(len(own[1])) if before + i in chosen]
+        for meter, (images, target) in zip(meters, [own, own, *others]):
+            meter.add(images, target, alone)
+        before += len(own[1])
+    return [meter.row(*about) for meter, about in zip(meters, zip(names, macs))]
+
+
+def static_table(rows: Sequence[Dict[str, Any]]) -> str:
+    """The rows of `benchmark_static` as a table."""
+    headers = ('Network', 'Top-1 %', 'MMACs', 'Images/s', 'ms, median', 'ms, 90th', 'ms, 99th')
+    return format_table(headers, [tuple(row.values()) for row in rows])
