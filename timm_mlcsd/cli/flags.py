@@ -53,6 +53,19 @@ def validate_parser() -> argparse.ArgumentParser:
         action='store_true',
         help='evaluate on the images that training held out of its train split, not on --split',
     )
+    group.add_argument(
+        '--real-labels',
+        nargs='?',
+        const=True,
+        metavar='FILE',
+        help="count the reassessed labels of ImageNet's validation images as right, those of a JSON file or else those "
+        'that timm contains (default: the labels of the data)',
+    )
+    group.add_argument(
+        '--valid-labels',
+        metavar='FILE',
+        help='text file of the class indices that the data has, one per line, as for ImageNet-A (default: all classes)',
+    )
     _add_network_flags(parser.add_argument_group('Model'))
     add_device_flags(parser)
     group = parser.add_argument_group('Adaptive inference')

@@ -1,7 +1,7 @@
 """Accuracy and logits of every exit of a network on a data set."""
 
 import itertools
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,7 @@ class Evaluator:
         device_config: Device, precision and memory format.
         device: Device, instead of the one that `device_config` names.
         forward: Function from images to `MultiExitOutput`, instead of the network's own; the network is not moved then.
+        classes: Indices of the classes whose logits are used, [C'], where labels index this list; default: all classes.
 
     Examples:
         ```python
@@ -111,10 +112,12 @@ class Evaluator:
         *,
         device: Optional[torch.device] = None,
         forward: Optional[Callable[[torch.Tensor], MultiExitOutput]] = None,
+        classes: Optional[Sequence[int]] = None,
     ):
         config = device_config or DeviceConfig()
         self.model = model
         self.device_config = config
+        self.classes = None if classes is None else list(classes)
         self.data_config = data_config
         self.data = data or DataConfig()
         self.device = device or resolve_device(config)
@@ -126,6 +129,11 @@ class Evaluator:
                 model.to(memory_format=torch.channels_last)
             forward = compile_forward(model.forward_exits, config)
         self.forward = forward
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes whose logits are used."""
+        return self.model.num_classes if self.classes is None else len(self.classes)
 
     def with_network(self, model: MultiExitModel, data_config: Dict[str, Any]) -> 'Evaluator':
         """An evaluator of another network with the same settings.
@@ -152,7 +160,7 @@ class Evaluator:
                 dataset,
                 self.data_config,
                 self.device,
-                num_classes=self.model.num_classes if has_labels else None,
+                num_classes=self.num_classes if has_labels else None,
                 channels_last=self.channels_last,
             )
 
@@ -173,6 +181,7 @@ class Evaluator:
             for images, target in loader:
                 with self.autocast:
                     logits = torch.stack(self.forward(self.prepared(images)).logits).float()
+                logits = logits if self.classes is None else logits[..., self.classes]
                 yield logits, target.to(self.device)
 
     def evaluate(self, data: Union[Dataset, Iterable[Any]]) -> Evaluation:

@@ -22,6 +22,8 @@ class ValidateConfig(FlatConfig):
         use_ema: Whether the averaged weights of the checkpoint are used.
         split: Split to evaluate on.
         held_out: Whether to evaluate on the images that training held out instead.
+        real_labels: File of the reassessed labels of ImageNet's validation images, or True for those in timm.
+        valid_labels: File of the class indices that the data has, empty for all.
         adaptive: Whether images leave early.
         budget: Mean cost per image, in MMACs or percent of the plain backbone.
         latency_budget: Mean milliseconds per image.
@@ -49,6 +51,8 @@ class ValidateConfig(FlatConfig):
     use_ema: bool = False
     split: str = 'validation'
     held_out: bool = False
+    real_labels: Union[str, bool, None] = None
+    valid_labels: str = ''
     adaptive: bool = False
     budget: Optional[str] = None
     latency_budget: Optional[float] = None

@@ -30,6 +30,7 @@ from .exported import compare_exported
 from .fit_policy import backbone_macs, check_policy_flags, fit_or_load_policy, reports_on_half, saved_policy_path
 from .gallery import ExampleGallery, page_data
 from .held_out import halves_of, held_out, is_data_of, is_same_data
+from .imagenet_labels import RealLabels, read_valid_labels
 from .static_networks import benchmark_static, load_static, static_table
 from .validate_config import ValidateConfig
 
@@ -50,6 +51,9 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
     """
     check_input(config.data)
     check_policy_flags(config)
+    for flag, given in (('real_labels', config.real_labels), ('valid_labels', config.valid_labels)):
+        if given and (config.adaptive or config.exported):
+            raise UserError(f'--{flag.replace("_", "-")}: only without --adaptive and --exported.')
     _check_outputs(config)
     device = resolve_device(config.device)
     network = load_model(config)
@@ -62,17 +66,21 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
     costs: Sequence[Optional[ExitCost]] = counted or [None] * model.num_exits
     dataset, split = load_split(config, network.checkpoint)
     names = class_names(dataset)
-    check_classes(names, network.class_names, split)
-    if names and len(names) > model.num_classes:
-        raise UserError(f'the data has {len(names)} classes, the model {model.num_classes}: they do not fit.')
-    evaluator = Evaluator(model, data_config, config.data, config.device, device=device)
+    valid = read_valid_labels(config.valid_labels, model.num_classes) if config.valid_labels else None
+    known = network.class_names
+    if valid is not None and known is not None:
+        known = [known[index] for index in valid]
+    check_classes(names, known, split)
+    evaluator = Evaluator(model, data_config, config.data, config.device, device=device, classes=valid)
+    if names and len(names) > evaluator.num_classes:
+        raise UserError(f'the data has {len(names)} classes, the model {evaluator.num_classes}: they do not fit.')
     if config.adaptive:
         result, about, classes = _validate_adaptive(config, network, evaluator, dataset, split, counted)
     else:
-        classes = ClassCounts([f'Ex{k}' for k in range(1, model.num_exits + 1)], model.num_classes)
-        result, about = finalize(accumulate(classes.counted(evaluator.batches(dataset)))), {}
+        classes = ClassCounts([f'Ex{k}' for k in range(1, model.num_exits + 1)], evaluator.num_classes)
+        result, about = _evaluate(config, evaluator, dataset, classes), {}
         _print_exits(config, evaluator, result, costs, split)
-    about['classes'] = classes.rows(names or network.class_names)
+    about['classes'] = classes.rows(names or known)
     if config.exported:
         comparison = compare_exported(config.exported, evaluator, evaluator.loader(dataset), config.trust_exported)
         print(f'\nExported, {config.exported}:\n{comparison.describe()}')
@@ -88,6 +96,15 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
         points = {row['name']: (row['mmacs'], row['top1']) for row in others if row['mmacs'] is not None}
         plot_accuracy_against_cost(config.plot, exits, result.num_samples, backbone, title, points)
     return rows
+
+
+def _evaluate(config: ValidateConfig, evaluator: Evaluator, dataset: Dataset, classes: ClassCounts) -> Evaluation:
+    """The metrics of all exits, by the labels of the data or the reassessed ones of ImageNet."""
+    batches = classes.counted(evaluator.batches(dataset))
+    if not config.real_labels:
+        return finalize(accumulate(batches))
+    real = RealLabels(config.real_labels, dataset, evaluator.model.num_exits, evaluator.num_classes)
+    return real.replace(finalize(accumulate(real.counted(batches))))
 
 
 def _validate_adaptive(
