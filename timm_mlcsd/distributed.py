@@ -5,7 +5,8 @@ import logging
 import os
 import sys
 import warnings
-from typing import Any, List, NamedTuple, NoReturn
+from datetime import timedelta
+from typing import Any, List, NamedTuple, NoReturn, Optional
 
 import torch
 import torch.distributed as dist
@@ -113,11 +114,12 @@ def launched_context() -> DistributedContext:
     return DistributedContext(rank, size, local_rank)
 
 
-def init_distributed(device: torch.device) -> DistributedContext:
+def init_distributed(device: torch.device, timeout: Optional[timedelta] = None) -> DistributedContext:
     """Initialise torch.distributed if torchrun has started this process.
 
     Args:
-        device: Device that this process trains on.
+        device: Device that this process works on.
+        timeout: Time after which an operation of all processes fails; default: that of PyTorch.
 
     Returns:
         The context; `SINGLE_PROCESS` without torchrun.
@@ -134,7 +136,7 @@ def init_distributed(device: torch.device) -> DistributedContext:
             # torchrun's store keeps the addresses of the killed processes after a restart
             store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as e:
         raise UserError(f'torch.distributed could not be initialised: {e}') from e
     context = DistributedContext(dist.get_rank(), dist.get_world_size(), local_rank)

@@ -50,6 +50,7 @@ def test_mistakes(adaptive_run, flags, tmp_path, capsys):
     assert run(export.main, [adaptive_run, tmp_path / 'out']) == 0
     for argv, message in [
         ([*flags, '--exported', tmp_path], 'holds no exported stages'),
+        ([*flags, '--trust-exported'], '--trust-exported: expected --exported FOLDER'),
         ([*flags, '--exported', tmp_path / 'out', '--crop-pct', 0.5], 'its crop_pct is 1.0, here crop_pct is 0.5'),
         ([*flags, '--exported', tmp_path / 'out', '--use-ema'], 'exported from other weights'),
     ]:

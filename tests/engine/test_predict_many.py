@@ -132,7 +132,7 @@ def test_images_that_cannot_be_read_are_listed(adaptive_run, images, tmp_path, c
     flags = ['--output', tmp_path / 'a.csv', *FLAGS]
     assert run(predict.main, [adaptive_run, images, *flags]) == 2
     error = capsys.readouterr().err
-    assert '1 images cannot be read' in error and '2.png' in error and 'a.csv.json' in error
+    assert '1 image cannot be read' in error and '2.png' in error and 'a.csv.json' in error
     record = json.loads((tmp_path / 'a.csv.json').read_text())
     assert record['answered'] == 11 and record['unreadable'] == 1 and '2.png' in record['unreadable_images'][0]
     assert run(predict.main, [adaptive_run, images, *flags, '--resume', '--max-bad-samples', 1]) == 0
@@ -186,19 +186,65 @@ def test_a_killed_job_goes_on_without_doubles(adaptive_run, folder, tmp_path):
     assert len(names) == len(set(names)) == 480
 
 
-def test_two_processes_share_the_work(adaptive_run, images, tmp_path, monkeypatch):
+def test_two_processes_share_the_work(adaptive_run, images, tmp_path, capsys):
     whole = tmp_path / 'whole.csv'
     assert run(predict.main, [adaptive_run, images, '--output', whole, *FLAGS]) == 0
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    for rank in range(2):
-        monkeypatch.setenv('RANK', str(rank))
-        assert run(predict.main, [adaptive_run, images, '--output', tmp_path / 'a.csv', *FLAGS]) == 0
+    for i in range(3):
+        (images / 'blue' / f'late{i}.png').write_bytes(b'damaged')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, '-m']
+    command += ['timm_mlcsd.cli.predict', adaptive_run, images, '--output', tmp_path / 'a.csv', *FLAGS]
+    job = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=240)
+    assert job.returncode == 1 and '3 images cannot be read' in job.stderr, job.stderr
     parts = [rows_of(tmp_path / f'a.{rank}-of-2.csv') for rank in range(2)]
-    assert [len(part) for part in parts] == [6, 6]
-    expected = rows_of(whole)
-    for rank, part in enumerate(parts):
-        for a, b in zip(part, expected[rank::2]):
-            assert float(a.pop('prob')) == pytest.approx(float(b.pop('prob')), abs=1e-4) and a == b
+    found = {row['filename']: row for part in parts for row in part}
+    assert sum(map(len, parts)) == len(found) == 12
+    for row in rows_of(whole):
+        other = found[row['filename']]
+        assert float(row.pop('prob')) == pytest.approx(float(other.pop('prob')), abs=1e-4) and row == other
+    assert run(predict.main, [adaptive_run, images, '--output', tmp_path / 'a.csv', '--resume', *FLAGS]) == 2
+    assert 'was written by 2 process(es), now there are 1' in capsys.readouterr().err
+
+
+def test_names_are_kept_as_they_are(adaptive_run, images, tmp_path):
+    names = ['a b.png', 'a,"b".png', 'a\nb.png', 'a\tb.png', 'a\\tb.png', '\u3000写\u202f1.png', "=1'.png"]
+    photo = images / 'red' / '0.png'
+    for name in names:
+        shutil.copy(photo, tmp_path / name)
+    shutil.copy(photo, os.fsencode(tmp_path) + b'/\xff.png')
+    os.mkfifo(tmp_path / 'pipe.png')
+    for ending in ('csv', 'jsonl', 'parquet'):
+        out = tmp_path / f'a.{ending}'
+        inputs = [tmp_path / name for name in names] + [
+            os.fsdecode(os.fsencode(tmp_path) + b'/\xff.png'),
+            images / '..',
+        ]
+        assert run(predict.main, [adaptive_run, *inputs, '--output', out, *FLAGS]) == 0
+        before = out.read_bytes()
+        assert run(predict.main, [adaptive_run, *inputs, '--output', out, '--resume', *FLAGS]) == 0
+        assert ending == 'parquet' or out.read_bytes() == before
+        found = [os.path.basename(row['filename']) for row in rows_of(out)]
+        assert found[: len(names) + 1] == [*names, r'\xff.png'] and len(found) == len(names) + 1 + 12
+        assert sum(json.loads(record_path(out).read_text())['exits']) == len(found)
+
+
+def test_other_columns_of_a_data_set_are_not_mixed(adaptive_run, tmp_path, capsys):
+    import datasets
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(p) for p in pixels]
+    (tmp_path / 'data').mkdir()
+    datasets.Dataset.from_dict(dict(image=pictures, other=pictures)).to_parquet(tmp_path / 'data' / 'train.parquet')
+    where = ['--dataset', f'hfds/{tmp_path / "data"}', '--split', 'train', '--output', tmp_path / 'a.csv', *FLAGS]
+    assert run(predict.main, [adaptive_run, *where]) == 0
+    assert run(predict.main, [adaptive_run, *where, '--resume', '--input-key', 'other']) == 2
+    assert 'it was made with input_key' in capsys.readouterr().err
+    stream = [where[0], where[1].replace('hfds', 'hfids'), *where[2:5], tmp_path / 'b.csv', *FLAGS]
+    assert run(predict.main, [adaptive_run, *stream]) == 0
+    with open(tmp_path / 'b.csv', 'a') as f:
+        f.write('x.png,red,0.3,1,5\n')
+    assert run(predict.main, [adaptive_run, *stream, '--resume']) == 2
+    assert "'x.png' is not the number of an image" in capsys.readouterr().err
 
 
 def test_data_sets(adaptive_run, tmp_path):
@@ -226,12 +272,19 @@ def test_mistakes(adaptive_run, images, tmp_path, capsys, monkeypatch):
     assert run(predict.main, [adaptive_run, images, '--output', out, *FLAGS]) == 0
     before = out.read_bytes()
     (tmp_path / 'empty').mkdir()
+    (tmp_path / 'folder.csv').mkdir()
     (tmp_path / 'b.csv').write_text('mine')
     cases = [
         ([images, '--output', out], 'exists; go on with --resume'),
         ([images, '--output', out, '--resume', '--topk', 2], 'it was made with topk 1, this would be 2'),
         ([images, '--output', out, '--resume', '--no-policy'], 'it was made with policy'),
-        ([images / 'red', '--output', out, '--resume'], 'it was made with inputs'),
+        ([images / 'red', '--output', out, '--resume'], 'which is no image to label now'),
+        ([images, '--output', out, '--resume', '--filename-col', 'file'], "made with filename_col \"filename\""),
+        ([images, tmp_path / 'typo', '--output', tmp_path / 'c.csv'], "typo': there is no such file or folder"),
+        ([images, '--output', tmp_path / 'folder.csv'], 'expected a file, got a folder'),
+        ([images, '--output', ''], "argument --output: expected a text, got ''"),
+        ([images, '--threshold', 0.5, '--no-policy'], 'give one of the two'),
+        ([f'{images}/[x]/*.png', '--output', tmp_path / 'c.csv'], '[[] stands for a bracket'),
         ([images, '--output', tmp_path / 'b.csv', '--resume'], 'tells how it was made, cannot be read'),
         ([images, '--output', tmp_path / 'a.txt'], 'expected a file that ends in .csv, .jsonl, .parquet'),
         ([images, '--output', tmp_path / 'b.csv' / 'a.csv'], 'cannot be written'),
@@ -251,32 +304,42 @@ def test_mistakes(adaptive_run, images, tmp_path, capsys, monkeypatch):
         assert message in error and error.count('\n') == 1, (argv, error)
     assert out.read_bytes() == before and (tmp_path / 'b.csv').read_text() == 'mine'
     assert not (tmp_path / 'c.csv').exists() and not (tmp_path / 'c.csv.json').exists()
-    monkeypatch.setenv('RANK', '3')
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    assert run(predict.main, [adaptive_run, images, '--output', tmp_path / 'c.csv', *FLAGS]) == 2
+    for name, value in (('RANK', '3'), ('WORLD_SIZE', '2')):
+        monkeypatch.setenv(name, value)
+    assert run(predict.main, [adaptive_run, images]) == 2
     assert 'are not as torchrun sets them' in capsys.readouterr().err
+    monkeypatch.setenv('RANK', '1')
+    assert run(predict.main, [adaptive_run, images]) == 2
+    assert 'several processes need --output' in capsys.readouterr().err
 
 
 def open_output(path, resume=True):
-    return OutputFile(path, dict(name=str, value=float), dict(topk=1), resume)
+    return OutputFile(path, dict(name=str, exit=int), dict(topk=1), resume)
 
 
 def test_a_file_in_use_and_a_damaged_one(tmp_path):
     path = tmp_path / 'a.csv'
     with open_output(path) as output:
-        output.write([['a', 1.0], ['b, "c"', None]])
+        output.write([['a', 1], ['b, "c"\nd', 2]])
         code = (
             f'from pathlib import Path; from timm_mlcsd.engine.prediction.output import OutputFile\n'
-            f'OutputFile(Path({str(path)!r}), dict(name=str, value=float), dict(topk=1), True).__enter__()'
+            f'OutputFile(Path({str(path)!r}), dict(name=str, exit=int), dict(topk=1), True).__enter__()'
         )
         other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
         assert 'is in use by process' in other.stderr
     with open_output(path) as output:
-        assert output.done == {'a', 'b, "c"'}
-    path.write_text('name,value\na\nb,2\n')
-    with pytest.raises(UserError, match='its line 2 is not a row'), open_output(path):
+        assert output.done == {'a', 'b, "c"\nd'} and output.exits == {1: 1, 2: 1}
+    path.write_text('name,exit\na\nb,2\n')
+    with pytest.raises(UserError, match='its row 2 is not one'), open_output(path):
         pass
-    assert path.read_text() == 'name,value\na\nb,2\n'
+    assert path.read_text() == 'name,exit\na\nb,2\n'
+    path = tmp_path / 'a.jsonl'
+    with open_output(path) as output:
+        output.write([['a', 1]])
+    for text in ('{"name": ["a"], "exit": 1}\n{}\n', '{"file": "a", "exit": 1}\n{}\n', '[1, 2]\n{}\n'):
+        path.write_text(text)
+        with pytest.raises(UserError, match='its row 1 is not one'), open_output(path):
+            pass
 
 
 def test_a_full_disk_loses_nothing(adaptive_run, images, tmp_path, capsys):

@@ -51,7 +51,10 @@ def test_mistakes(flags, tmp_path, capsys):
     other = small(tmp_path / 'ten', num_classes=10)
     cases = [
         ([*flags, '--against', other], 'expected a network of 3 classes, got 10'),
-        ([*flags, '--against', tmp_path / 'none'], 'no checkpoint at'),
+        (
+            [*flags, '--against', tmp_path / 'none'],
+            'expected a checkpoint, a folder, hf-hub:REPO, or the name of a network of timm',
+        ),
         ([*flags, '--against', 'resnet18'], "--against 'resnet18' cannot be loaded"),
         ([*flags[:-1], '--against', other], '--against: only with --adaptive'),
     ]

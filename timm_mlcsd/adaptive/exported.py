@@ -30,10 +30,7 @@ def read_manifest(directory: Union[str, Path]) -> Dict[str, Any]:
     """
     path = Path(directory) / MANIFEST
     if not path.is_file():
-        raise ValueError(
-            f'{str(directory)!r} holds no exported stages ({MANIFEST}); create them with python -m '
-            f'timm_mlcsd.adaptive.export.'
-        )
+        raise ValueError(f'{str(directory)!r} holds no exported stages ({MANIFEST}); create them with mlcsd-export.')
     manifest: Dict[str, Any] = read_json(path)
     check_manifest(manifest, repr(str(path)))
     return manifest

@@ -31,6 +31,7 @@ __all__ = [
     'positive_int',
     'probability',
     'seed',
+    'text',
     'train_interpolation',
 ]
 
@@ -296,6 +297,13 @@ def budget(text: str) -> str:
             f'expected a positive number of MMACs, or a percentage of the plain backbone such as 60%, got '
             f'{_short(text)}'
         ) from None
+    return text
+
+
+def text(text: str) -> str:
+    """Type of a flag whose value is a text that is not empty, unlike that of a shell variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a text, got ''")
     return text
 
 

@@ -3,13 +3,14 @@
 import argparse
 import math
 import time
+from datetime import timedelta
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
 from ..adaptive import AdaptiveModel, ExitPolicy
 from ..data import Preprocessing
-from ..distributed import launched_context
+from ..distributed import init_distributed, launched_context
 from ..engine.device import make_autocast, resolve_device, to_channels_last
 from ..engine.prediction import (
     LABEL_TYPES,
@@ -23,7 +24,7 @@ from ..engine.prediction import (
 )
 from ..errors import UserError, as_user_error, one_line, printable, run_script
 from ..models import MultiExitModel
-from .arguments import ScriptParser, positive_int, probability
+from .arguments import ScriptParser, positive_int, probability, text
 from .data_flags import add_device_flags, add_loader_flags
 
 __all__ = ['Answer', 'answer', 'main', 'predict']
@@ -31,6 +32,8 @@ __all__ = ['Answer', 'answer', 'main', 'predict']
 HEADERS = ('Image', 'Labels', 'Exit', 'ms')
 # number of labels per image in the terminal, by default
 TOPK = 3
+# processes with slow shares may end late
+FOREVER = timedelta(days=30)
 
 
 class Answer(NamedTuple):
@@ -104,6 +107,7 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Output')
     group.add_argument(
         '--output',
+        type=text,
         metavar='FILE',
         help='write a row per image to this .csv, .jsonl or .parquet file, in batches; of several processes of '
         'torchrun each writes a part (default: a table in the terminal, one image after the other)',
@@ -120,7 +124,7 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument('--include-index', action='store_true', help='write the class index too, with --output')
     group.add_argument('--output-type', choices=OUTPUT_TYPES, help='value to write beside a label, with --output')
-    group.add_argument('--filename-col', metavar='NAME', help='name of the column with files, with --output')
+    group.add_argument('--filename-col', type=text, metavar='NAME', help='name of the column with files, with --output')
 
 
 @torch.inference_mode()
@@ -159,7 +163,7 @@ def predict(config: PredictConfig) -> List[Answer]:
     network = load(config)
     model = network.model
     names = labels(network, config.label_type)
-    texts = [str(index) for index in range(model.num_classes)] if names is None else names
+    texts = [printable(name) for name in names or map(str, range(model.num_classes))]
     with as_user_error(f'{config.network!r} cannot label files'):
         preprocessing = Preprocessing(network.data_config)
     device = resolve_device(config.device)
@@ -218,7 +222,11 @@ def _predict(config: PredictConfig) -> None:
         what = 'not both' if has_data else 'got neither'
         raise UserError(f'expected INPUT, a file, folder or pattern, or --dataset NAME; {what}.')
     if config.output:
-        predict_to_file(config, launched_context())
+        context = init_distributed(resolve_device(config.device), timeout=FOREVER)
+        try:
+            predict_to_file(config, context)
+        finally:
+            context.shutdown()
         return
     default = PredictConfig()
     for name in ('resume', 'include_index', 'output_type', 'filename_col'):

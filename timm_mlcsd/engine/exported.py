@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Tuple, Union
 
 import torch
 
@@ -15,7 +15,7 @@ from ..models import weights_digest
 from ..report import format_table
 from .evaluator import NO_IMAGES, Evaluator
 
-__all__ = ['ExportComparison', 'compare_exported']
+__all__ = ['ExportComparison', 'ExportedStages', 'compare_exported', 'load_exported']
 
 # preprocessing that must be the same, so that both get the same images
 _PREPROCESSING = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
@@ -57,19 +57,28 @@ class ExportComparison:
         )
 
 
-def compare_exported(
-    folder: Union[str, Path], evaluator: Evaluator, loader: Iterable[Any], trusted: bool = False
-) -> ExportComparison:
-    """Run exported stages and the network on the same batches, in turn, under the policy of the export.
+class ExportedStages(NamedTuple):
+    """Exported stages and the network, both under the policy of the export.
+
+    Attributes:
+        run: Function from images to answers of the exported stages.
+        network: The network.
+    """
+
+    run: Callable[[torch.Tensor], Prediction]
+    network: AdaptiveModel
+
+
+def load_exported(folder: Union[str, Path], evaluator: Evaluator, trusted: bool = False) -> ExportedStages:
+    """Load exported stages to compare with a network.
 
     Args:
         folder: Folder that `export_stages` wrote, for ONNX Runtime or PyTorch. Code in the folder is not run.
         evaluator: Evaluator of the network.
-        loader: Batches of (images, class indices).
         trusted: Whether the author of the folder is trusted, which PyTorch's exported programs need.
 
     Returns:
-        Accuracies, costs and differences.
+        The stages, beside the network.
 
     Raises:
         UserError: The folder holds no stages of this network, or cannot be used.
@@ -81,8 +90,25 @@ def compare_exported(
         network = AdaptiveModel(
             evaluator.model, policy, exit_costs(evaluator.model, evaluator.data_config['input_size'])
         )
+        return ExportedStages(run, network)
+
+
+def compare_exported(stages: ExportedStages, evaluator: Evaluator, loader: Iterable[Any]) -> ExportComparison:
+    """Run exported stages and the network on the same batches, in turn.
+
+    Args:
+        stages: The stages, beside the network.
+        evaluator: Evaluator of the network.
+        loader: Batches of (images, class indices).
+
+    Returns:
+        Accuracies, costs and differences.
+
+    Raises:
+        UserError: There are no images.
+    """
     found, seconds, right, macs = ExportComparison(), [0.0, 0.0], [0, 0], [0.0, 0.0]
-    runs: List[Callable[[torch.Tensor], Prediction]] = [run, network.predict]
+    runs: List[Callable[[torch.Tensor], Prediction]] = [stages.run, stages.network.predict]
     for images, target in loader:
         images = evaluator.prepared(images)
         answers = []

@@ -35,7 +35,7 @@ class RealLabels:
         if not hasattr(reader, 'samples'):
             raise UserError('--real-labels: expected a folder of images, whose names identify them.')
         self.topk = min(5, num_classes)
-        with as_user_error(f'--real-labels {"" if source is True else source!r} cannot be used'):
+        with as_user_error(f'--real-labels{"" if source is True else f" {source!r}"} cannot be used'):
             names = reader.filenames(basename=True)
             path = None if source is True else source
             try:
@@ -94,7 +94,7 @@ def read_valid_labels(path: str, num_classes: int) -> List[int]:
         UserError: The file cannot be read, or holds something else.
     """
     with as_user_error(f'--valid-labels {path!r} cannot be used'):
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             lines = [line.strip() for line in f.read(10_000_000).splitlines() if line.strip()]
         wrong = next(
             (line for line in lines if not (line.isascii() and line.isdigit()) or int(line) >= num_classes), None

@@ -56,7 +56,12 @@ def load_static(name: str, beside: Evaluator, names: Optional[ClassNames]) -> St
         UserError: It cannot be loaded, or has other classes.
     """
     with as_user_error(f'--against {name!r} cannot be loaded'):
-        if name.startswith(URI_SCHEMES) or Path(name).exists() or not timm.is_model(name):
+        is_saved = name.startswith(URI_SCHEMES) or Path(name).exists()
+        if not is_saved and not timm.is_model(name):
+            raise UserError(
+                f'--against {name!r}: expected a checkpoint, a folder, hf-hub:REPO, or the name of a network of timm.'
+            )
+        if is_saved:
             network = load_network(name)
             model, config = network.model, network.data_config
             check_classes(network.class_names, names, f'--against {name!r}')

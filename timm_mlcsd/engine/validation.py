@@ -26,7 +26,7 @@ from .combinations import check_input
 from .datasets import check_classes, class_names, load_dataset, same_split
 from .device import resolve_device
 from .evaluator import Evaluation, Evaluator, accumulate, finalize
-from .exported import compare_exported
+from .exported import compare_exported, load_exported
 from .fit_policy import backbone_macs, check_policy_flags, fit_or_load_policy, reports_on_half, saved_policy_path
 from .gallery import ExampleGallery, page_data
 from .held_out import halves_of, held_out, is_data_of, is_same_data
@@ -54,6 +54,8 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
     for flag, given in (('real_labels', config.real_labels), ('valid_labels', config.valid_labels)):
         if given and (config.adaptive or config.exported):
             raise UserError(f'--{flag.replace("_", "-")}: only without --adaptive and --exported.')
+    if config.trust_exported and not config.exported:
+        raise UserError('--trust-exported: expected --exported FOLDER.')
     _check_outputs(config)
     device = resolve_device(config.device)
     network = load_model(config)
@@ -74,6 +76,7 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
     evaluator = Evaluator(model, data_config, config.data, config.device, device=device, classes=valid)
     if names and len(names) > evaluator.num_classes:
         raise UserError(f'the data has {len(names)} classes, the model {evaluator.num_classes}: they do not fit.')
+    exported = load_exported(config.exported, evaluator, config.trust_exported) if config.exported else None
     if config.adaptive:
         result, about, classes = _validate_adaptive(config, network, evaluator, dataset, split, counted)
     else:
@@ -81,8 +84,8 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
         result, about = _evaluate(config, evaluator, dataset, classes), {}
         _print_exits(config, evaluator, result, costs, split)
     about['classes'] = classes.rows(names or known)
-    if config.exported:
-        comparison = compare_exported(config.exported, evaluator, evaluator.loader(dataset), config.trust_exported)
+    if exported is not None:
+        comparison = compare_exported(exported, evaluator, evaluator.loader(dataset))
         print(f'\nExported, {config.exported}:\n{comparison.describe()}')
         about['exported'] = asdict(comparison)
     rows = _rows(model, result, costs)

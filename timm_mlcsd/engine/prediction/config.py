@@ -28,7 +28,7 @@ class PredictConfig(FlatConfig):
         use_ema: Whether the averaged weights of the checkpoint are used.
         topk: Number of labels per image, None for the default.
         label_type: Kind of label, one of `LABEL_TYPES`; None for names, or descriptions of ImageNet's classes.
-        output: File of the predictions, .csv, .jsonl or .parquet; empty for none.
+        output: File of the predictions, .csv, .jsonl or .parquet; None for none.
         resume: Whether an existing file is continued.
         include_index: Whether the file has class indices beside the labels.
         output_type: Value beside a label, one of `OUTPUT_TYPES`.
@@ -45,7 +45,7 @@ class PredictConfig(FlatConfig):
     use_ema: bool = False
     topk: Optional[int] = None
     label_type: Optional[str] = None
-    output: str = ''
+    output: Optional[str] = None
     resume: bool = False
     include_index: bool = False
     output_type: str = 'prob'

@@ -114,20 +114,27 @@ def find_images(inputs: Sequence[str]) -> List[str]:
     Raises:
         UserError: A folder or a pattern has no image.
     """
-    found: Dict[str, None] = {}
+    found: Dict[str, str] = {}
     for text in inputs:
         if os.path.isdir(text):
             paths = _images_below(text)
         elif glob.has_magic(text) and not os.path.lexists(text):
-            matches = sorted(glob.glob(text, recursive=True), key=natural_key)
+            matches = sorted(glob.glob(text, recursive=True), key=_order)
             paths = [path for path in matches if os.path.isfile(path) and _has_image_ending(path)]
             if not paths:
                 endings = ', '.join(IMAGE_ENDINGS)
-                raise UserError(f'{text!r}: no file of this pattern is an image; images end in {endings}.')
+                hint = '; [[] stands for a bracket' if '[' in text else ''
+                raise UserError(f'{text!r}: no file of this pattern is an image; images end in {endings}{hint}.')
         else:
             paths = [text]
-        found.update(dict.fromkeys(paths))
-    return list(found)
+        for path in paths:
+            found.setdefault(os.path.normpath(path), path)
+    return list(found.values())
+
+
+def _order(path: str) -> Tuple[List[Any], str]:
+    """Key of the natural order; 1.png and 01.png are equal in that, and processes must agree on the order."""
+    return natural_key(path), path
 
 
 def _has_image_ending(path: str) -> bool:
@@ -148,6 +155,8 @@ def _images_below(folder: str) -> List[str]:
         for name in files:
             if is_hidden(os.path.join(below, name)):
                 left_out['hidden'] += 1
+            elif os.path.exists(path := os.path.join(place, name)) and not os.path.isfile(path):
+                left_out['pipes and the like'] += 1
             elif _has_image_ending(name):
                 paths.append(os.path.join(place, name))
             else:
@@ -159,7 +168,7 @@ def _images_below(folder: str) -> List[str]:
     if left_out:
         counts = ', '.join(f'{number} {printable(ending)}' for ending, number in left_out.most_common(8))
         _logger.warning(f'{printable(folder)}: left out {counts}; images end in {", ".join(IMAGE_ENDINGS)}')
-    return sorted(paths, key=natural_key)
+    return sorted(paths, key=_order)
 
 
 def _refuse(error: OSError) -> None:
@@ -184,6 +193,9 @@ def load_images(config: DataConfig, inputs: Sequence[str], split: str, data_conf
     with as_user_error('the network cannot label files'):
         mode = data_config.get(IMAGE_MODE) or default_image_mode(data_config['input_size'][0])
     if inputs:
+        missing = next((text for text in inputs if not glob.has_magic(text) and not os.path.lexists(text)), None)
+        if missing is not None:
+            raise UserError(f'{missing!r}: there is no such file or folder.')
         paths = find_images(inputs)
         return Images(CheckedImages(_Files(paths), mode, NO_LIMIT), _printed(paths))
     # labels are not read, so the column of the images does for them
@@ -209,8 +221,8 @@ def load_images(config: DataConfig, inputs: Sequence[str], split: str, data_conf
 
 
 def _printed(paths: Sequence[str]) -> List[str]:
-    """Paths as text for a file: with control characters and bytes that are no text escaped."""
-    names = [printable(os.fsencode(path).decode('utf-8', 'backslashreplace')) for path in paths]
+    """Paths as text for a file, with bytes that are no text escaped."""
+    names = [os.fsencode(path).decode('utf-8', 'backslashreplace') for path in paths]
     twice = next((name for name, number in Counter(names).items() if number > 1), None)
     if twice:
         raise UserError(f'two images are both written as {twice!r}; rename one of them.')

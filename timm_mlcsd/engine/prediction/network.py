@@ -10,11 +10,11 @@ from ...adaptive import AdaptiveModel, ExitPolicy, Prediction
 from ...adaptive.evaluate import cumulative_costs
 from ...cost import exit_costs
 from ...data import ClassNames, class_label
-from ...errors import UserError, as_user_error, printable
+from ...errors import UserError, as_user_error
 from ...network import Network, load_network
 from .config import PredictConfig
 
-__all__ = ['choose_policy', 'labels', 'load', 'predictions']
+__all__ = ['choose_policy', 'label_type', 'labels', 'load', 'predictions']
 
 _logger = logging.getLogger('predict')
 
@@ -45,6 +45,8 @@ def choose_policy(config: PredictConfig, network: Network) -> Optional[ExitPolic
         UserError: The policy or the threshold does not fit the network.
     """
     model = network.model
+    if config.threshold is not None and config.no_policy:
+        raise UserError('--threshold lets images leave early, --no-policy does not: give one of the two.')
     if config.threshold is None and (network.policy_file is None or config.no_policy):
         return None
     if not model.resumable:
@@ -60,44 +62,55 @@ def choose_policy(config: PredictConfig, network: Network) -> Optional[ExitPolic
     return policy.without_digest()  # checked once, not with every image
 
 
-def labels(network: Network, label_type: Optional[str] = None) -> Optional[List[str]]:
+def label_type(network: Network, asked: Optional[str] = None) -> str:
+    """Kind of labels of a network.
+
+    Args:
+        network: The network.
+        asked: One of `LABEL_TYPES`, or None.
+
+    Returns:
+        `asked`; if that is None, ``description`` for a network without names whose number of classes is that of
+        ImageNet-1k or of one of its larger sets, as timm guesses, and else ``name``.
+    """
+    is_imagenet = network.class_names is None and infer_imagenet_subset(network.model) is not None
+    return asked or ('description' if is_imagenet else 'name')
+
+
+def labels(network: Network, asked: Optional[str] = None) -> Optional[List[str]]:
     """Labels of the classes of a network.
 
     Args:
         network: The network.
-        label_type: One of `LABEL_TYPES`: ``name`` as stored with the network, ``description`` or ``detailed`` for
-            ImageNet's classes in words, ``none``. Default: names if there are any; else the descriptions if the number
-            of classes is that of ImageNet-1k or of one of its larger sets, as timm guesses; else indices.
+        asked: One of `LABEL_TYPES`: ``name`` as stored with the network, or an index without one; ``description`` or
+            ``detailed`` for ImageNet's classes in words; ``none``. Default: as `label_type` says.
 
     Returns:
-        Labels, [C], with control characters escaped; None for ``none``.
+        Labels, [C]; None for ``none``.
 
     Raises:
         UserError: Descriptions are asked for, and the classes are not those of ImageNet.
     """
-    names, count = network.class_names, network.model.num_classes
-    if label_type == 'none':
+    kind = label_type(network, asked)
+    if kind == 'none':
         return None
-    subset = infer_imagenet_subset(network.model)
-    if label_type in ('description', 'detailed') or (label_type is None and names is None and subset):
-        texts = _descriptions(names, subset, label_type or 'description')
-    else:
-        texts = [class_label(names, index) for index in range(count)]
-    return [printable(text) for text in texts]
+    if kind == 'name':
+        return [class_label(network.class_names, index) for index in range(network.model.num_classes)]
+    return _descriptions(network.class_names, infer_imagenet_subset(network.model), kind)
 
 
-def _descriptions(names: Optional[ClassNames], subset: Optional[str], label_type: str) -> List[str]:
+def _descriptions(names: Optional[ClassNames], subset: Optional[str], kind: str) -> List[str]:
     """ImageNet's classes in words, [C], by their WordNet IDs, or by their indices in a subset if there are no names."""
     info = ImageNetInfo(subset or 'imagenet-22k')
     synsets = names if names is not None else info.label_names() if subset else None
     try:
         if synsets is None:
             raise KeyError('0, which has no name')
-        is_detailed = label_type == 'detailed'
+        is_detailed = kind == 'detailed'
         return [info.label_name_to_description(str(synset), detailed=is_detailed) for synset in synsets]
     except KeyError as e:
         raise UserError(
-            f'--label-type {label_type}: expected a network whose classes are WordNet IDs such as n01440764, got class '
+            f'--label-type {kind}: expected a network whose classes are WordNet IDs such as n01440764, got class '
             f'{e.args[0]}; leave the flag out.'
         ) from None
 

@@ -6,14 +6,16 @@ import importlib.util
 import io
 import json
 import os
+import re
+from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set
+from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Sequence, Set
 
 from ...errors import UserError, as_user_error, install_hint, one_line
 from ...files import atomic_write
 from ..claim import locked
 
-__all__ = ['ENDINGS', 'OutputFile', 'check_output', 'part_path', 'record_path']
+__all__ = ['ENDINGS', 'OutputFile', 'check_other_parts', 'check_output', 'part_path', 'record_path']
 
 ENDINGS = ('.csv', '.jsonl', '.parquet')
 # rows per group of a Parquet file, which bounds the memory
@@ -31,6 +33,8 @@ def check_output(path: str) -> None:
     """
     if Path(path).suffix not in ENDINGS:
         raise UserError(f'--output {path!r}: expected a file that ends in {", ".join(ENDINGS)}.')
+    if Path(path).is_dir():
+        raise UserError(f'--output {path!r}: expected a file, got a folder.')
     if Path(path).suffix == '.parquet' and importlib.util.find_spec('pyarrow') is None:
         raise UserError(f'--output {path!r} needs the package pyarrow; {install_hint("parquet")}.')
 
@@ -47,6 +51,27 @@ def part_path(path: str, rank: int, size: int) -> Path:
     return whole if size == 1 else whole.with_name(f'{whole.stem}.{rank}-of-{size}{whole.suffix}')
 
 
+def check_other_parts(path: str, size: int) -> None:
+    """Refuse to write beside the parts of another number of processes, whose images would be labelled twice.
+
+    Args:
+        path: Path as the user named it.
+        size: Number of processes.
+
+    Raises:
+        UserError: There are such parts.
+    """
+    whole = Path(path)
+    pattern = re.compile(rf'{re.escape(whole.stem)}\.\d+-of-(\d+){re.escape(whole.suffix)}')
+    found = {int(match[1]) for file in whole.parent.glob('*') if (match := pattern.fullmatch(file.name))}
+    found |= {1} if whole.is_file() else set()
+    if others := found - {size}:
+        raise UserError(
+            f'--output {path!r} was written by {min(others)} process(es), now there are {size}; start as many, or name '
+            f'another file.'
+        )
+
+
 def record_path(path: Path) -> Path:
     """Path of the file beside an output file that tells how it was made."""
     return path.with_name(f'{path.name}.json')
@@ -61,12 +86,14 @@ class OutputFile:
 
     Args:
         path: Path of the file, which ends in one of `ENDINGS`.
-        kinds: Type per column, str, int or float; the first column, str, identifies the image.
+        kinds: Type per column, str, int or float; the first column, str, identifies the image, and ``exit`` is the
+            number of an exit.
         settings: How the rows are made, as plain values; a file of other settings is not continued.
         resume: Whether an existing file is continued; a missing one is created.
 
     Attributes:
         done: First column of the rows in the file.
+        exits: Number of rows per exit.
 
     Raises:
         UserError: On entry: the file exists and is not to be continued, was made by other settings, is in use, or
@@ -82,6 +109,8 @@ class OutputFile:
         self.is_parquet = path.suffix == '.parquet'
         self.lines = path.with_name(f'.{path.name}.partial.jsonl') if self.is_parquet else path
         self.done: Set[str] = set()
+        self.exits: Counter = Counter()
+        self._exit_column = list(kinds).index('exit')
 
     def __enter__(self) -> 'OutputFile':
         with contextlib.ExitStack() as stack:
@@ -123,42 +152,64 @@ class OutputFile:
             ) from None
         if differing:
             key = differing[0]
+            # a policy is too long to show
+            values = [found.get(key), self.settings[key]]
+            texts = ['another one' if isinstance(v, dict) else _short(v) for v in values]
             raise ValueError(
-                f'it was made with {key} {_short(found.get(key))}, this would be {_short(self.settings[key])}; use the '
-                f'same, or name another file.'
+                f'it was made with {key} {texts[0]}, this would be {texts[1]}; use the same, or name another file.'
             )
 
     def _continue(self) -> None:
         """Read the first column of complete lines, and remove what follows them."""
         end, columns = 0, list(self.kinds)
         with open(self.lines, 'rb') as f:
-            for number, line in enumerate(f):
+            for number, line in enumerate(self._rows(f)):
                 row = self._parsed(line)
                 is_header = self.is_csv and number == 0
                 if row is None and not f.read(1):
                     break  # torn by a kill
                 if row is None or (is_header and row != columns):
                     raise UserError(
-                        f'--output {str(self.path)!r} cannot be continued: its line {number + 1} is not a row of these '
+                        f'--output {str(self.path)!r} cannot be continued: its row {number + 1} is not one of these '
                         f'columns; name another file.'
                     )
                 if not is_header:
-                    self.done.add(row[0])
+                    self._count(row)
                 end += len(line)
         os.truncate(self._file, end)
         if not end and self.is_csv:
             self._append([columns])
 
-    def _parsed(self, line: bytes) -> Optional[List[str]]:
-        """The cells of a line, [columns]; None if the line is torn."""
+    def _rows(self, file: BinaryIO) -> Iterator[bytes]:
+        """The rows of a file of lines; in CSV a quoted cell may have line breaks."""
+        row = b''
+        for line in file:
+            row += line
+            if not self.is_csv or row.count(b'"') % 2 == 0:
+                yield row
+                row = b''
+        if row:
+            yield row
+
+    def _parsed(self, line: bytes) -> Optional[List[Any]]:
+        """The cells of a row, [columns]; None if it is torn or not a row of these columns."""
         if not line.endswith(b'\n'):
             return None
         try:
             text = line.decode()
-            cells = next(csv.reader([text], strict=True)) if self.is_csv else list(json.loads(text).values())
-        except (ValueError, csv.Error, AttributeError, StopIteration):
+            if self.is_csv:
+                cells: List[Any] = next(csv.reader(io.StringIO(text, newline=''), strict=True))
+                return cells if len(cells) == len(self.kinds) else None
+            row = json.loads(text)
+            is_row = list(row) == list(self.kinds) and isinstance(next(iter(row.values())), str)
+            return list(row.values()) if is_row else None
+        except (ValueError, csv.Error, AttributeError, TypeError, StopIteration, RecursionError):
             return None
-        return cells if len(cells) == len(self.kinds) else None
+
+    def _count(self, row: Sequence[Any]) -> None:
+        self.done.add(row[0])
+        exit = row[self._exit_column]
+        self.exits[int(exit) if str(exit).isdecimal() else exit] += 1
 
     def write(self, rows: Sequence[Sequence[Any]]) -> None:
         """Append rows.
@@ -170,7 +221,8 @@ class OutputFile:
             UserError: The file cannot be written.
         """
         self._append(rows)
-        self.done.update(row[0] for row in rows)
+        for row in rows:
+            self._count(row)
 
     def _append(self, rows: Sequence[Sequence[Any]]) -> None:
         text = io.StringIO()

@@ -20,8 +20,8 @@ from ..device import resolve_device
 from ..evaluator import Evaluator
 from .config import PredictConfig
 from .images import Images, NumberedImages, NumberedStream, load_images
-from .network import choose_policy, labels, load, predictions
-from .output import OutputFile, check_output, part_path, record_path
+from .network import choose_policy, label_type, labels, load, predictions
+from .output import OutputFile, check_other_parts, check_output, part_path, record_path
 
 __all__ = ['predict_to_file']
 
@@ -36,15 +36,17 @@ def predict_to_file(config: PredictConfig, dist_context: DistributedContext) -> 
 
     Args:
         config: The prediction.
-        dist_context: Rank of this process and number of processes; they do not need to be connected.
+        dist_context: Processes that share the work.
 
     Returns:
         Path of the file of this process.
 
     Raises:
-        UserError: Something does not fit, or more images cannot be read than `max_bad_samples` allows; the others are
-            labelled first.
+        UserError: Something does not fit, or more images cannot be read, in all processes together, than
+            `max_bad_samples` allows; the others are labelled first.
     """
+    if config.output is None:
+        raise ValueError('output: expected the path of a file.')
     check_output(config.output)
     device = resolve_device(config.device)
     network = load(config)
@@ -52,6 +54,7 @@ def predict_to_file(config: PredictConfig, dist_context: DistributedContext) -> 
     table = _Table.of(config, network)
     images = load_images(config.data, config.images, config.split, network.data_config)
     path = part_path(config.output, dist_context.rank, dist_context.size)
+    check_other_parts(config.output, dist_context.size)
     settings = _settings(config, network, policy, dist_context)
     with OutputFile(path, table.kinds, settings, config.resume) as output:
         dataset = _remaining(images, output, dist_context)
@@ -68,12 +71,14 @@ def predict_to_file(config: PredictConfig, dist_context: DistributedContext) -> 
             answered=len(output.done),
             unreadable=len(unreadable),
             unreadable_images=unreadable[:MOST_LISTED],
-            exits=progress.exits.tolist(),
+            exits=[output.exits[k] for k in range(1, network.model.num_exits + 1)],
         )
     print(f'{path}: {progress.summary(before, len(unreadable))}')
-    if len(unreadable) > config.data.max_bad_samples:
+    # together, because torchrun stops all processes as soon as one ends with an error
+    found = [name for part in dist_context.all_gather(unreadable) for name in part]
+    if len(found) > config.data.max_bad_samples:
         raise UserError(
-            f'{len(unreadable)} images cannot be read, {unreadable[0]} first; all others are labelled. '
+            f'{len(found)} image{"s" * (len(found) > 1)} cannot be read, {found[0]} first; all others are labelled. '
             f'{record_path(path)} lists them; --max-bad-samples N accepts so many.'
         )
     return path
@@ -82,17 +87,19 @@ def predict_to_file(config: PredictConfig, dist_context: DistributedContext) -> 
 def _settings(config: PredictConfig, network: Network, policy: Any, dist_context: DistributedContext) -> Dict[str, Any]:
     """What decides on the rows of a file, as plain values: only a file of the same settings can be continued."""
     data = config.data
-    source = dict(inputs=config.images) if config.images else dict(dataset=data.dataset, data_dir=data.data_dir)
+    # the names of files tell whether they are the same, their numbers in a data set do not
+    source: Dict[str, Any] = dict(dataset='' if config.images else data.dataset)
+    if not config.images:
+        source.update(data_dir=data.data_dir, split=config.split, input_key=data.input_key)
     return dict(
-        network=config.network,
         weights=weights_digest(network.model),
         policy=None if policy is None else policy.to_dict(),
         **source,
-        split=None if config.images else config.split,
         rank=dist_context.rank,
         processes=dist_context.size,
         topk=config.topk or 1,
-        label_type=config.label_type,
+        label_type=label_type(network, config.label_type),
+        filename_col=config.filename_col,
         include_index=config.include_index,
         output_type=config.output_type,
     )
@@ -166,6 +173,11 @@ def _remaining(images: Images, output: OutputFile, dist_context: DistributedCont
     """The images of this process that its file does not have yet."""
     rank, size = dist_context.rank, dist_context.size
     if images.names is None:
+        wrong = next((name for name in output.done if not name.isdecimal() or len(name) > 18), None)
+        if wrong is not None:
+            raise UserError(
+                f'--output {str(output.path)!r} cannot be continued: {wrong!r} is not the number of an image.'
+            )
         done = {int(name) for name in output.done}
         assert isinstance(images.dataset, IterableDataset)  # all others have names
         return NumberedStream(images.dataset, done, rank, size)
