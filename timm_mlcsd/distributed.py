@@ -129,7 +129,7 @@ def init_distributed(device: torch.device, timeout: Optional[timedelta] = None) 
     """
     if 'RANK' not in os.environ or 'WORLD_SIZE' not in os.environ:
         return SINGLE_PROCESS
-    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    local_rank = launched_context().local_rank
     try:
         store, rank, size = next(dist.rendezvous('env://'))
         if os.environ.get('GROUP_WORLD_SIZE') == '1':

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 
@@ -12,7 +12,7 @@ from ..report import format_table
 from .evaluator import Evaluator, LabelledLogits
 from .fit_policy import backbone_macs
 
-__all__ = ['PolicyBenchmark', 'benchmark_policy', 'tables']
+__all__ = ['PolicyBenchmark', 'benchmark_policy', 'images_alone', 'tables', 'timed']
 
 # images that run one at a time as well
 LATENCY_IMAGES = 200
@@ -36,6 +36,22 @@ class PolicyBenchmark(NamedTuple):
     latencies: List[Tuple[float, float]]
 
 
+def timed(evaluator: Evaluator, run: Callable[[torch.Tensor], Any], images: torch.Tensor) -> Tuple[Any, float]:
+    """Run a function on images under the autocast of an evaluator; returns its result and the seconds it took."""
+    synchronize = torch.cuda.synchronize if evaluator.device.type == 'cuda' else lambda _: None
+    synchronize(evaluator.device)
+    start = time.perf_counter()
+    with evaluator.autocast:
+        result = run(images)
+    synchronize(evaluator.device)
+    return result, time.perf_counter() - start
+
+
+def images_alone(num_images: int) -> Set[int]:
+    """Indices of the images that run one at a time as well, at random, because data sets are often sorted by class."""
+    return set(torch.randperm(num_images, generator=torch.Generator().manual_seed(0))[:LATENCY_IMAGES].tolist())
+
+
 @torch.inference_mode()
 def benchmark_policy(
     evaluator: Evaluator,
@@ -55,19 +71,7 @@ def benchmark_policy(
     """
     model, device = evaluator.model, evaluator.device
     adaptive = AdaptiveModel(model, policy, range(model.num_exits))
-    # some at random: data sets are often sorted by class
-    alone = set(torch.randperm(num_images, generator=torch.Generator().manual_seed(0))[:LATENCY_IMAGES].tolist())
-
-    def timed(run: Callable[[torch.Tensor], Any], images: torch.Tensor) -> Tuple[Any, float]:
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        with evaluator.autocast:
-            result = run(images)
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        return result, time.perf_counter() - start
-
+    alone = images_alone(num_images)
     exits: List[torch.Tensor] = []
     seconds: List[Tuple[float, float]] = []
     latencies: List[Tuple[float, float]] = []
@@ -78,13 +82,13 @@ def benchmark_policy(
         images, target = evaluator.prepared(images), target.to(device)
         if not seconds:  # first calls include set-up, which is not timed
             for some in (images, images[:1]):
-                timed(lambda x: list(adaptive.iter_exits(x)), some)
-                timed(model, some)
-        prediction, took = timed(adaptive.predict, images)
-        logits, plain_took = timed(model, images)
+                timed(evaluator, lambda x: list(adaptive.iter_exits(x)), some)
+                timed(evaluator, model, some)
+        prediction, took = timed(evaluator, adaptive.predict, images)
+        logits, plain_took = timed(evaluator, model, images)
         seconds.append((took, plain_took))
         for image in (images[i : i + 1] for i in range(len(images)) if count + i in alone):
-            latencies.append((timed(adaptive.predict, image)[1], timed(model, image)[1]))
+            latencies.append((timed(evaluator, adaptive.predict, image)[1], timed(evaluator, model, image)[1]))
         exits.append(prediction.exit_index.cpu())
         right += (prediction.logits.argmax(-1) == target).sum().item()
         plain_right += (logits.argmax(-1) == target).sum().item()

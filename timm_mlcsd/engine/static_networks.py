@@ -1,6 +1,5 @@
 """Smaller networks without early exits beside an adaptive one: is it worth it?"""
 
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
@@ -16,14 +15,12 @@ from ..hub import URI_SCHEMES
 from ..models import MultiExitModel, create_model
 from ..network import load_network
 from ..report import format_table
+from .benchmark import images_alone, timed
 from .datasets import check_classes
 from .evaluator import Evaluator
 from .fit_policy import backbone_macs
 
 __all__ = ['StaticNetwork', 'benchmark_static', 'load_static', 'static_table']
-
-# images that run one at a time as well
-LATENCY_IMAGES = 200
 
 
 class StaticNetwork(NamedTuple):
@@ -101,22 +98,12 @@ class _Meter:
         images = self.evaluator.prepared(images)
         if not self.count:  # first calls include set-up
             for some in (images, images[:1]):
-                self._timed(some)
-        logits, seconds = self._timed(images)
+                timed(self.evaluator, self.run, some)
+        logits, seconds = timed(self.evaluator, self.run, images)
         self.seconds += seconds
         self.right += int((logits.argmax(-1).cpu() == target.cpu()).sum())
         self.count += len(target)
-        self.latencies += [1000 * self._timed(images[i : i + 1])[1] for i in alone]
-
-    def _timed(self, images: torch.Tensor) -> Any:
-        device = self.evaluator.device
-        synchronize = torch.cuda.synchronize if device.type == 'cuda' else lambda _: None
-        synchronize(device)
-        start = time.perf_counter()
-        with self.evaluator.autocast:
-            logits = self.run(images)
-        synchronize(device)
-        return logits, time.perf_counter() - start
+        self.latencies += [1000 * timed(self.evaluator, self.run, images[i : i + 1])[1] for i in alone]
 
     def row(self, name: str, macs: Optional[float]) -> Dict[str, Any]:
         """Accuracy in percent, MMACs, images per second, and percentiles of the milliseconds at batch 1."""
@@ -163,7 +150,7 @@ def benchmark_static(
     ]
     names = ['adaptive', 'plain backbone', *(network.name for network in networks)]
     macs = [cost, _macs(model, evaluator.data_config), *(network.macs for network in networks)]
-    chosen = set(torch.randperm(count, generator=torch.Generator().manual_seed(0))[:LATENCY_IMAGES].tolist())
+    chosen = images_alone(count)
     loaders = [network.evaluator.loader(dataset) for network in networks]
     before = 0
     for own, *others in zip(evaluator.loader(dataset), *loaders):

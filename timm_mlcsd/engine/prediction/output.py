@@ -4,6 +4,7 @@ import contextlib
 import csv
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -302,15 +303,5 @@ def _to_parquet(lines: Path, target: Path, kinds: Dict[str, type]) -> None:
     types = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
     schema = pyarrow.schema([(name, types[kind]) for name, kind in kinds.items()])
     with open(lines, encoding='utf-8') as f, pyarrow.parquet.ParquetWriter(target, schema) as writer:
-        for rows in _chunks(f):
+        for rows in iter(lambda: list(map(json.loads, itertools.islice(f, ROWS))), []):
             writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
-
-
-def _chunks(lines: Iterator[str]) -> Iterator[List[Dict[str, Any]]]:
-    rows: List[Dict[str, Any]] = []
-    for line in lines:
-        rows.append(json.loads(line))
-        if len(rows) == ROWS:
-            yield rows
-            rows = []
-    yield rows
