@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, tables: List[Table]) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     results = args.results / f'{args.scale}.jsonl'
-    runner = Runner(results, args.work, args.data, args.scale, args.device, deadline)
+    runner = Runner(results, args.work, args.data, args.scale, args.device, deadline, tables[0].test_split)
     errors = runner.run(runs, args.jobs)
     missing = {run.id for run in runs} - set(load_results(results))
     print(f'{len(missing)} runs missing' if missing else 'all done')

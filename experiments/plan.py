@@ -11,7 +11,7 @@ import yaml
 
 from timm_mlcsd.errors import UserError
 
-__all__ = ['HERE', 'ROOT', 'Row', 'Run', 'Table', 'load_datasets', 'load_table', 'table_names']
+__all__ = ['HERE', 'ROOT', 'Row', 'Run', 'Table', 'load_datasets', 'load_scale', 'load_table', 'table_names']
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -74,6 +74,7 @@ class Table(NamedTuple):
         show: Parts of the report: ``accuracy``, ``rescued``, ``cost``, ``weights``, ``anytime`` or ``budgeted``.
         paper: Mean accuracy over the exits in the paper, by labels, where it is known.
         note: Remark in the report.
+        test_split: Split that finished runs are measured on.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Table(NamedTuple):
     show: List[str]
     paper: Dict[Tuple[str, ...], float]
     note: str
+    test_split: str
 
 
 def table_names(folder: Path = HERE / 'tables') -> List[str]:
@@ -122,7 +124,7 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
     Raises:
         UserError: The table or the scale does not exist.
     """
-    spec, scaling = _read('tables', name), _read('scales', scale)
+    spec, scaling = _read('tables', name), load_scale(scale)
     dataset = spec['dataset']
     entry = load_datasets()[dataset]
     recipe = {**yaml.safe_load((ROOT / entry['recipe']).read_text()), **entry.get('flags', {})}
@@ -158,7 +160,24 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
         spec.get('show', ['accuracy']),
         dict(_leaves(spec.get('paper', {}))),
         spec.get('note', ''),
+        scaling.get('test_split', 'test'),
     )
+
+
+def load_scale(name: str) -> Dict[str, Any]:
+    """Read a scale's file.
+
+    Args:
+        name: Name of a file in ``scales``; it may name another as ``base``, whose entries it replaces.
+
+    Returns:
+        ``seeds``, ``flags``, ``datasets``, ``networks``, ``keep`` and ``test_split``, those of them that it sets.
+
+    Raises:
+        UserError: The scale does not exist.
+    """
+    scaling = _read('scales', name)
+    return {**load_scale(scaling.pop('base')), **scaling} if 'base' in scaling else scaling
 
 
 def _read(kind: str, name: str) -> Dict[str, Any]:

@@ -12,6 +12,14 @@ Records = Dict[str, Dict[str, Any]]
 Found = Sequence[Tuple[Row, List[Dict[str, Any]]]]
 
 
+WEIGHT_STATISTICS = (
+    ('rows', 'distance between the mean weights of two exits'),
+    ('rows_per_image', 'per image'),
+    ('entropy', 'entropy over log K'),
+    ('spread', 'deviation over images'),
+)
+
+
 def report(table: Table, results: Records, scale: str) -> str:
     """Write the report of a table as Markdown.
 
@@ -51,9 +59,12 @@ def _setting(table: Table, scale: str, have: int, wanted: int) -> str:
         if name in flags and all(row.runs[0].flags.get(name) == flags[name] for row in table.rows)
     ]
     settings = ', '.join(f'{name} {flags[name]}' for name in same)
+    measured = 'the test split was read once per run'
+    if table.test_split != 'test':
+        measured = f'accuracies are on {table.test_split}, which no run was trained on, and the test split was not read'
     return (
         f'{table.dataset} at scale `{scale}` ({settings}), {have} of {wanted} runs. The images that training held out '
-        f'chose the epoch; the test split was read once per run. Means over seeds, ± standard deviation.'
+        f'chose the epoch; {measured}. Means over seeds, ± standard deviation.'
     )
 
 
@@ -138,8 +149,15 @@ def _weights(table: Table, found: Found) -> str:
             for i in range(size)
         ]
         title = ' / '.join(row.labels)
-        parts.append(f'{title}\n\n' + _markdown(['', *(f'Ex{k + 1}' for k in range(size))], lines))
+        about = _weight_statistics([r['weight_statistics'] for r in records if 'weight_statistics' in r])
+        parts.append(f'{title}{about}\n\n' + _markdown(['', *(f'Ex{k + 1}' for k in range(size))], lines))
     return '\n\n'.join(parts)
+
+
+def _weight_statistics(found: Sequence[Dict[str, float]]) -> str:
+    if not found:  # records of runs before they were measured
+        return ''
+    return ': ' + ', '.join(f'{name} {statistics.mean(s[key] for s in found):.3f}' for key, name in WEIGHT_STATISTICS)
 
 
 def figure(table: Table, results: Records, path: Path) -> bool:

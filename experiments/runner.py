@@ -49,6 +49,7 @@ class Runner:
         device: Device, as for train.py; None (default) for its default.
         deadline: Time, as of `time.monotonic`, at which runs are stopped and no more are started; they can be resumed.
             Default: none.
+        test_split: Split that finished runs are measured on; default: the test split.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Runner:
         scale: str,
         device: Optional[str] = None,
         deadline: Optional[float] = None,
+        test_split: str = 'test',
     ):
         self.results = results
         self.work = work
@@ -66,6 +68,7 @@ class Runner:
         self.scale = scale
         self.device = device
         self.deadline = deadline
+        self.test_split = test_split
 
     def run(self, runs: List[Run], jobs: int) -> List[str]:
         """Run the missing ones of some runs.
@@ -106,7 +109,17 @@ class Runner:
             seconds = folder / 'seconds'
             before = float(seconds.read_text()) if seconds.exists() else 0.0
             device = ['--device', self.device] if self.device else []
-            train = ['train.py', '--config', str(config), '--output', str(folder), '--experiment', 'train', *device]
+            train = [
+                '-m',
+                'experiments.train',
+                '--config',
+                str(config),
+                '--output',
+                str(folder),
+                '--experiment',
+                'train',
+                *device,
+            ]
             if (folder / 'train' / 'last.pth.tar').exists():
                 train += ['--resume', str(folder / 'train')]
             measured = folder / 'measured.json'
@@ -114,7 +127,8 @@ class Runner:
             finished = self._call(train, folder, environment, lock)
             seconds.write_text(str(before + time.monotonic() - start))
             if finished:
-                measure = ['-m', 'experiments.measure', str(folder / 'train'), str(measured), *device]
+                split = ['--test-split', self.test_split]
+                measure = ['-m', 'experiments.measure', str(folder / 'train'), str(measured), *split, *device]
                 finished = self._call(measure, folder, environment, lock)
             if not finished:
                 return None if self._deadline_passed() else f'run {run.id} failed; see {folder / "log.txt"}'
@@ -124,6 +138,7 @@ class Runner:
                 scale=self.scale,
                 seed=run.seed,
                 flags=run.flags,
+                test_split=self.test_split,
                 **json.loads(measured.read_text()),
                 seconds=round(float(seconds.read_text()), 1),
                 versions=_versions(self.device),
@@ -132,7 +147,7 @@ class Runner:
                 fcntl.flock(f, fcntl.LOCK_EX)
                 f.write(json.dumps(record) + '\n')
             mean = sum(record['test']) / len(record['test'])
-            print(f'{run.id} seed {run.seed}: test mean {mean:.2f}, {record["seconds"]:.0f} s', flush=True)
+            print(f'{run.id} seed {run.seed}: {self.test_split} mean {mean:.2f}, {record["seconds"]:.0f} s', flush=True)
         return None
 
     def _deadline_passed(self) -> bool:

@@ -8,16 +8,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # experiments is no part of the package
-
-from experiments.heads_only import heads_only  # noqa: E402
-from experiments.plan import HERE, Row, Run, Table, load_datasets, load_table, table_names  # noqa: E402
-from experiments.report import figure, report  # noqa: E402
-from experiments.runner import Runner, load_results  # noqa: E402
-from timm_mlcsd.cli.config_file import parse_args  # noqa: E402
-from timm_mlcsd.cli.flags import train_parser  # noqa: E402
-from timm_mlcsd.errors import UserError  # noqa: E402
+from experiments.heads_only import heads_only
+from experiments.plan import HERE, Row, Run, Table, load_datasets, load_table, table_names
+from experiments.report import figure, report
+from experiments.runner import Runner, load_results
+from timm_mlcsd.cli.config_file import parse_args
+from timm_mlcsd.cli.flags import train_parser
+from timm_mlcsd.errors import UserError
 
 
 def ids(name, scale='paper', **kwargs):
@@ -25,7 +22,7 @@ def ids(name, scale='paper', **kwargs):
 
 
 @pytest.mark.parametrize('name', table_names())
-def test_every_table_is_made_of_flags_that_exist(name, tmp_path):
+def test_every_table_is_made_of_flags_that_exist(name, tmp_path, with_candidates):
     import yaml
 
     table = load_table(name, 'paper')
@@ -63,7 +60,7 @@ def test_a_run_is_its_settings():
     assert not ids('table2', 'cpu') & ids('table2')
     with pytest.raises(UserError, match=r"table 'table99' is unknown; choose from .*table1, table2"):
         load_table('table99', 'cpu')
-    with pytest.raises(UserError, match=r"scale 'x' is unknown; choose from cpu, paper, smoke"):
+    with pytest.raises(UserError, match=r"scale 'x' is unknown; choose from cpu, explore, paper, smoke"):
         load_table('table2', 'x')
 
 
@@ -153,7 +150,7 @@ def record(run, *test):
 def make_table(**kwargs):
     runs = [[Run('cifar100', dict(method=m), s) for s in range(3)] for m in 'ab']
     rows = [Row(('Net', label), r) for label, r in zip(('MENM', 'New'), runs)]
-    fields = dict(show=['accuracy', 'rescued', 'cost', 'weights'], paper={}, note='A note.')
+    fields = dict(show=['accuracy', 'rescued', 'cost', 'weights'], paper={}, note='A note.', test_split='test')
     return Table('t', 'a title', 'cifar100', ['Network', 'Method'], rows, ['MENM'], **{**fields, **kwargs})
 
 
@@ -231,3 +228,13 @@ def test_mistakes_are_one_line(argv, monkeypatch, capsys):
         main()
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.startswith('experiments: error: ') and error.count('\n') == 1
+
+
+def test_stage_a_reads_other_training_images_than_it_trains_on():
+    table = load_table('stage-a', 'explore')
+    assert table.test_split == 'train[6000:16000]' and load_table('table2', 'cpu').test_split == 'test'
+    for row in table.rows:
+        flags = row.runs[0].flags
+        assert (flags['train_split'], flags['val_split']) == ('train[:5000]', 'train[5000:6000]')
+        assert 'val_fraction' not in flags and flags['epochs'] == 60 and len(row.runs) == 2
+    assert 'the test split was not read' in report(table, {}, 'explore')

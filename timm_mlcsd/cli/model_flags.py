@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..losses import CWEM_SUPERVISIONS, DISTILL_METHODS, DISTILL_MODES, DISTILL_RAMPS
+from ..losses import CWEM_SUPERVISIONS, DISTILL_METHODS, DISTILL_RAMPS, TEACHERS
 from ..models import DEFAULT_EXIT_HEAD, DEFAULT_EXIT_POOL, EXIT_HEADS, EXIT_POOLS
 from .arguments import KeyValues, epochs, exits, fraction, integer, non_negative_int, number
 
@@ -122,7 +122,7 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
 def _add_teacher_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         '--distill',
-        choices=DISTILL_MODES,
+        choices=('none', *TEACHERS),
         help='teacher of the exits: none; one-for-all, the last exit; minimum, the exit with the least loss on an '
         'image; average, the mean of all exits; deeper, the mean of the deeper ones; attention and confidence, means '
         'weighted by entropy and by loss; all-for-all, a mean with learned weights',

@@ -209,6 +209,19 @@ class Evaluator:
         return LabelledLogits(logits, targets)
 
     @torch.no_grad()
+    def mixing_weights(self, criterion: MLCSDLoss, loader: Iterable[Any]) -> Iterator[torch.Tensor]:
+        """Iterate over the mixing weights of the teachers, [B, K, K].
+
+        Args:
+            criterion: The loss that the network was trained with; it must have teachers.
+            loader: Batches of (images, class indices).
+        """
+        with eval_mode(self.model), eval_mode(criterion):
+            for images, target in loader:
+                with self.autocast:
+                    weights = criterion.mixing_weights(self.forward(self.prepared(images)), target.to(self.device))
+                yield weights.float()
+
     def mean_mixing_weights(
         self, criterion: MLCSDLoss, loader: Iterable[Any], max_batches: Optional[int] = None
     ) -> Optional[torch.Tensor]:
@@ -225,11 +238,8 @@ class Evaluator:
         if criterion.mixer is None:
             return None
         total, count = torch.zeros(self.model.num_exits, self.model.num_exits, device=self.device), 0
-        with eval_mode(self.model), eval_mode(criterion):
-            for images, target in itertools.islice(loader, max_batches):
-                with self.autocast:
-                    weights = criterion.mixing_weights(self.forward(self.prepared(images)), target.to(self.device))
-                total, count = total + weights.float().sum(dim=0), count + len(weights)
+        for weights in self.mixing_weights(criterion, itertools.islice(loader, max_batches)):
+            total, count = total + weights.sum(dim=0), count + len(weights)
         if not count:
             raise UserError(NO_IMAGES)
         return total / count

@@ -351,7 +351,7 @@ class MLCSDLoss(nn.Module):
 
 def _check_choices(**given: str) -> None:
     """Raise a ValueError for an argument that is none of its choices."""
-    choices = dict(distill=DISTILL_MODES, cwem_supervision=CWEM_SUPERVISIONS, distill_ramp=DISTILL_RAMPS)
+    choices = dict(distill=('none', *TEACHERS), cwem_supervision=CWEM_SUPERVISIONS, distill_ramp=DISTILL_RAMPS)
     for name, value in given.items():
         if value not in choices[name]:
             raise ValueError(f'{name}={value!r} is unknown; choose one of {", ".join(choices[name])}.')
