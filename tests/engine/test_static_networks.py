@@ -23,7 +23,7 @@ def small(path, **kwargs):
     return path
 
 
-def test_table_record_plot_and_page(flags, adaptive_run, tmp_path, capsys):
+def test_table_record_plot_and_page(flags, adaptive_run, folder, tmp_path, capsys):
     other = small(tmp_path / 'small', num_classes=3)
     more = ['--against', adaptive_run, other, '--results-file', tmp_path / 'a.json', '--plot', tmp_path / 'a.png']
     assert run(validate.main, [*flags, *more, '--budget', '97%', '--report', tmp_path / 'a.html']) == 0
@@ -40,7 +40,10 @@ def test_table_record_plot_and_page(flags, adaptive_run, tmp_path, capsys):
     assert (same['top1'], same['mmacs']) == (plain['top1'], plain['mmacs'])
     assert plain['top1'] == results['exits'][-1]['top1']
     assert adaptive['top1'] == results['adaptive']['adaptive']['Top-1 %'] and adaptive['mmacs'] < plain['mmacs']
-    # at its own image size
+    # at its own image size, with its own preprocessing
+    alone = [folder, '--model', f'local-dir:{other}', '--split', 'test', '--device', 'cpu', '-j', 0, '-b', 5]
+    assert run(validate.main, [*alone, '--results-file', tmp_path / 'b.json']) == 0
+    assert tiny['top1'] == json.loads((tmp_path / 'b.json').read_text())['exits'][-1]['top1']
     assert tiny['mmacs'] == exit_costs(from_pretrained(other), (3, 24, 24))[0].macs / 1e6
     assert all(0 < row['ms_median'] <= row['ms_90'] <= row['ms_99'] for row in (adaptive, plain, same, tiny))
     data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / 'a.html').read_text(), re.DOTALL).group(1))

@@ -1,5 +1,6 @@
 """Batches from data sets, through timm's loaders."""
 
+import copy
 import logging
 import multiprocessing
 import os
@@ -244,6 +245,8 @@ def eval_loader(
     With several processes each gets its share, so that all together see every image once. Labels must be of
     `num_classes` classes, if that is given.
     """
+    # timm sets the transform of the data set; loaders of other networks have others
+    dataset = copy.copy(dataset)
     shard = (0, 1)
     if isinstance(dataset, IterableDataset):
         shard = (dist_context.rank, dist_context.size)
