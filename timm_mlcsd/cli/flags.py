@@ -6,6 +6,7 @@ Defaults are those of the configurations that the flags fill.
 import argparse
 
 from ..adaptive import AGGREGATES, RISKS, SCORES, THRESHOLD_METHODS
+from ..data import CORRUPTIONS
 from ..engine.config import TrainConfig
 from ..engine.validate_config import ValidateConfig
 from .arguments import ScriptParser, budget, confidence, number, positive_float
@@ -185,6 +186,18 @@ def _add_result_flags(group: argparse._ArgumentGroup) -> None:
         metavar='NAME',
         help='networks without early exits to compare --adaptive with: checkpoints, or names of networks that timm has '
         'pretrained (default: none)',
+    )
+    group.add_argument(
+        '--corruptions',
+        nargs='+',
+        choices=('all', *CORRUPTIONS),
+        default=[],
+        metavar='NAME',
+        help='also run --adaptive on corrupted images, with the policy of the clean ones: all, or some of '
+        f'{", ".join(CORRUPTIONS)} (default: none)',
+    )
+    group.add_argument(
+        '--severity', type=int, choices=range(1, 6), metavar='N', help='severity of --corruptions, 1 to 5'
     )
     group.add_argument(
         '--exported',

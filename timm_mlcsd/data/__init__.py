@@ -10,6 +10,7 @@ from .class_names import (
     pad_names,
     same_names,
 )
+from .corruptions import CORRUPTIONS, CorruptedImages, check_corruptions
 from .device_cache import CachedLoader, cache_images
 from .digits import DigitsDataset
 from .folders import (
@@ -33,6 +34,7 @@ from .stream import CheckedStream
 from .subset import ConvertedImages, IndexedTargets, TransformSubset, hold_out, num_images
 
 __all__ = [
+    'CORRUPTIONS',
     'IMAGE_ENDINGS',
     'IMAGE_MODE',
     'IMAGE_MODES',
@@ -45,6 +47,7 @@ __all__ = [
     'CheckedStream',
     'ClassNames',
     'ConvertedImages',
+    'CorruptedImages',
     'DigitsDataset',
     'IndexedTargets',
     'SubstituteBroken',
@@ -55,6 +58,7 @@ __all__ = [
     'DropBroken',
     'cache_images',
     'check_class_folders',
+    'check_corruptions',
     'check_folder_has_split',
     'check_labels',
     'check_look_alikes',

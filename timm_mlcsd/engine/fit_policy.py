@@ -29,9 +29,8 @@ __all__ = [
 def check_policy_flags(config: ValidateConfig) -> None:
     """Refuse policy flags that contradict each other."""
     goals = [flag for flag in ('budget', 'latency_budget', 'max_drop') if getattr(config, flag) is not None]
-    others = [
-        flag for flag in ('policy', 'save_policy', 'report', 'calibration_split', 'against') if getattr(config, flag)
-    ]
+    with_policy = ('policy', 'save_policy', 'report', 'calibration_split', 'against', 'corruptions')
+    others = [flag for flag in with_policy if getattr(config, flag)]
     named = [f'--{flag.replace("_", "-")}' for flag in (*goals, *others)]
     if named and not config.adaptive:
         raise UserError(f'{", ".join(named)}: only with --adaptive.')

@@ -40,6 +40,8 @@ class ValidateConfig(FlatConfig):
         results_file: Table to write as .csv or .json, empty for none.
         plot: Figure to write as .png, empty for none.
         against: Static networks to compare an adaptive one with: checkpoints, or names of timm's pretrained networks.
+        corruptions: Corruptions to evaluate an adaptive network under, or ``all``; empty for none.
+        severity: Severity of the corruptions, 1 to 5.
         exported: Folder of exported stages to compare with the network, empty for none.
         trust_exported: Whether the author of that folder is trusted, which PyTorch's exported programs need.
     """
@@ -69,6 +71,8 @@ class ValidateConfig(FlatConfig):
     results_file: str = ''
     plot: str = ''
     against: List[str] = field(default_factory=list)
+    corruptions: List[str] = field(default_factory=list)
+    severity: int = 3
     exported: str = ''
     trust_exported: bool = False
 

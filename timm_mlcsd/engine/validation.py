@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ..adaptive import ExitPolicy, evaluate_policy
 from ..cost import ExitCost, exit_costs
-from ..data import IMAGE_MODE, default_image_mode
+from ..data import CORRUPTIONS, IMAGE_MODE, default_image_mode
 from ..errors import UserError, as_user_error, install_hint
 from ..hub import URI_SCHEMES
 from ..models import MultiExitModel
@@ -25,13 +25,14 @@ from .class_metrics import ClassCounts
 from .combinations import check_input
 from .datasets import check_classes, class_names, load_dataset, same_split
 from .device import resolve_device
-from .evaluator import Evaluation, Evaluator, accumulate, finalize
+from .evaluator import Evaluation, Evaluator, LabelledLogits, accumulate, finalize
 from .exported import compare_exported, load_exported
 from .fit_policy import backbone_macs, check_policy_flags, fit_or_load_policy, reports_on_half, saved_policy_path
 from .gallery import ExampleGallery, page_data
 from .held_out import halves_of, held_out, is_data_of, is_same_data
 from .imagenet_labels import RealLabels, read_valid_labels
-from .static_networks import benchmark_static, load_static, static_table
+from .robustness import check_corruptible, corruption_rows, corruption_table, describe_corruptions, risk_limit
+from .static_networks import StaticNetwork, benchmark_static, load_static, static_table
 from .validate_config import ValidateConfig
 
 __all__ = ['load_model', 'load_split', 'validate', 'with_trained_data']
@@ -125,6 +126,8 @@ def _validate_adaptive(
     """
     names = class_names(dataset)
     static = [load_static(name, evaluator, names or network.class_names) for name in config.against]
+    if config.corruptions:
+        check_corruptible(evaluator, static, dataset)
     chosen = fit_or_load_policy(config, network, evaluator, names, costs)
     policy, origin = chosen.policy, chosen.origin
     loader = evaluator.loader(dataset)
@@ -142,6 +145,8 @@ def _validate_adaptive(
         rows = benchmark_static(evaluator, policy, adaptive.cost, static, dataset, len(test.targets))
         print(f'\nBeside networks without early exits, in turn on the same images:\n{static_table(rows)}')
         record['against'] = rows
+    if config.corruptions:
+        record['corruptions'] = _validate_corrupted(config, evaluator, dataset, test, policy, costs, static)
     if config.save_policy:
         policy.save(saved_policy_path(config))
         print(f'policy: {saved_policy_path(config)}')
@@ -156,6 +161,24 @@ def _validate_adaptive(
     classes = ClassCounts([*(f'Ex{k}' for k in range(1, len(costs) + 1)), 'adaptive'], evaluator.model.num_classes)
     classes.add(torch.cat([test.logits.argmax(-1), adaptive.prediction[None]]), test.targets)
     return result, dict(adaptive=record), classes
+
+
+def _validate_corrupted(
+    config: ValidateConfig,
+    evaluator: Evaluator,
+    dataset: Dataset,
+    test: LabelledLogits,
+    policy: ExitPolicy,
+    costs: Sequence[ExitCost],
+    static: Sequence[StaticNetwork],
+) -> List[Dict[str, Any]]:
+    """Evaluate a policy on corrupted images, and print the table; returns its rows."""
+    limit = risk_limit(policy, config.max_drop, config.risk)
+    names = CORRUPTIONS if 'all' in config.corruptions else tuple(dict.fromkeys(config.corruptions))
+    rows = corruption_rows(evaluator, dataset, test, policy, costs, static, limit.risk, names, config.severity)
+    print(f'\nCorrupted images, severity {config.severity}:\n{corruption_table(rows, limit.risk)}')
+    print(describe_corruptions(rows, limit))
+    return rows
 
 
 def _print_exits(
