@@ -1,5 +1,6 @@
 """Smaller networks without early exits beside an adaptive one: is it worth it?"""
 
+import statistics
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
@@ -17,10 +18,16 @@ from ..network import load_network
 from ..report import format_table
 from .benchmark import images_alone, timed
 from .datasets import check_classes
+from .energy import EnergyMeter
 from .evaluator import Evaluator
 from .fit_policy import backbone_macs
 
 __all__ = ['StaticNetwork', 'benchmark_static', 'load_static', 'static_table']
+
+
+# windows of this length, in turn between the networks
+ENERGY_SECONDS = 2.0
+ENERGY_ROUNDS = 3
 
 
 class StaticNetwork(NamedTuple):
@@ -79,16 +86,22 @@ def _macs(model: MultiExitModel, data_config: Dict[str, Any]) -> Optional[float]
 
 
 class _Meter:
-    """Accuracy, throughput and latency of one network.
+    """Accuracy, throughput, latency and energy of one network.
 
     Args:
         evaluator: Evaluator of the network.
         run: Function from images to logits.
+        energy: Meter of the energy; None where the platform does not tell.
     """
 
-    def __init__(self, evaluator: Evaluator, run: Callable[[torch.Tensor], torch.Tensor]):
+    def __init__(
+        self, evaluator: Evaluator, run: Callable[[torch.Tensor], torch.Tensor], energy: Optional[EnergyMeter]
+    ):
         self.evaluator = evaluator
         self.run = run
+        self.energy = energy
+        self.kept: List[torch.Tensor] = []  # images whose energy is measured
+        self.joules: List[float] = []
         self.right = self.count = 0
         self.seconds = 0.0
         self.latencies: List[float] = []
@@ -104,9 +117,23 @@ class _Meter:
         self.right += int((logits.argmax(-1).cpu() == target.cpu()).sum())
         self.count += len(target)
         self.latencies += [1000 * timed(self.evaluator, self.run, images[i : i + 1])[1] for i in alone]
+        if self.energy is not None:
+            self.kept += [images[i] for i in alone]
+
+    def measure_energy(self) -> None:
+        """Run the images that ran alone again, in batches, and measure the joules per image."""
+        assert self.energy is not None
+        batches = torch.stack(self.kept).split(self.evaluator.data.batch_size)
+        prepared = [self.evaluator.prepared(batch) for batch in batches]
+
+        def run() -> None:
+            for batch in prepared:
+                timed(self.evaluator, self.run, batch)
+
+        self.joules.append(self.energy.joules(run, ENERGY_SECONDS) / len(self.kept))
 
     def row(self, name: str, macs: Optional[float]) -> Dict[str, Any]:
-        """Accuracy in percent, MMACs, images per second, and percentiles of the milliseconds at batch 1."""
+        """Accuracy in %, MMACs, images/s, percentiles of the milliseconds at batch 1, and joules per image."""
         median, p90, p99 = torch.tensor(self.latencies).quantile(torch.tensor([0.5, 0.9, 0.99])).tolist()
         return dict(
             name=name,
@@ -116,6 +143,7 @@ class _Meter:
             ms_median=median,
             ms_90=p90,
             ms_99=p99,
+            joules=statistics.median(self.joules) if self.joules else None,
         )
 
 
@@ -143,10 +171,11 @@ def benchmark_static(
     """
     model = evaluator.model
     adaptive = AdaptiveModel(model, policy, range(model.num_exits))
+    energy = EnergyMeter.find(evaluator.device)
     meters = [
-        _Meter(evaluator, lambda images: adaptive.predict(images).logits),
-        _Meter(evaluator, model),
-        *(_Meter(network.evaluator, network.evaluator.model) for network in networks),
+        _Meter(evaluator, lambda images: adaptive.predict(images).logits, energy),
+        _Meter(evaluator, model, energy),
+        *(_Meter(network.evaluator, network.evaluator.model, energy) for network in networks),
     ]
     names = ['adaptive', 'plain backbone', *(network.name for network in networks)]
     macs = [cost, _macs(model, evaluator.data_config), *(network.macs for network in networks)]
@@ -158,10 +187,16 @@ def benchmark_static(
         for meter, (images, target) in zip(meters, [own, own, *others]):
             meter.add(images, target, alone)
         before += len(own[1])
+    for meter in meters * ENERGY_ROUNDS if energy is not None else []:
+        meter.measure_energy()
     return [meter.row(*about) for meter, about in zip(meters, zip(names, macs))]
 
 
 def static_table(rows: Sequence[Dict[str, Any]]) -> str:
     """The rows of `benchmark_static` as a table."""
-    headers = ('Network', 'Top-1 %', 'MMACs', 'Images/s', 'ms, median', 'ms, 90th', 'ms, 99th')
-    return format_table(headers, [tuple(row.values()) for row in rows])
+    headers = ['Network', 'Top-1 %', 'MMACs', 'Images/s', 'ms, median', 'ms, 90th', 'ms, 99th', 'mJ per image']
+    values = [[*row.values()] for row in rows]
+    for row in values:
+        row[-1] = None if row[-1] is None else 1000 * row[-1]
+    width = len(headers) - (values[0][-1] is None)
+    return format_table(headers[:width], [row[:width] for row in values])
