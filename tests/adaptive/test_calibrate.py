@@ -230,6 +230,17 @@ def test_temperature_of_a_set_that_is_all_right_is_a_number():
     assert 0 < fit_temperatures(logits, torch.arange(5))[0] < INF
 
 
+def test_few_samples_that_are_all_right_do_not_make_every_confidence_one():
+    # two thirds of the mass on the label, 48 times; without a prior the temperature would go to 0
+    logits = logits_of([[0.667] * 48])
+    temperature = fit_temperatures(logits, torch.zeros(48, dtype=torch.long))[0]
+    assert 0.1 < temperature < 0.5
+    # the minimum of 48 NLL(T) + (log T)^2 / 2, over a grid
+    grid = torch.linspace(-3, 1, 4001, dtype=torch.float64)
+    losses = [-48 * (logits[0, 0].double() / t.exp()).log_softmax(-1)[0] + t**2 / 2 for t in grid]
+    assert math.log(temperature) == pytest.approx(grid[int(torch.stack(losses).argmin())].item(), abs=0.002)
+
+
 def test_calibration_error_by_hand():
     logits = logits_of([[0.9, 0.9, 0.6, 0.6]])
     # 0.9 is right half the time, 0.6 always
