@@ -236,16 +236,18 @@ class ChosenPolicy(NamedTuple):
 
     def describe(self) -> List[str]:
         """Lines about what was fitted and certified."""
-        lines = []
+        certificate = self.policy.certificate
+        return [*self.describe_fit(), *([] if certificate is None else [describe_certificate(certificate)])]
+
+    def describe_fit(self) -> List[str]:
+        """Lines about what was fitted."""
         if self.calibration is not None:
             fitted = self.calibration
             line = f'method {fitted.method}: top-1 {fitted.accuracy:.2f} on the calibration images'
             if fitted.cross_validated is not None:
                 line += f', {fitted.cross_validated[0]:.2f} in cross-validation'
-            lines.append(line)
-        if self.policy.certificate is not None:
-            lines.append(describe_certificate(self.policy.certificate))
-        return lines
+            return [line]
+        return []
 
     def record(self) -> Dict[str, Any]:
         """The same for the results file."""

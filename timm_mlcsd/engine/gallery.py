@@ -33,7 +33,7 @@ BUDGETS = 16
 
 
 class ExampleGallery:
-    """Pictures of the images that leave first and of those that reach the last exit.
+    """Pictures of the images that the policy loses, that leave first, and that reach the last exit.
 
     Args:
         result: Exits of the images under the policy.
@@ -46,11 +46,14 @@ class ExampleGallery:
         self.answers = test.answers(policy)
         sure = torch.stack([z.softmax(-1).amax(-1) for z in self.answers]).gather(0, result.exit_index[None])[0]
         last = len(self.answers) - 1
-        early = (result.exit_index + (1 - sure)).argsort()
-        late = ((last - result.exit_index) + sure).argsort()
+        early = (result.exit_index + (1 - sure)).argsort().tolist()
+        late = ((last - result.exit_index) + sure).argsort().tolist()
+        labels = test.targets.tolist()
+        lost = (result.prediction != test.targets) & (self.answers[-1].argmax(-1) == test.targets)
         self.groups = dict(
-            first=[i for i in early[:PICTURES].tolist() if result.exit_index[i] < last],
-            last=[i for i in late[:PICTURES].tolist() if result.exit_index[i] == last],
+            lost=[i for i in early if lost[i]][:PICTURES],
+            first=_varied([i for i in early if result.exit_index[i] < last], labels),
+            last=_varied([i for i in late if result.exit_index[i] == last], labels),
         )
         self.images: Dict[int, str] = {i: '' for group in self.groups.values() for i in group}
         self.mean, self.std = (torch.tensor(data_config[key])[:, None, None] for key in ('mean', 'std'))
@@ -71,6 +74,17 @@ class ExampleGallery:
                 file = io.BytesIO()
                 picture.save(file, 'PNG')
                 self.images[i] = 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
+
+
+def _varied(ranked: Sequence[int], labels: Sequence[int]) -> List[int]:
+    """The first of some ranked images, of as many classes as there are: one of each class, then another, and so on."""
+    seen: Dict[int, int] = {}
+    rounds: List[Tuple[int, int]] = []
+    for rank, i in enumerate(ranked):
+        seen[labels[i]] = seen.get(labels[i], 0) + 1
+        rounds.append((seen[labels[i]], rank))
+    chosen = sorted(rank for _, rank in sorted(rounds)[:PICTURES])
+    return [ranked[rank] for rank in chosen]
 
 
 def _settings(policy: ExitPolicy) -> Dict[str, Any]:
@@ -111,6 +125,7 @@ def page_data(
     run: PolicyBenchmark,
     gallery: ExampleGallery,
     class_names: Optional[Sequence[Optional[str]]],
+    batch_size: int,
 ) -> Dict[str, Any]:
     """The data of `timm_mlcsd.report.write_page`.
 
@@ -124,6 +139,7 @@ def page_data(
         run: Measurements of the policy.
         gallery: Example images.
         class_names: Class names by index, None for an index without a name.
+        batch_size: Number of images in a batch of the measurements.
     """
 
     results = _distinct([(p, evaluate_policy(*test, costs, p)) for p in _policies(policy, val, costs)])
@@ -168,6 +184,7 @@ def page_data(
             for p, r in results
         ],
         chosen=next(i for i, (p, _) in enumerate(results) if p is policy),
+        batch_size=min(batch_size, count),
         speed=[['top-1 %', run.top1, run.backbone_top1]]
         + [[name, *pair] for name, pair in zip(names, [run.images_per_second, *run.latencies])],
         reliability=[

@@ -152,9 +152,11 @@ def _validate_adaptive(
         print(f'policy: {saved_policy_path(config)}')
     if gallery is not None:
         assert chosen.val is not None  # a report needs the logits, so the policy comes with them
-        title, about = f'{config.source} on {split}', '; '.join([origin, *chosen.describe()])
+        title, about = f'{config.source} on {split}', '; '.join([origin, *chosen.describe_fit()])
         names = names or network.class_names
-        data = page_data(title, about, policy, chosen.val, test, costs, benchmark, gallery, names)
+        data = page_data(
+            title, about, policy, chosen.val, test, costs, benchmark, gallery, names, config.data.batch_size
+        )
         data['against'] = [row for row in record.get('against', [])[2:] if row['mmacs'] is not None]
         write_page(config.report, data)
         print(f'page: {config.report}')
