@@ -82,7 +82,7 @@ def test_a_missing_package(monkeypatch):
 def rows(*risks):
     names = ('none', 'fog', 'snow', 'frost')
     return [
-        dict(corruption=n, last_top1=50.0, top1=50 - r, risk=r, half_width=0.5, macs_percent=60.0)
+        dict(corruption=n, last_top1=50.0, top1=50 - r, risk=r, half_width=0.5, macs_percent=60.0, against=[])
         for n, r in zip(names, risks)
     ]
 
@@ -96,7 +96,7 @@ def test_the_sentence_and_the_mean():
     assert 'no limit; the largest drop is 1.20 points (snow)' in describe_corruptions(rows(0.5, 0.9, 1.2), RiskLimit())
     # the row of clean images is not in the mean
     assert re.search(
-        r'mean of the corruptions +50\.00 +48\.30 +1\.70 +60\.00', corruption_table(rows(9, 0.9, 1.2, 3), 'drop')
+        r'mean of the corruptions +50\.00 +48\.30 +1\.70 +60\.00', corruption_table(rows(9, 0.9, 1.2, 3), 'drop', [])
     )
 
 
@@ -134,7 +134,7 @@ def test_table_and_record(flags, adaptive_run, tmp_path, capsys):
     network = load_network(str(adaptive_run))
     same = tmp_path / 'same'  # the run's own preprocessing has smaller images
     save_pretrained(network.model, same, data_config={**network.data_config, 'input_size': (3, 32, 32)})
-    more = ['--corruptions', 'contrast', 'gaussian_noise', '--severity', 5, '--against', same]
+    more = ['--corruptions', 'contrast', 'gaussian_noise', '--severity', 5, '--against', same, same]
     assert run(validate.main, [*flags, *more, '--results-file', tmp_path / 'a.json']) == 0
     out = capsys.readouterr().out
     assert 'Corrupted images, severity 5:' in out and re.search(r'^contrast +\d', out, re.M)
@@ -145,7 +145,9 @@ def test_table_and_record(flags, adaptive_run, tmp_path, capsys):
     assert clean['last_top1'] == pytest.approx(results['exits'][-1]['top1'])
     for row in (clean, contrast, noise):
         assert row['risk'] == pytest.approx(row['last_top1'] - row['top1'])
-        assert row[str(same)] == pytest.approx(row['last_top1'])  # the same network beside itself, on the same pixels
+        assert (
+            row['against'] == [pytest.approx(row['last_top1'])] * 2
+        )  # the same network beside itself, on the same pixels
     # colours are all that tells the classes of this folder apart
     assert contrast['last_top1'] != clean['last_top1'] or contrast['macs_percent'] != clean['macs_percent']
 

@@ -95,17 +95,15 @@ def corruption_rows(
         severity: Severity of the corruptions, 1 to 5.
 
     Returns:
-        One dict per corruption, after one for the images as they are.
+        One dict per corruption, after one for the images as they are; ``against`` has the accuracies of `static`.
     """
     rows = []
     for name in (None, *names):
         _logger.info(f'Corruption: {name or "none"}')
         data = dataset if name is None else CorruptedImages(dataset, name, severity)
         test = clean if name is None else evaluator.logits(data)
-        row = dict(corruption=name or 'none', **_row(test, policy, costs, risk))
-        for network in static:
-            row[network.name] = network.evaluator.evaluate(data).exits[-1].top1
-        rows.append(row)
+        against = [network.evaluator.evaluate(data).exits[-1].top1 for network in static]
+        rows.append(dict(corruption=name or 'none', **_row(test, policy, costs, risk), against=against))
     return rows
 
 
@@ -136,13 +134,19 @@ def _losses(
     return (last == test.targets).int() - right.int()
 
 
-def corruption_table(rows: Sequence[Dict[str, Any]], risk: str) -> str:
-    """The rows of `corruption_rows` as a table, with their mean over the corruptions."""
-    values = [list(row.values()) for row in rows]
+def corruption_table(rows: Sequence[Dict[str, Any]], risk: str, static: Sequence[str]) -> str:
+    """The rows of `corruption_rows` as a table, with their mean over the corruptions.
+
+    Args:
+        rows: The rows.
+        risk: Kind of risk.
+        static: Names of the networks without early exits.
+    """
+    values = [[*list(row.values())[:-1], *row['against']] for row in rows]
     mean = ['mean of the corruptions', *(sum(column) / len(column) for column in list(zip(*values[1:]))[1:])]
     mean[4] = None  # the interval of a mean over corruptions of the same images is another one
     headers = ['Corruption', 'Last exit %', 'Adaptive %', f'{RISK_NAMES[risk].capitalize()}, points', '+/-', 'MACs %']
-    return format_table([*headers, *list(rows[0])[len(headers) :]], [*values, mean])
+    return format_table([*headers, *(f'{name} %' for name in static)], [*values, mean])
 
 
 def describe_corruptions(rows: Sequence[Dict[str, Any]], limit: RiskLimit) -> str:

@@ -118,7 +118,7 @@ class _Meter:
         self.count += len(target)
         self.latencies += [1000 * timed(self.evaluator, self.run, images[i : i + 1])[1] for i in alone]
         if self.energy is not None:
-            self.kept += [images[i] for i in alone]
+            self.kept += [images[i].clone() for i in alone]  # a view would keep the batch
 
     def measure_energy(self) -> None:
         """Run the images that ran alone again, in batches, and measure the joules per image."""

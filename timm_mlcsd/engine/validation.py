@@ -178,7 +178,8 @@ def _validate_corrupted(
     limit = risk_limit(policy, config.max_drop, config.risk)
     names = CORRUPTIONS if 'all' in config.corruptions else tuple(dict.fromkeys(config.corruptions))
     rows = corruption_rows(evaluator, dataset, test, policy, costs, static, limit.risk, names, config.severity)
-    print(f'\nCorrupted images, severity {config.severity}:\n{corruption_table(rows, limit.risk)}')
+    table = corruption_table(rows, limit.risk, [network.name for network in static])
+    print(f'\nCorrupted images, severity {config.severity}:\n{table}')
     print(describe_corruptions(rows, limit))
     return rows
 
