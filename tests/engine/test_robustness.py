@@ -158,6 +158,7 @@ def test_mistakes(flags, capsys):
         ([*flags, '--corruptions', 'fog', '--severity', 6], '--severity'),
         ([*flags, '--corruptions', 'fog', '--img-size', 24], 'at least 32x32, got 3 channels of 24x24'),
         ([*flags[:-3], '--corruptions', 'fog'], '--corruptions: only with --adaptive'),
+        ([*flags, '--severity', 2], '--severity 2: expected --corruptions'),
     ]
     for argv, message in cases:
         capsys.readouterr()

@@ -34,6 +34,8 @@ def check_policy_flags(config: ValidateConfig) -> None:
     named = [f'--{flag.replace("_", "-")}' for flag in (*goals, *others)]
     if named and not config.adaptive:
         raise UserError(f'{", ".join(named)}: only with --adaptive.')
+    if config.severity != ValidateConfig.severity and not config.corruptions:
+        raise UserError(f'--severity {config.severity}: expected --corruptions, whose severity it is.')
     if len(goals) > 1:
         raise UserError(f'{", ".join(named[: len(goals)])}: give one of them.')
     if config.policy and goals:
