@@ -69,7 +69,8 @@ class Table(NamedTuple):
         title: Title of the table.
         dataset: Key of datasets.yaml.
         axes: Names of the axes in which rows differ.
-        rows: Rows for the product of the axes' values; empty if the scale excludes all networks.
+        rows: Rows for the product of the axes' values; empty if the scale excludes all networks, or the table excludes
+            the scale.
         baselines: Labels of the last axis that the other rows are compared with.
         show: Parts of the report: ``accuracy``, ``rescued``, ``cost``, ``weights``, ``anytime`` or ``budgeted``.
         paper: Mean accuracy over the exits in the paper, by labels, where it is known.
@@ -134,7 +135,8 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
         if axis in axes:
             axes[axis] = {label: flags for label, flags in axes[axis].items() if label in kept}
     rows = []
-    for labels in itertools.product(*axes.values()):
+    runs_here = scale in spec.get('scales', [scale])
+    for labels in itertools.product(*axes.values()) if runs_here else ():
         own: Flags = dict(spec.get('flags', {}))
         for values, label in zip(axes.values(), labels):
             own.update(values[label])

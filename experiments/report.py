@@ -52,7 +52,7 @@ def _found(table: Table, results: Records) -> Found:
 
 def _setting(table: Table, scale: str, have: int, wanted: int) -> str:
     flags = table.rows[0].runs[0].flags
-    shown = ('train_split', 'epochs', 'batch_size', 'lr', 'sched', 'model_kwargs', 'amp_dtype')
+    shown = ('train_split', 'epochs', 'batch_size', 'lr', 'sched', 'model_kwargs', 'amp_dtype', 'exit_pool')
     same = [
         name
         for name in shown
@@ -63,8 +63,9 @@ def _setting(table: Table, scale: str, have: int, wanted: int) -> str:
     if table.test_split != 'test':
         measured = f'accuracies are on {table.test_split}, which no run was trained on, and the test split was not read'
     return (
-        f'{table.dataset} at scale `{scale}` ({settings}), {have} of {wanted} runs. The images that training held out '
-        f'chose the epoch; {measured}. Means over seeds, ± standard deviation.'
+        f'{table.dataset} at scale `{scale}` ({settings}), {have} of {wanted} runs. `exit_pool` is the pool of all '
+        f'exits but the last, which has that of the backbone. The images that training held out chose the epoch; '
+        f'{measured}. Means over seeds, ± standard deviation.'
     )
 
 
@@ -77,13 +78,19 @@ def _accuracy(table: Table, found: Found) -> str:
     lines = []
     for row, records in found:
         columns = list(zip(*(r['test'] for r in records)))
-        # aligned to the right, so that the plain backbone's only exit is in the column of the last exit
-        cells = [*row.labels, len(records), *[''] * (exits - len(columns)), *map(_mean_std, columns)]
+        # the plain backbone's only exit is in the column of the last exit; others begin at the first
+        empty = [''] * (exits - len(columns))
+        exit_cells = [*empty, *map(_mean_std, columns)] if len(columns) == 1 else [*map(_mean_std, columns), *empty]
+        cells = [*row.labels, len(records), *exit_cells]
         cells += [_mean_std(_means(records)), _mean_std(_means(records, 'validation'))]
         cells += [_p_value(records, _partner(row, name, found)) for name in table.baselines]
         cells += [f'{table.paper[row.labels]:.2f}' if row.labels in table.paper else ''] if table.paper else []
         lines.append(cells)
-    return _markdown(header, lines) + _findings(table, found)
+    note = ''
+    pairs = [(records, _partner(row, name, found)) for row, records in found for name in table.baselines]
+    if any(partner and len(records[0]['test']) != len(partner[0]['test']) for records, partner in pairs):
+        note = '\n\nBetween networks with different numbers of exits, p is that of their last exits.'
+    return _markdown(header, lines) + note + _findings(table, found)
 
 
 def _findings(table: Table, found: Found) -> str:
@@ -218,12 +225,14 @@ def _partner(row: Row, name: str, found: Found) -> List[Dict[str, Any]]:
 
 
 def _p_value(records: List[Dict[str, Any]], partner: List[Dict[str, Any]]) -> str:
-    """Two-tailed Welch t-test of the mean over the exits, as in the paper."""
+    """Two-tailed Welch t-test of the mean over the exits, as in the paper; of the last exits if the numbers differ."""
     if min(len(records), len(partner)) < 2 or records == partner:
         return ''
     from scipy.stats import ttest_ind
 
-    return f'{ttest_ind(_means(records), _means(partner), equal_var=False).pvalue:.2g}'
+    alike = len(records[0]['test']) == len(partner[0]['test'])
+    values = [_means(some) if alike else [r['test'][-1] for r in some] for some in (records, partner)]
+    return f'{ttest_ind(*values, equal_var=False).pvalue:.2g}'
 
 
 def _mean_std(values: Sequence[float]) -> str:

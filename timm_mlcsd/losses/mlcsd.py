@@ -55,7 +55,8 @@ class MLCSDLoss(nn.Module):
     * ``ce``: cross-entropy of the mixed teacher logits, with weight 1, summed over the exits. Its gradient reaches the
       CWEM only.
     * ``kd``: L_KD, through t_i. The CWEM then learns to make each exit its own teacher, which minimises L_KD.
-    * ``none``: no training; the CWEM keeps its random initial weights, as in the authors' released code.
+    * ``none``: no training; the CWEM keeps its random initial weights. Nor is the CWEM of the authors' released code
+      trained, but without a BatchNorm its weights are nearly uniform.
 
     Mean top-1 on half of CIFAR-100 (experiments/cifar100_cpu.md) is 49.1, 48.5 and 47.1%, and 48.2% without teachers.
 
