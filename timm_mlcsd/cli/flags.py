@@ -157,6 +157,14 @@ def _add_policy_file_flags(group: argparse._ArgumentGroup) -> None:
         help='name of the split to fit the policy to (default: the images that chose the best epoch of the training)',
     )
     group.add_argument(
+        '--calibration-images',
+        nargs='+',
+        default=[],
+        metavar='PATH',
+        help='files, folders or patterns of images without labels to fit the policy to, for --risk disagreement '
+        '(default: images with labels, as above)',
+    )
+    group.add_argument(
         '--policy',
         metavar='FILE',
         help='file of the policy to use, if none is fitted (default: that beside the weights)',

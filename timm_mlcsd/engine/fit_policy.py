@@ -4,15 +4,18 @@ import math
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+from torch.utils.data import Dataset
+
 from ..adaptive import Calibration, ExitPolicy, run_calibration
 from ..adaptive.evaluate import Costs
 from ..cost import ExitCost, stage_times
-from ..data import ClassNames, has_split_folders
-from ..errors import UserError, as_user_error
+from ..data import has_split_folders, num_images
+from ..errors import UserError, as_user_error, printable
 from ..network import Network, policy_path
 from .datasets import check_classes, class_names, load_dataset, same_split
 from .evaluator import Evaluator, LabelledLogits
-from .held_out import halves_of, held_out, is_data_of, is_same_data, is_trained_on
+from .held_out import check_unlabelled, halves_of, held_out, is_data_of, is_same_data, is_trained_on
+from .prediction.images import NumberedImages, find_images, load_images
 from .validate_config import ValidateConfig
 
 __all__ = [
@@ -29,7 +32,15 @@ __all__ = [
 def check_policy_flags(config: ValidateConfig) -> None:
     """Refuse policy flags that contradict each other."""
     goals = [flag for flag in ('budget', 'latency_budget', 'max_drop') if getattr(config, flag) is not None]
-    with_policy = ('policy', 'save_policy', 'report', 'calibration_split', 'against', 'corruptions')
+    with_policy = (
+        'policy',
+        'save_policy',
+        'report',
+        'calibration_split',
+        'calibration_images',
+        'against',
+        'corruptions',
+    )
     others = [flag for flag in with_policy if getattr(config, flag)]
     named = [f'--{flag.replace("_", "-")}' for flag in (*goals, *others)]
     if named and not config.adaptive:
@@ -50,10 +61,23 @@ def check_policy_flags(config: ValidateConfig) -> None:
         raise UserError(f'--latency-budget {config.latency_budget} must be a positive number of milliseconds.')
     if config.risk != 'drop' and config.max_drop is None:
         raise UserError(f'--risk {config.risk}: expected --max-drop P, the limit of the risk.')
+    if config.calibration_images:
+        _check_unlabelled(config)
     if config.max_drop is not None and not math.isfinite(config.max_drop):
         raise UserError(f'--max-drop {config.max_drop} must be a number of points.')
     if config.budget is not None:
         _budget(config.budget, 1.0)
+
+
+def _check_unlabelled(config: ValidateConfig) -> None:
+    """Refuse settings that need labels of the calibration images."""
+    if config.risk != 'disagreement' or config.max_drop is None:
+        raise UserError('--calibration-images: expected --max-drop P --risk disagreement, which needs no labels.')
+    for flag in ('calibration_split', 'report'):
+        if getattr(config, flag):
+            raise UserError(f'--calibration-images: expected no --{flag.replace("_", "-")}, which needs labels.')
+    if config.aggregate == 'fitted':
+        raise UserError('--calibration-images: expected another --aggregate than fitted, which needs labels.')
 
 
 def _budget(text: str, backbone: float) -> float:
@@ -119,7 +143,7 @@ def _fit(
     Args:
         config: Goal and kind of the policy.
         evaluator: Evaluator of the network.
-        val: Logits on the calibration images.
+        val: Logits on the calibration images; their targets are not used for `calibration_images`.
         costs: Costs of the exits.
         loader: Loader of the calibration images, the first of which the stages are timed with.
     """
@@ -133,7 +157,8 @@ def _fit(
         cost_or_time = stage_times(evaluator.model, example, repeats=20, autocast=evaluator.autocast)
     with as_user_error(flag):
         return run_calibration(
-            *val,
+            val.logits,
+            None if config.calibration_images else val.targets,
             cost_or_time,
             budget=budget,
             max_drop=config.max_drop,
@@ -226,7 +251,7 @@ class ChosenPolicy(NamedTuple):
 
     Attributes:
         policy: The policy.
-        val: Logits on the calibration images; None where they were not needed.
+        val: Logits on the calibration images; None where they were not needed or have no labels.
         origin: Where the policy comes from.
         calibration: How it was fitted; None for a policy from a file.
     """
@@ -245,7 +270,8 @@ class ChosenPolicy(NamedTuple):
         """Lines about what was fitted."""
         if self.calibration is not None:
             fitted = self.calibration
-            line = f'method {fitted.method}: top-1 {fitted.accuracy:.2f} on the calibration images'
+            what = 'agreement with the last exit' if self.val is None else 'top-1'
+            line = f'method {fitted.method}: {what} {fitted.accuracy:.2f} on the calibration images'
             if fitted.cross_validated is not None:
                 line += f', {fitted.cross_validated[0]:.2f} in cross-validation'
             return [line]
@@ -264,7 +290,8 @@ def fit_or_load_policy(
     config: ValidateConfig,
     network: Network,
     evaluator: Evaluator,
-    names: Optional[ClassNames],
+    reported: Dataset,
+    split: str,
     costs: Sequence[ExitCost],
 ) -> ChosenPolicy:
     """Fit the policy, or load it.
@@ -273,7 +300,8 @@ def fit_or_load_policy(
         config: Goal, kind or file of the policy.
         network: The network.
         evaluator: Evaluator of the network.
-        names: Classes of the images to report on.
+        reported: Images to report on.
+        split: Their name.
         costs: Costs of the exits.
 
     Raises:
@@ -288,8 +316,10 @@ def fit_or_load_policy(
         _check_not_fitted_to(policy, path, config, network.checkpoint)
         if not config.report:
             return ChosenPolicy(policy, None, f'policy {path}')
+    if config.calibration_images:
+        return _fit_to_images(config, network, evaluator, reported, split, costs, goal)
     dataset, split = load_calibration(config, network.checkpoint)
-    check_classes(class_names(dataset), network.class_names or names, split)
+    check_classes(class_names(dataset), network.class_names or class_names(reported), split)
     loader = evaluator.loader(dataset)
     val = evaluator.logits(loader)
     if not goal:
@@ -297,3 +327,25 @@ def fit_or_load_policy(
     calibration = _fit(config, evaluator, val, costs, loader)
     policy = calibration.policy.for_weights(network.model, data=split, images=len(val.targets))
     return ChosenPolicy(policy, val, f'fitted to {len(val.targets)} images of {split}, {goal}', calibration)
+
+
+def _fit_to_images(
+    config: ValidateConfig,
+    network: Network,
+    evaluator: Evaluator,
+    reported: Dataset,
+    split: str,
+    costs: Sequence[ExitCost],
+    goal: str,
+) -> ChosenPolicy:
+    """Fit the policy to images without labels."""
+    inputs = config.calibration_images
+    images = load_images(config.data, inputs, '', evaluator.data_config, config.data.max_bad_samples)
+    check_unlabelled(find_images(inputs), config.data, network.checkpoint, reported, split)
+    loader = evaluator.loader(NumberedImages(images.dataset, range(num_images(images.dataset))), has_labels=False)
+    val = evaluator.logits(loader)
+    calibration = _fit(config, evaluator, val, costs, loader)
+    others = f' and {len(inputs) - 1} more' if len(inputs) > 1 else ''
+    name, count = f'{printable(inputs[0])[-200:]}{others}', len(val.targets)
+    policy = calibration.policy.for_weights(network.model, data=name, images=count)
+    return ChosenPolicy(policy, None, f'fitted to {count} images of {name}, {goal}', calibration)

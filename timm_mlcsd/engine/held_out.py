@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Iterable, Optional, Sequence, Set, Tuple
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -15,6 +15,7 @@ from .datasets import load_dataset, num_images, same_split
 
 __all__ = [
     'check_held_out',
+    'check_unlabelled',
     'halves_of',
     'held_out',
     'is_data_of',
@@ -101,6 +102,46 @@ def halves_of(dataset: TransformSubset) -> Tuple[TransformSubset, TransformSubse
     halves = hold_out(len(dataset), 0.5, seed=0)
     fit, report = (TransformSubset(dataset.dataset, [dataset.indices[i] for i in half]) for half in halves)
     return fit, report
+
+
+def check_unlabelled(
+    paths: Sequence[str], config: DataConfig, checkpoint: Dict[str, Any], reported: Dataset, split: str
+) -> None:
+    """Refuse calibration images that are reported on, or that the checkpoint was trained on.
+
+    Args:
+        paths: Files of the calibration images, [N].
+        config: Data that is reported on.
+        checkpoint: Checkpoint of the network.
+        reported: Images that are reported on.
+        split: Their name.
+
+    Raises:
+        UserError: One of the files is among them.
+    """
+    calibration = {os.path.realpath(path) for path in paths}
+    groups = {f'is one of the images of {split} that the policy is reported on': _files_of(reported)}
+    if is_same_data(config, checkpoint) and not config.dataset and 'train_split' in checkpoint:
+        whole = load_dataset(config, checkpoint['train_split'])
+        kept = checkpoint.get('val_indices', torch.empty(0)).tolist()
+        groups['was trained on'] = _files_of(whole) - _files_of(whole, kept)
+    for what, files in groups.items():
+        if both := calibration & files:
+            raise UserError(
+                f'--calibration-images: {printable(min(both))} {what}, so the policy would promise too much; name '
+                f'others.'
+            )
+
+
+def _files_of(dataset: Any, indices: Optional[Iterable[int]] = None) -> Set[str]:
+    """Real paths of the images of a data set of files, of all or of some indices; none for other data sets."""
+    if isinstance(dataset, TransformSubset):
+        return _files_of(dataset.dataset, dataset.indices)
+    reader: Any = getattr(dataset, 'reader', None)
+    if not hasattr(reader, 'samples'):
+        return set()
+    chosen = range(len(reader)) if indices is None else indices
+    return {os.path.realpath(reader.filename(i, absolute=True)) for i in chosen}
 
 
 def warn_of_seen_images(initial_checkpoint: str, config: TrainDataConfig, record: Dict[str, Any]) -> None:

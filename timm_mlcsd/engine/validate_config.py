@@ -34,6 +34,7 @@ class ValidateConfig(FlatConfig):
         aggregate: Kind of answers of a fitted policy.
         method: How thresholds are found.
         calibration_split: Split that a policy is fitted to.
+        calibration_images: Files, folders and patterns of images without labels that a policy is fitted to instead.
         policy: File of the policy to use.
         save_policy: File of the fitted policy, or True for the one beside the weights.
         report: HTML page to write, empty for none.
@@ -65,6 +66,7 @@ class ValidateConfig(FlatConfig):
     aggregate: Optional[str] = None
     method: Optional[str] = None
     calibration_split: Optional[str] = None
+    calibration_images: List[str] = field(default_factory=list)
     policy: Optional[str] = None
     save_policy: Union[str, bool, None] = None
     report: str = ''

@@ -128,7 +128,7 @@ def _validate_adaptive(
     static = [load_static(name, evaluator, names or network.class_names) for name in config.against]
     if config.corruptions:
         check_corruptible(evaluator, static, dataset)
-    chosen = fit_or_load_policy(config, network, evaluator, names, costs)
+    chosen = fit_or_load_policy(config, network, evaluator, dataset, split, costs)
     policy, origin = chosen.policy, chosen.origin
     loader = evaluator.loader(dataset)
     test = evaluator.logits(loader)

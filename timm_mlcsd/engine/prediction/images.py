@@ -175,7 +175,9 @@ def _refuse(error: OSError) -> None:
     raise UserError(f'{str(error.filename)!r}: the folder cannot be read: {error.strerror}.')
 
 
-def load_images(config: DataConfig, inputs: Sequence[str], split: str, data_config: Dict[str, Any]) -> Images:
+def load_images(
+    config: DataConfig, inputs: Sequence[str], split: str, data_config: Dict[str, Any], limit: int = NO_LIMIT
+) -> Images:
     """Load the images to label.
 
     Args:
@@ -183,6 +185,7 @@ def load_images(config: DataConfig, inputs: Sequence[str], split: str, data_conf
         inputs: Files, folders and patterns, as for `find_images`.
         split: Split of the data set.
         data_config: Preprocessing of the network, which gives the mode of the images.
+        limit: Number of images that may be unreadable; default: all.
 
     Returns:
         The images with their names.
@@ -197,13 +200,13 @@ def load_images(config: DataConfig, inputs: Sequence[str], split: str, data_conf
         if missing is not None:
             raise UserError(f'{missing!r}: there is no such file or folder.')
         paths = find_images(inputs)
-        return Images(CheckedImages(_Files(paths), mode, NO_LIMIT), _printed(paths))
+        return Images(CheckedImages(_Files(paths), mode, limit), _printed(paths))
     # labels are not read, so the column of the images does for them
     prefix = config.dataset.partition('/')[0].lower()
     key = (config.input_key or 'image') if prefix in ('hfds', 'hfids') else None
     config = replace(
         config,
-        max_bad_samples=NO_LIMIT,
+        max_bad_samples=limit,
         input_img_mode=mode,
         in_chans=data_config['input_size'][0],
         target_key=config.target_key or key,
