@@ -9,7 +9,7 @@ from ..adaptive import AGGREGATES, RISKS, SCORES, THRESHOLD_METHODS
 from ..data import CORRUPTIONS
 from ..engine.config import TrainConfig
 from ..engine.validate_config import ValidateConfig
-from .arguments import ScriptParser, budget, confidence, number, positive_float
+from .arguments import ScriptParser, budget, confidence, integer, number, positive_float
 from .data_flags import add_data_flags, add_device_flags, add_train_data_flags
 from .model_flags import add_loss_flags, add_model_flags
 from .run_flags import add_process_flags, add_run_flags
@@ -204,9 +204,7 @@ def _add_result_flags(group: argparse._ArgumentGroup) -> None:
         help='also run --adaptive on corrupted images, with the policy of the clean ones: all, or some of '
         f'{", ".join(CORRUPTIONS)} (default: none)',
     )
-    group.add_argument(
-        '--severity', type=int, choices=range(1, 6), metavar='N', help='severity of --corruptions, 1 to 5'
-    )
+    group.add_argument('--severity', type=integer(1, 5), metavar='N', help='severity of --corruptions, 1 to 5')
     group.add_argument(
         '--exported',
         metavar='FOLDER',
