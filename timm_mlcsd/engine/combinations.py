@@ -107,12 +107,6 @@ def check_fsdp(config: TrainConfig, dist_context: DistributedContext, device: to
     """Refuse what does not go together with ``--fsdp``."""
     if dist_context.size == 1:
         raise UserError('--fsdp shares a network out among processes: start several with torchrun.')
-    # FSDP of torch 2.6 records events of this class, which has none there
-    if device.type == 'cpu' and not hasattr(torch.cpu.Stream, 'record_event'):
-        raise UserError(
-            f'--fsdp --device cpu: torch {torch.__version__} shards networks on GPUs only; install a newer torch, or '
-            f'leave --fsdp out.'
-        )
     switches = dict(
         model_ema=config.trainer.model_ema,
         torchcompile=config.device.torchcompile,
@@ -127,6 +121,12 @@ def check_fsdp(config: TrainConfig, dist_context: DistributedContext, device: to
         others.append('--amp-dtype float16 (take bfloat16)')
     if others:
         raise UserError(f'--fsdp does not go together with {", ".join(others)}.')
+    # FSDP of torch 2.6 records events of this class, which has none there
+    if device.type == 'cpu' and not hasattr(torch.cpu.Stream, 'record_event'):
+        raise UserError(
+            f'--fsdp --device cpu: torch {torch.__version__} shards networks on GPUs only; install a newer torch, or '
+            f'leave --fsdp out.'
+        )
 
 
 def _check_own_flags(flag: str, given: Dict[str, Any], own: Dict[str, str]) -> None:
