@@ -11,7 +11,7 @@ import yaml
 
 from timm_mlcsd.errors import UserError
 
-__all__ = ['HERE', 'ROOT', 'Row', 'Run', 'Table', 'load_datasets', 'load_scale', 'load_table', 'table_names']
+__all__ = ['HERE', 'ROOT', 'Row', 'Run', 'Table', 'load_datasets', 'load_table', 'table_names']
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -125,7 +125,7 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
     Raises:
         UserError: The table or the scale does not exist.
     """
-    spec, scaling = _read('tables', name), load_scale(scale)
+    spec, scaling = _read('tables', name), _load_scale(scale)
     dataset = spec['dataset']
     entry = load_datasets()[dataset]
     recipe = {**yaml.safe_load((ROOT / entry['recipe']).read_text()), **entry.get('flags', {})}
@@ -166,7 +166,7 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
     )
 
 
-def load_scale(name: str) -> Dict[str, Any]:
+def _load_scale(name: str) -> Dict[str, Any]:
     """Read a scale's file.
 
     Args:
@@ -179,7 +179,7 @@ def load_scale(name: str) -> Dict[str, Any]:
         UserError: The scale does not exist.
     """
     scaling = _read('scales', name)
-    return {**load_scale(scaling.pop('base')), **scaling} if 'base' in scaling else scaling
+    return {**_load_scale(scaling.pop('base')), **scaling} if 'base' in scaling else scaling
 
 
 def _read(kind: str, name: str) -> Dict[str, Any]:

@@ -230,9 +230,8 @@ def curve(score: Score, fit: Data, fresh: Data, costs: np.ndarray, budgets: np.n
     samples = ScoredSamples(scores, fit)
     rest = ScoredSamples(score(fit, costs)(fresh), fresh)
     template = ExitPolicy((0.0,) * (len(costs) - 1))
-    return _interpolated(
-        [FIT_METHODS[method](samples, costs.tolist(), Goal(budget=b), template) for b in budgets], rest, costs, budgets
-    )
+    policies = [FIT_METHODS[method](samples, costs.tolist(), Goal(budget=b), template) for b in budgets]
+    return _at(budgets, [rest.evaluate(policy, costs.tolist()) for policy in policies if policy is not None])
 
 
 def eenet_curve(fit: Data, fresh: Data, costs: np.ndarray, budgets: np.ndarray) -> np.ndarray:
@@ -246,10 +245,6 @@ def eenet_curve(fit: Data, fresh: Data, costs: np.ndarray, budgets: np.ndarray) 
         rest = ScoredSamples(_scheduled(scheduler, fresh)[0][:, :-1].T, fresh)
         points.append(rest.evaluate(policy, costs.tolist()))
     return _at(budgets, points)
-
-
-def _interpolated(policies: Sequence[Any], rest: ScoredSamples, costs: np.ndarray, budgets: np.ndarray) -> np.ndarray:
-    return _at(budgets, [rest.evaluate(policy, costs.tolist()) for policy in policies if policy is not None])
 
 
 def _at(budgets: np.ndarray, points: Sequence[Any]) -> np.ndarray:

@@ -109,17 +109,8 @@ class Runner:
             seconds = folder / 'seconds'
             before = float(seconds.read_text()) if seconds.exists() else 0.0
             device = ['--device', self.device] if self.device else []
-            train = [
-                '-m',
-                'experiments.train',
-                '--config',
-                str(config),
-                '--output',
-                str(folder),
-                '--experiment',
-                'train',
-                *device,
-            ]
+            where = ['--output', str(folder), '--experiment', 'train']
+            train = ['-m', 'experiments.train', '--config', str(config), *where, *device]
             if (folder / 'train' / 'last.pth.tar').exists():
                 train += ['--resume', str(folder / 'train')]
             measured = folder / 'measured.json'

@@ -33,7 +33,7 @@ class EnergyMeter:
         monitor = ZeusMonitor(gpu_indices=[index] if device.type == 'cuda' else [])
         meter = EnergyMeter(monitor)
         # a short try, because drivers and permissions decide what is told
-        return meter if meter._joules(monitor, lambda: None) is not None else None
+        return meter if meter._joules(lambda: None) is not None else None
 
     def joules(self, run: Callable[[], Any], seconds: float) -> float:
         """Mean energy of a call, in joules.
@@ -51,18 +51,17 @@ class EnergyMeter:
                 run()
                 calls += 1
 
-        total = self._joules(self.monitor, repeat)
+        total = self._joules(repeat)
         assert total is not None  # as in `find`
         return total / calls
 
-    @staticmethod
-    def _joules(monitor: Any, run: Callable[[], Any]) -> Optional[float]:
+    def _joules(self, run: Callable[[], Any]) -> Optional[float]:
         """Energy of one call; None if the platform does not tell."""
-        monitor.begin_window('mlcsd', restart=True)
+        self.monitor.begin_window('mlcsd', restart=True)
         run()
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # zeus warns of windows that are shorter than a counter's period
-            measured = monitor.end_window('mlcsd')
+            measured = self.monitor.end_window('mlcsd')
         parts = [measured.gpu_energy, measured.cpu_energy, measured.dram_energy]
         values = [value for part in parts if part for value in part.values()]
         if measured.soc_energy is not None:

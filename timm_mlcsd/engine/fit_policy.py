@@ -15,10 +15,11 @@ from ..network import Network, policy_path
 from .datasets import check_classes, class_names, load_dataset, same_split
 from .evaluator import Evaluator, LabelledLogits
 from .held_out import check_unlabelled, halves_of, held_out, is_data_of, is_same_data, is_trained_on
-from .prediction.images import NumberedImages, find_images, load_images
+from .prediction.images import NumberedImages, load_images
 from .validate_config import ValidateConfig
 
 __all__ = [
+    'RISK_NAMES',
     'backbone_macs',
     'check_policy_flags',
     'describe_certificate',
@@ -27,6 +28,9 @@ __all__ = [
     'saved_policy_path',
     'reports_on_half',
 ]
+
+# kinds of risk in sentences
+RISK_NAMES = {'drop': 'drop', 'selective': 'share of wrong early answers', 'disagreement': 'disagreement'}
 
 
 def check_policy_flags(config: ValidateConfig) -> None:
@@ -239,9 +243,8 @@ def _check_not_fitted_to(policy: ExitPolicy, path: Path, config: ValidateConfig,
 
 def describe_certificate(certificate: Dict[str, Any]) -> str:
     """Sentence about what is certified of a policy."""
-    what = {'drop': 'drop', 'selective': 'wrong early answers', 'disagreement': 'disagreement'}
     return (
-        f'certified: {what[certificate["risk"]]} on new images of at most {certificate["limit"]:g} points, with '
+        f'certified: {RISK_NAMES[certificate["risk"]]} on new images of at most {certificate["limit"]:g} points, with '
         f'confidence {certificate["confidence"]:g}, from {certificate["images"]} images ({certificate["bound"]})'
     )
 
@@ -317,35 +320,26 @@ def fit_or_load_policy(
         if not config.report:
             return ChosenPolicy(policy, None, f'policy {path}')
     if config.calibration_images:
-        return _fit_to_images(config, network, evaluator, reported, split, costs, goal)
-    dataset, split = load_calibration(config, network.checkpoint)
-    check_classes(class_names(dataset), network.class_names or class_names(reported), split)
-    loader = evaluator.loader(dataset)
+        dataset, data = _unlabelled(config, network, evaluator, reported, split)
+    else:
+        dataset, data = load_calibration(config, network.checkpoint)
+        check_classes(class_names(dataset), network.class_names or class_names(reported), data)
+    loader = evaluator.loader(dataset, has_labels=not config.calibration_images)
     val = evaluator.logits(loader)
     if not goal:
         return ChosenPolicy(policy, val, f'policy {path}')
     calibration = _fit(config, evaluator, val, costs, loader)
-    policy = calibration.policy.for_weights(network.model, data=split, images=len(val.targets))
-    return ChosenPolicy(policy, val, f'fitted to {len(val.targets)} images of {split}, {goal}', calibration)
+    policy = calibration.policy.for_weights(network.model, data=data, images=len(val.targets))
+    origin = f'fitted to {len(val.targets)} images of {data}, {goal}'
+    return ChosenPolicy(policy, None if config.calibration_images else val, origin, calibration)
 
 
-def _fit_to_images(
-    config: ValidateConfig,
-    network: Network,
-    evaluator: Evaluator,
-    reported: Dataset,
-    split: str,
-    costs: Sequence[ExitCost],
-    goal: str,
-) -> ChosenPolicy:
-    """Fit the policy to images without labels."""
-    inputs = config.calibration_images
-    images = load_images(config.data, inputs, '', evaluator.data_config, config.data.max_bad_samples)
-    check_unlabelled(find_images(inputs), config.data, network.checkpoint, reported, split)
-    loader = evaluator.loader(NumberedImages(images.dataset, range(num_images(images.dataset))), has_labels=False)
-    val = evaluator.logits(loader)
-    calibration = _fit(config, evaluator, val, costs, loader)
-    others = f' and {len(inputs) - 1} more' if len(inputs) > 1 else ''
-    name, count = f'{printable(inputs[0])[-200:]}{others}', len(val.targets)
-    policy = calibration.policy.for_weights(network.model, data=name, images=count)
-    return ChosenPolicy(policy, None, f'fitted to {count} images of {name}, {goal}', calibration)
+def _unlabelled(
+    config: ValidateConfig, network: Network, evaluator: Evaluator, reported: Dataset, split: str
+) -> Tuple[Dataset, str]:
+    """The calibration images without labels, with their numbers as targets, and a name for them."""
+    first, *others = config.calibration_images
+    images = load_images(config.data, [first, *others], '', evaluator.data_config, config.data.max_bad_samples).dataset
+    check_unlabelled(images, config.data, network.checkpoint, reported, split)
+    name = printable(first)[-200:] + (f' and {len(others)} more' if others else '')
+    return NumberedImages(images, range(num_images(images))), name

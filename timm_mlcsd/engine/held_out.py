@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Any, Dict, Iterable, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterable, Optional, Set, Tuple
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -105,12 +105,12 @@ def halves_of(dataset: TransformSubset) -> Tuple[TransformSubset, TransformSubse
 
 
 def check_unlabelled(
-    paths: Sequence[str], config: DataConfig, checkpoint: Dict[str, Any], reported: Dataset, split: str
+    images: Dataset, config: DataConfig, checkpoint: Dict[str, Any], reported: Dataset, split: str
 ) -> None:
     """Refuse calibration images that are reported on, or that the checkpoint was trained on.
 
     Args:
-        paths: Files of the calibration images, [N].
+        images: Calibration images.
         config: Data that is reported on.
         checkpoint: Checkpoint of the network.
         reported: Images that are reported on.
@@ -119,7 +119,7 @@ def check_unlabelled(
     Raises:
         UserError: One of the files is among them.
     """
-    calibration = {os.path.realpath(path) for path in paths}
+    calibration = _files_of(images)
     groups = {f'is one of the images of {split} that the policy is reported on': _files_of(reported)}
     if is_same_data(config, checkpoint) and not config.dataset and 'train_split' in checkpoint:
         whole = load_dataset(config, checkpoint['train_split'])

@@ -12,12 +12,12 @@ from ..cost import ExitCost
 from ..data import CorruptedImages, check_corruptions
 from ..errors import UserError
 from ..report import format_table
+from ..report.intervals import Z
 from .evaluator import Evaluator, LabelledLogits
-from .fit_policy import backbone_macs
+from .fit_policy import RISK_NAMES, backbone_macs
 from .static_networks import StaticNetwork
 
 __all__ = [
-    'RISK_NAMES',
     'RiskLimit',
     'check_corruptible',
     'corruption_rows',
@@ -27,10 +27,6 @@ __all__ = [
 ]
 
 _logger = logging.getLogger('validate')
-
-RISK_NAMES = {'drop': 'drop', 'selective': 'share of wrong early answers', 'disagreement': 'disagreement'}
-# quantile of the normal distribution for 95%
-Z = 1.959964
 
 
 class RiskLimit(NamedTuple):

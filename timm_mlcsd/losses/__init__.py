@@ -1,7 +1,7 @@
 """Losses for multi-exit networks, independent of the backbone."""
 
 from .distill import CC, CRD, DISTILL_METHODS, DKD, KD, DistillBatch, DistillMethod
-from .mlcsd import CWEM_SUPERVISIONS, DISTILL_MODES, MLCSDLoss
+from .mlcsd import CWEM_SUPERVISIONS, MLCSDLoss
 from .ramp import DISTILL_RAMPS, AccuracyRamp
 from .teachers import CWEM, TEACHERS, TeacherMixer
 
@@ -10,7 +10,6 @@ __all__ = [
     'CRD',
     'CWEM',
     'CWEM_SUPERVISIONS',
-    'DISTILL_MODES',
     'DISTILL_RAMPS',
     'DKD',
     'KD',

@@ -36,9 +36,8 @@ from .distill import CC, CRD, DISTILL_METHODS, DistillBatch, DistillMethod
 from .ramp import DISTILL_RAMPS, FEATURE_SHARE, LOGIT_SHARE, AccuracyRamp, label_pull, limit_gradient
 from .teachers import CWEM, TEACHERS, TeacherMixer
 
-__all__ = ['CWEM_SUPERVISIONS', 'DISTILL_MODES', 'MLCSDLoss']
+__all__ = ['CWEM_SUPERVISIONS', 'MLCSDLoss']
 
-DISTILL_MODES = ('none', *TEACHERS)
 CWEM_SUPERVISIONS = ('ce', 'kd', 'none')
 
 

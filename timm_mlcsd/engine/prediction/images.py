@@ -41,16 +41,16 @@ class _Files:
     """A reader, in timm's sense, of files without classes."""
 
     def __init__(self, paths: Sequence[str]):
-        self.paths = paths
+        self.samples = paths
 
     def __getitem__(self, index: int) -> Tuple[BinaryIO, None]:
-        return open(self.paths[index], 'rb'), None
+        return open(self.samples[index], 'rb'), None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.samples)
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        return self.paths[index]
+        return self.samples[index]
 
 
 class NumberedImages(Dataset):
