@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import Mixup, create_transform
 
 from timm_mlcsd.data import CachedLoader, PadCrop, cache_images
 
@@ -47,6 +47,35 @@ def test_same_seed_same_batches():
         torch.manual_seed(3)
         runs.append(list(loader))
     assert all(torch.equal(a, b) for one, other in zip(*runs) for a, b in zip(one, other))
+
+
+def test_draws_of_the_network_do_not_change_the_batches():
+    loader = CachedLoader(images(8), torch.arange(8), 2, ZERO, ONE, True, 2, 0.5)
+    runs = []
+    for draws in (0, 5):
+        torch.manual_seed(3)
+        runs.append([(x, y, torch.rand(draws)) for x, y in loader])
+    assert all(torch.equal(x, x2) and torch.equal(y, y2) for (x, y, _), (x2, y2, _) in zip(*runs))
+
+
+@pytest.mark.parametrize('padding, hflip', [(0, 0.0), (2, 0.5)])
+def test_training_batches_in_half_precision_are_the_rounded_ones(padding, hflip):
+    data, mean, std = images(8), torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    batches = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(3)
+        batches += CachedLoader(data, torch.arange(8), 8, mean, std, True, padding, hflip, dtype=dtype)
+    (x, y), (half, same_y) = batches
+    assert half.dtype == torch.bfloat16 and torch.equal(half, x.bfloat16()) and torch.equal(y, same_y)
+    if not padding:
+        expected = (data[y].permute(0, 3, 1, 2) / 255 - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+        torch.testing.assert_close(x, expected)
+
+
+def test_mixing_keeps_float32():
+    mixup = Mixup(mixup_alpha=0.5, num_classes=8)
+    ((batch, _),) = CachedLoader(images(8), torch.arange(8), 8, ZERO, ONE, True, mixup=mixup, dtype=torch.bfloat16)
+    assert batch.dtype == torch.float32
 
 
 @pytest.mark.parametrize('hflip, vflip', [(0.5, 0.0), (0.25, 0.1), (0.0, 0.0)])

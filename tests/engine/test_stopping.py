@@ -15,7 +15,7 @@ import torch
 from scripts import ROOT, assert_same, run, weights
 
 from timm_mlcsd.cli import train
-from timm_mlcsd.engine import checkpoint, epoch, signals, trainer
+from timm_mlcsd.engine import checkpoint, epoch, rng, signals, trainer
 from timm_mlcsd.network import load_checkpoint
 
 # dropout, so that the generators matter to the network too
@@ -59,6 +59,24 @@ def test_every_checkpoint_on_the_way_leads_to_the_same_end(more, small, tmp_path
         assert summary(cut) == summary(tmp_path / 'whole')
         last = load_checkpoint(cut)
         assert 'progress' not in last and last['best_metric'] == load_checkpoint(tmp_path / 'whole')['best_metric']
+
+
+@pytest.mark.parametrize(
+    'more, per_batch',
+    [
+        ('', True),
+        ('--workers 1', False),
+        ('--cache-dataset device', False),
+        ('--workers 1 --reprob 0.5', True),
+        ('--cache-dataset device --mixup 0.5', True),
+    ],
+)
+def test_generator_states_are_copied_per_batch_only_where_batches_draw_from_them(more, per_batch, small, monkeypatch):
+    copies, inner = [], rng.rng_state
+    monkeypatch.setattr(rng, 'rng_state', lambda: copies.append(0) or inner())
+    assert run(train.main, [*small, '--epochs', '1', *more.split()]) == 0
+    # 5 batches and the end of the epoch, two copies each; else one batch
+    assert len(copies) == (13 if per_batch else 3)
 
 
 @pytest.mark.parametrize('when', ['training', 'evaluation'])
@@ -243,7 +261,7 @@ def test_sigterm_while_a_resumed_epoch_is_passed_over(small, tmp_path, monkeypat
     before = (tmp_path / 'run' / 'last.pth.tar').read_bytes()
     assert load_checkpoint(tmp_path / 'run')['progress'][0]['step'] == 4
     drawn, inner = [], epoch.isolated_rng
-    monkeypatch.setattr(epoch, 'isolated_rng', lambda batches: (drawn.append(0) or batch for batch in inner(batches)))
+    monkeypatch.setattr(epoch, 'isolated_rng', lambda *args: (drawn.append(0) or batch for batch in inner(*args)))
     assert run(train.main, [*small, '--resume', tmp_path / 'run']) == 0
     assert len(drawn) == 1 and (tmp_path / 'run' / 'last.pth.tar').read_bytes() == before
 

@@ -243,6 +243,8 @@ class CheckedLoader:
         drawn: Function from the number of a batch in the current epoch to the indices of its images; default None if
             they are not recorded.
         shard: First batch to return and step to the next, for several processes; default (0, 1) for all batches.
+        draws_per_batch: Whether every batch draws from this process's default random generators, not only the start of
+            an epoch; default True.
     """
 
     def __init__(
@@ -251,8 +253,10 @@ class CheckedLoader:
         dataset: Any,
         drawn: Optional[Callable[[int], List[int]]] = None,
         shard: Tuple[int, int] = (0, 1),
+        draws_per_batch: bool = True,
     ):
         self.loader = loader
+        self.draws_per_batch = draws_per_batch
         self.shard = shard
         self.dataset = dataset
         self.drawn = drawn

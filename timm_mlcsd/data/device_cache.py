@@ -46,8 +46,8 @@ class CachedLoader:
     """Loader of batches [B, C, H, W] from images on the device.
 
     In training it augments as `PadCrop` and timm's flips do, but draws the offsets and flips of all images of a batch
-    at once. The distribution is the same, the random numbers differ. The random state of the loader is that of the
-    default generators: PyTorch's, also NumPy's with `mixup`, and Python's with `erase`.
+    at once. The distribution is the same, the random numbers differ: they come from a generator of the loader's own,
+    which PyTorch's default generator seeds at the start of an epoch. `mixup` and `erase` draw from default generators.
 
     Args:
         images: Images, uint8 [N, H, W, C].
@@ -63,6 +63,7 @@ class CachedLoader:
         mixup: timm's ``Mixup`` for batches and targets; default None.
         channels_last: Whether batches stay in the channels-last memory format of the cache; default False.
         sampler: Indices of the images in the order of an epoch; default all images.
+        dtype: Data type of training batches; default float32, which `mixup` and `erase` need.
     """
 
     def __init__(
@@ -80,21 +81,28 @@ class CachedLoader:
         mixup: Optional[Mixup] = None,
         channels_last: bool = False,
         sampler: Optional[Sampler] = None,
+        dtype: torch.dtype = torch.float32,
     ):
+        device = images.device
         self.size = images.shape[1:3]
         self.images = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
         self.targets = targets
         self.batch_size = batch_size
         # computed in float64, to round as timm's loaders do
-        self.mean, self.std = ((255 * v.double()).float().to(images.device) for v in (mean, std))
+        self.mean, self.std = ((255 * v.double()).float().to(device) for v in (mean, std))
+        self.factor, self.summand = 1 / self.std, -self.mean / self.std
         self.training = training
         self.padding = padding
-        self.hflip = hflip
-        self.vflip = vflip
+        # rows, then columns
+        self.flips = vflip, hflip
+        self.lines = [torch.arange(length, device=device) for length in self.size]
+        self.flipped_lines = [lines.flip(0) for lines in self.lines]
+        self.generator = torch.Generator(device)
         self.erase = erase
         self.mixup = mixup
         self.channels_last = channels_last
         self.sampler = sampler
+        self.dtype = dtype if mixup is None and erase is None else torch.float32
         self.order = torch.empty(0, dtype=torch.long)
 
     @property
@@ -115,17 +123,18 @@ class CachedLoader:
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         device = self.images.device
+        self.generator.manual_seed(int(torch.empty((), dtype=torch.long).random_()))
         if self.sampler is not None:
             order = torch.tensor(list(self.sampler), device=device)
         elif self.training:
-            order = torch.randperm(len(self.targets), device=device)
+            order = torch.randperm(len(self.targets), device=device, generator=self.generator)
         else:
             order = torch.arange(len(self.targets), device=device)
         self.order = order
         for i in range(len(self)):
             chosen = order[i * self.batch_size : (i + 1) * self.batch_size]
-            images = self._crop(chosen) if self.padding or self.hflip or self.vflip else self.images[chosen]
-            images = images.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+            images = self._augmented(chosen) if self.training else self._normalised(chosen)
+            images = images.permute(0, 3, 1, 2)
             images = images if self.channels_last else images.contiguous()
             targets = self.targets[chosen]
             if self.mixup is not None:
@@ -138,17 +147,24 @@ class CachedLoader:
         """Return the indices of the images in batch `number` of the current epoch."""
         return self.order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
 
-    def _crop(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Crop and flip each chosen image independently."""
-        rows, cols = (
-            self._lines(len(chosen), length, flip) for length, flip in zip(self.size, (self.vflip, self.hflip))
-        )
-        return self.images[chosen[:, None, None], rows[:, :, None], cols[:, None, :]]
+    def _normalised(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Chosen images as timm's loaders return them, bit by bit, [B, H, W, C]."""
+        return self.images[chosen].float().sub_(self.mean).div_(self.std)
 
-    def _lines(self, count: int, length: int, flip: float) -> torch.Tensor:
-        """Draw the rows or columns of the padded images to take, [count, length]."""
-        device = self.images.device
-        lines = torch.arange(length, device=device).expand(count, -1)
-        if flip:
-            lines = torch.where(torch.rand(count, 1, device=device) < flip, length - 1 - lines, lines)
-        return lines + torch.randint(2 * self.padding + 1, (count, 1), device=device)
+    def _augmented(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Crop, flip and normalise each chosen image independently, in few kernels, [B, H, W, C]."""
+        rows, cols = self._draw_lines(len(chosen)) if self.padding or any(self.flips) else self.lines
+        pixels = self.images[chosen[:, None, None], rows.unsqueeze(-1), cols.unsqueeze(-2)]
+        images = torch.empty(pixels.shape, dtype=self.dtype, device=pixels.device)
+        return torch.addcmul(self.summand, pixels, self.factor, out=images)
+
+    def _draw_lines(self, count: int) -> List[torch.Tensor]:
+        """Draw the rows and columns of the padded images to take, [count, H] and [count, W]."""
+        options: Any = dict(device=self.images.device, generator=self.generator)
+        offsets = torch.randint(2 * self.padding + 1, (2, count, 1), **options)
+        drawn = []
+        for lines, flipped, flip, offset in zip(self.lines, self.flipped_lines, self.flips, offsets):
+            if flip:
+                lines = torch.where(torch.rand(count, 1, **options) < flip, flipped, lines)
+            drawn.append(lines + offset)
+        return drawn

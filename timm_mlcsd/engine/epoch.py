@@ -187,7 +187,7 @@ class EpochLoop:
             return start
         self.optimizer.zero_grad()
         quiet = None if self.dist_context.is_primary else True
-        batches = isolated_rng(self.batches)
+        batches = isolated_rng(self.batches, getattr(self.batches, 'draws_per_batch', True))
         bar = tqdm(batches, total=len(self.batches), desc=f'epoch {epoch}', disable=quiet, leave=False)
         for i, (images, target) in enumerate(bar):
             if start is not None and i < start.step:

@@ -108,6 +108,7 @@ def train_loader(
     smoothing: float = 0.0,
     seed: int = 42,
     channels_last: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     """Batches to train on: augmented and normalised, on the device.
 
@@ -121,6 +122,7 @@ def train_loader(
         smoothing: Label smoothing of mixed targets.
         seed: Seed of the order that processes share.
         channels_last: Memory format of cached images.
+        dtype: Data type of cached images, that of autocast say.
 
     Raises:
         UserError: The settings do not go together.
@@ -152,6 +154,7 @@ def train_loader(
             vflip=augment.vflip * augmented,
             mixup=mixup,
             sampler=loader.sampler if dist.is_initialized() else None,
+            dtype=dtype,
         )
         drawn = loader.batch
     elif augment.train_crop_mode == 'pad4' and not augment.no_aug:
@@ -161,7 +164,9 @@ def train_loader(
         raise UserError(
             f'--batch-size {config.batch_size} is larger than the training set ({num_images(dataset)} images).'
         )
-    return CheckedLoader(loader, dataset, drawn)
+    # worker processes and cached images have generators of their own
+    in_process = mixup is not None if config.cache_dataset else config.workers == 0
+    return CheckedLoader(loader, dataset, drawn, draws_per_batch=in_process or augment.reprob > 0)
 
 
 def _make_mixup(config: TrainDataConfig, augment: AugmentConfig, num_classes: int, smoothing: float) -> Mixup:

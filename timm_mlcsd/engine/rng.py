@@ -31,11 +31,16 @@ def set_rng_state(states: Dict[str, Any]) -> None:
     random.setstate(states['python'])
 
 
-def isolated_rng(batches: Iterable[Any]) -> Iterator[Any]:
+def isolated_rng(batches: Iterable[Any], every_batch: bool = True) -> Iterator[Any]:
     """Iterate over batches with generator states of their own.
 
     Random numbers that the network draws (for dropout) then do not change the batches that follow, so that a resumed
     epoch can skip its first batches without computing them.
+
+    Args:
+        batches: Iterable of batches.
+        every_batch: Whether every batch draws from these generators; False if only the first does, with the start of
+            the iteration, so that no states are copied for the others.
     """
     own = rng_state()
     iterator = iter(batches)
@@ -50,3 +55,6 @@ def isolated_rng(batches: Iterable[Any]) -> Iterator[Any]:
             own = rng_state()
             set_rng_state(outer)
         yield batch
+        if not every_batch:
+            yield from iterator
+            return

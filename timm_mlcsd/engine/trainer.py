@@ -248,6 +248,7 @@ class Trainer:
                 smoothing=config.loss.smoothing,
                 seed=config.trainer.seed,
                 channels_last=config.device.channels_last,
+                dtype=getattr(torch, config.device.amp_dtype) if config.device.amp else torch.float32,
             )
             self.val_batches = eval_loader(
                 config.data,
