@@ -1,17 +1,29 @@
 """Optimizer and schedule, both timm's, from their configuration."""
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..errors import UserError, as_user_error
 from ..models import MultiExitModel
 from ..task import MLCSDTask
 
-__all__ = ['OptimizerConfig', 'SchedulerConfig', 'create_optimizer', 'create_scheduler', 'lr_rule', 'scaled_lr']
+__all__ = [
+    'OptimizerConfig',
+    'SchedulerConfig',
+    'create_optimizer',
+    'create_scheduler',
+    'load_optimizer_state',
+    'lr_rule',
+    'scaled_lr',
+]
+
+# how PyTorch computes an update, not what
+_IMPLEMENTATIONS = ('capturable', 'foreach', 'fused')
 
 
 @dataclass
@@ -27,7 +39,8 @@ class OptimizerConfig:
         layer_decay: Factor from one layer group to the one below, None for one rate for all.
         layer_decay_min_scale: Smallest such factor.
         exit_lr_mult: Learning rate of the exits and of the loss's own parameters, as a multiple.
-        opt_args: Further arguments of the optimizer.
+        opt_args: Further arguments of the optimizer. On CUDA the fused implementation of PyTorch's optimizers is the
+            default; ``fused=False`` or ``foreach=True`` is another.
         lr: Learning rate, None to derive it from `lr_base`.
         lr_base: Learning rate of an update of `lr_base_size` images.
         lr_base_size: Number of images per update that `lr_base` is for.
@@ -131,7 +144,8 @@ def create_optimizer(
         UserError: timm cannot create it.
     """
     with as_user_error(f'--opt {config.opt} cannot be made'):
-        optimizer = create_optimizer_v2(task.trainable_module, **optimizer_kwargs(cfg=config))
+        kwargs = optimizer_kwargs(cfg=config)
+        optimizer = create_optimizer_v2(task.trainable_module, **_implementation(config, task), **kwargs)
     if config.exit_lr_mult != 1:
         exits = [*model.heads.parameters(), *task.criterion.parameters()]
         _scale_lr(optimizer, exits, config.exit_lr_mult)
@@ -140,6 +154,26 @@ def create_optimizer(
         for group in optimizer.param_groups:
             group['lr'] *= group.get('lr_scale', 1.0)
     return optimizer
+
+
+def _implementation(config: OptimizerConfig, task: MLCSDTask) -> Dict[str, Any]:
+    """The arguments that choose PyTorch's fastest implementation: one kernel per update, fused, where there is one."""
+    sharded = any(hasattr(p, 'to_local') for p in task.parameters())
+    if task.device.type != 'cuda' or sharded or any(name in config.opt_args for name in _IMPLEMENTATIONS):
+        return {}
+    optimizer = get_optimizer_class(config.opt.lower().rpartition('_')[2], bind_defaults=False)
+    return {'fused': True} if 'fused' in inspect.signature(optimizer).parameters else {}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
+    """Load the state of an optimizer that may have been on another device: its implementation is not taken over."""
+    own = optimizer.param_groups
+    groups = [
+        {**group, **{name: mine[name] for name in _IMPLEMENTATIONS if name in mine}}
+        for group, mine in zip(state['param_groups'], own)
+    ]
+    groups += state['param_groups'][len(own) :]
+    optimizer.load_state_dict(dict(state, param_groups=groups))
 
 
 def _scale_lr(optimizer: torch.optim.Optimizer, parameters: List[torch.nn.Parameter], factor: float) -> None:

@@ -23,6 +23,7 @@ from .data_config import TrainDataConfig
 from .epoch import Progress
 from .fsdp import load_sharded
 from .held_out import is_same_data
+from .optimizer import load_optimizer_state
 
 __all__ = ['AUTO', 'RunConfig', 'check_same_model_and_data', 'find_checkpoint', 'resume', 'run_folder']
 
@@ -306,7 +307,7 @@ def _load_states(
         else:
             task.trainable_module_ema.set(task.trainable_module)
     if not (weights_only or settings['fsdp']):
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        load_optimizer_state(optimizer, checkpoint['optimizer'])
         if scaler and NativeScaler.state_dict_key in checkpoint:
             scaler.load_state_dict(checkpoint[NativeScaler.state_dict_key])
 
