@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple, Union
 
 import yaml
 
@@ -112,12 +112,13 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
     """Read a table's file at a scale.
 
     The flags of a run are merged from the recipe of the data set, the scale (general, for the data set, for the
-    network), the table and the row, and later ones override earlier ones. The value null removes a flag.
+    network), the table, the row, and the scale for the seed, and later ones override earlier ones. The value null
+    removes a flag.
 
     Args:
         name: Name of a file in ``tables``.
         scale: Name of a file in ``scales``.
-        seeds: Runs per row; 0 (default) for the number of the scale.
+        seeds: Runs per row, with the first seeds of the scale; 0 (default) for all of them.
 
     Returns:
         The table with its rows.
@@ -136,6 +137,7 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
             axes[axis] = {label: flags for label, flags in axes[axis].items() if label in kept}
     rows = []
     runs_here = scale in spec.get('scales', [scale])
+    by_seed = _seeds(scaling['seeds'], seeds)
     for labels in itertools.product(*axes.values()) if runs_here else ():
         own: Flags = dict(spec.get('flags', {}))
         for values, label in zip(axes.values(), labels):
@@ -151,7 +153,7 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
         # without distillation these flags have no effect, and equal runs would get different ids
         unused = DISTILL_FLAGS if flags.get('distill') == 'none' else ()
         flags = {key: value for key, value in flags.items() if value is not None and key not in unused}
-        rows.append(Row(labels, [Run(dataset, flags, seed) for seed in range(seeds or scaling['seeds'])]))
+        rows.append(Row(labels, [Run(dataset, {**flags, **more}, seed) for seed, more in by_seed.items()]))
     return Table(
         name,
         spec['title'],
@@ -164,6 +166,15 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
         spec.get('note', ''),
         scaling.get('test_split', 'test'),
     )
+
+
+def _seeds(of_scale: Union[int, Dict[int, Flags]], wanted: int) -> Dict[int, Flags]:
+    """Seeds with their own flags: 0, 1, ... without any, or those that the scale lists."""
+    if isinstance(of_scale, int):
+        return {seed: {} for seed in range(wanted or of_scale)}
+    if wanted > len(of_scale):
+        raise UserError(f'--seeds {wanted}: expected at most {len(of_scale)}, which the scale lists.')
+    return dict(itertools.islice(of_scale.items(), wanted or None))
 
 
 def _load_scale(name: str) -> Dict[str, Any]:

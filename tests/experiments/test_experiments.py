@@ -61,7 +61,7 @@ def test_a_run_is_its_settings():
     assert not ids('table2', 'cpu') & ids('table2')
     with pytest.raises(UserError, match=r"table 'table99' is unknown; choose from .*table1, table2"):
         load_table('table99', 'cpu')
-    with pytest.raises(UserError, match=r"scale 'x' is unknown; choose from cpu, explore, paper, smoke"):
+    with pytest.raises(UserError, match=r"scale 'x' is unknown; choose from confirm, cpu, explore, paper, smoke"):
         load_table('table2', 'x')
 
 
@@ -191,7 +191,8 @@ def test_figures(kind, tmp_path):
 
 def test_results_that_are_committed_belong_to_tables():
     for path in (HERE / 'results').glob('*.jsonl'):
-        known = {id for name in table_names() for id in ids(name, path.stem, seeds=20)}
+        seeds = 0 if path.stem == 'confirm' else 20
+        known = {id for name in table_names() for id in ids(name, path.stem, seeds=seeds)}
         records = [json.loads(line) for line in path.read_text().splitlines()]
         assert {r['id'] for r in records} <= known, path
         assert all(r['id'] == Run(r['dataset'], r['flags'], r['seed']).id for r in records)
@@ -241,6 +242,19 @@ def test_stage_a_reads_other_training_images_than_it_trains_on():
     one = table.rows[0].runs[0]
     assert 'the test split was not read' in report(table, {one.id: record(one, 20, 30)}, 'explore')
     assert not load_table('stage-a', 'cpu').rows  # some of its runs are those of other tables there
+
+
+def test_every_seed_of_stage_b_has_images_of_its_own():
+    (row, *_) = load_table('table8', 'confirm').rows
+    assert [run.seed for run in row.runs] == list(range(10, 18))
+    splits = [run.flags['train_split'] for run in row.runs]
+    bounds = [tuple(map(int, split[len('train[') : -1].split(':'))) for split in splits]
+    assert bounds == [(5000 * i, 5000 * (i + 1)) for i in range(1, 9)]  # none overlap, nor the 1,000 below
+    assert {run.flags['val_split'] for run in row.runs} == {'train[45000:46000]'}
+    assert all('val_fraction' not in run.flags for run in row.runs)
+    assert len(ids('table8', 'confirm', seeds=2)) == 2 * len(load_table('table8', 'confirm').rows)
+    with pytest.raises(UserError, match='--seeds 9: expected at most 8, which the scale lists'):
+        load_table('table8', 'confirm', seeds=9)
 
 
 def test_exits_are_in_their_columns():
