@@ -1,13 +1,13 @@
 """Samples that run through the stages together, and the answers of those that have left."""
 
 from functools import partial
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
 from .policy import ExitHistory, ExitPolicy
 
-__all__ = ['ActiveBatch', 'Answers', 'Prediction', 'check_images']
+__all__ = ['ActiveBatch', 'Answers', 'CostTable', 'Prediction', 'check_images']
 
 
 class Prediction(NamedTuple):
@@ -37,17 +37,19 @@ class ActiveBatch:
     """Samples that run through the stages together until each of them leaves.
 
     Args:
-        rows: Name of each sample, [N], such as its index in the caller's batch.
+        numbers: Number of the caller's batch that each sample belongs to, [N].
+        rows: Row of each sample in that batch, [N], on the device of the images.
         state: State of the last stage that ran; the images [N, C, H, W] before stage 0.
         images: Images of the caller if the state may share memory with them, because those are never changed.
         history: History of the exits so far; None before the first.
 
     Attributes:
-        rows: Name of each remaining sample, in the row order of the state.
+        numbers: Numbers of the remaining samples, in the row order of the state.
+        rows: Rows of the remaining samples in their batches.
         state: State of the last stage that ran, of the remaining samples.
         history: History of the exits so far, of the remaining samples.
         exit_index: Last exit that answered; None before the first.
-        answer: Logits of this exit for the remaining samples, [len(rows), C].
+        answer: Logits of this exit for the remaining samples, [len(numbers), C].
         score: Score of this exit for the samples that it answered.
     """
 
@@ -56,16 +58,26 @@ class ActiveBatch:
 
     def __init__(
         self,
-        rows: List[Any],
+        numbers: List[int],
+        rows: torch.Tensor,
         state: Any,
         images: Optional[torch.Tensor] = None,
         history: Optional[ExitHistory] = None,
     ):
+        self.numbers = numbers
         self.rows = rows
         self.state = state
         self.history = history
         self.exit_index: Optional[int] = None
         self._images = images
+
+    @classmethod
+    def of(cls, images: torch.Tensor, number: int = 0) -> 'ActiveBatch':
+        """Start with all images [N, C, H, W] of a caller's batch, which has a number."""
+        return cls([number] * len(images), torch.arange(len(images), device=images.device), images, images)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
     def run(self, k: int, run_exit: Callable[[Any], Tuple[Any, Optional[torch.Tensor]]], policy: ExitPolicy) -> bool:
         """Run stage k and, if it is on, exit k.
@@ -85,44 +97,60 @@ class ActiveBatch:
         self.exit_index = k
         return True
 
-    def leave(self, policy: ExitPolicy) -> Tuple[List[Any], torch.Tensor]:
+    def leave(self, policy: ExitPolicy) -> 'Leaving':
         """Remove the samples whose score reaches the threshold of the exit that answered last.
+
+        On a GPU the host waits for the device once, to learn which samples leave; nothing waits at the last exit.
 
         Args:
             policy: Exit policy; at its last exit, all samples leave.
 
         Returns:
-            Names of the samples that left, [N], and their logits, [N, C].
+            The samples that left.
         """
         k = self.exit_index
         assert k is not None  # an exit has answered
-        leaves = [True] if k == policy.num_exits - 1 else (self.score >= policy.thresholds[k]).tolist()
+        if k == policy.num_exits - 1:
+            return self.leave_all()
+        is_sure = self.score >= policy.thresholds[k]
+        leaves = is_sure.tolist()
         if all(leaves):
             return self.leave_all()
         leaving = [i for i, is_leaving in enumerate(leaves) if is_leaving]
         if not leaving:
-            return [], self.answer[:0]
-        left = [self.rows[i] for i in leaving], self.answer[leaving]
-        # the last remaining rows replace those that left
+            return Leaving([], self.rows[:0], self.answer[:0])
         count = len(leaves) - len(leaving)
-        moves = list(zip((i for i in range(count, len(leaves)) if not leaves[i]), leaving))
-        for source, gap in moves:
-            self.rows[gap] = self.rows[source]
-        del self.rows[count:]
-        compact = partial(_compact, count=count, moves=moves, images=self._images)
-        self.state, self.answer = _map_tensors(self.state, compact), compact(self.answer)
-        self.history = ExitHistory(*_map_tensors(self.history, compact))
+        numbers = [self.numbers[i] for i in leaving]
+        if _is_on_host(self.answer):
+            left = Leaving(numbers, self.rows[leaving], self.answer[leaving])
+            # the last remaining rows replace those that left
+            moves = list(zip((i for i in range(count, len(leaves)) if not leaves[i]), leaving))
+            for source, gap in moves:
+                self.numbers[gap] = self.numbers[source]
+            del self.numbers[count:]
+            self._keep(partial(_compact, count=count, moves=moves, images=self._images))
+        else:
+            # the device finds the rows itself: indices from the host would have to be copied there
+            order = is_sure.byte().argsort(stable=True)
+            left = Leaving(numbers, self.rows[order[count:]], self.answer[order[count:]])
+            self.numbers = [number for number, is_leaving in zip(self.numbers, leaves) if not is_leaving]
+            self._keep(lambda t: t[order[:count]])
         return left
 
-    def leave_all(self) -> Tuple[List[Any], torch.Tensor]:
-        """Remove all samples; returns their names, [N], and their logits at the last exit that answered, [N, C]."""
-        rows, self.rows = self.rows, []
-        return rows, self.answer
+    def _keep(self, remaining_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Reduce all tensors to the remaining rows."""
+        self.state, self.answer, self.rows = _map_tensors((self.state, self.answer, self.rows), remaining_of)
+        self.history = ExitHistory(*_map_tensors(self.history, remaining_of))
+
+    def leave_all(self) -> 'Leaving':
+        """Remove all samples; their answers are those of the last exit that answered."""
+        numbers, self.numbers = self.numbers, []
+        return Leaving(numbers, self.rows, self.answer)
 
     def copy(self) -> 'ActiveBatch':
         """Copy of the batch between two stages, which shares no memory and holds none for samples that have left."""
         history = self.history and ExitHistory(*_map_tensors(self.history, torch.clone))
-        return ActiveBatch(self.rows, _map_tensors(self.state, torch.clone), None, history)
+        return ActiveBatch(self.numbers, self.rows.clone(), _map_tensors(self.state, torch.clone), None, history)
 
     @classmethod
     def merge(cls, batches: Sequence['ActiveBatch']) -> 'ActiveBatch':
@@ -131,53 +159,85 @@ class ActiveBatch:
             return batches[0]
         histories = [batch.history for batch in batches if batch.history is not None]
         return cls(
-            [row for batch in batches for row in batch.rows],
+            [number for batch in batches for number in batch.numbers],
+            torch.cat([batch.rows for batch in batches]),
             _concatenate([batch.state for batch in batches]),
             None,
             ExitHistory(*_concatenate(histories)) if histories else None,
         )
 
 
+class Leaving(NamedTuple):
+    """Samples that leave at an exit.
+
+    Attributes:
+        numbers: Number of the caller's batch that each belongs to, [N].
+        rows: Row of each in that batch, [N].
+        logits: Their logits, [N, C].
+    """
+
+    numbers: List[int]
+    rows: torch.Tensor
+    logits: torch.Tensor
+
+    def by_number(self) -> Iterator[Tuple[int, 'Leaving']]:
+        """Iterate over the samples of each caller's batch; their tensors are no views of larger ones."""
+        places: Dict[int, List[int]] = {}
+        for place, number in enumerate(self.numbers):
+            places.setdefault(number, []).append(place)
+        for number, own in places.items():
+            # on a GPU samples keep their order, and those of a batch are neighbours
+            is_slice = own[-1] - own[0] + 1 == len(own)
+            rows, logits = (t[own[0] : own[-1] + 1].clone() if is_slice else t[own] for t in (self.rows, self.logits))
+            yield number, Leaving([number] * len(own), rows, logits)
+
+
 class Answers:
-    """Answers for the samples of one batch, collected exit by exit."""
+    """Answers for the samples of one batch, collected exit by exit on the device of the images."""
 
     def __init__(self) -> None:
-        # index of each sample that has left in the batch, in the order of leaving
-        self._rows: List[int] = []
         self._exits: List[int] = []
-        self._logits: List[torch.Tensor] = []
+        self._left: List[Leaving] = []
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(len(left.numbers) for left in self._left)
 
-    def add(self, k: int, rows: List[int], logits: torch.Tensor) -> None:
-        """Record that samples leave at exit k.
+    def add(self, k: int, left: Leaving) -> None:
+        """Record that samples leave at exit k; there may be none."""
+        if left.numbers:
+            self._exits.append(k)
+            self._left.append(left)
 
-        Args:
-            k: Index of the exit.
-            rows: Index of each of them in the batch, [N]; may be empty.
-            logits: Their logits, [N, C].
-        """
-        if rows:
-            self._rows += rows
-            self._exits += [k] * len(rows)
-            self._logits.append(logits)
+    def prediction(self, costs: 'CostTable') -> Prediction:
+        """Answers in the order of the batch."""
+        logits = torch.cat([left.logits for left in self._left])
+        rows = torch.cat([left.rows for left in self._left])
+        exits = torch.cat([torch.full_like(left.rows, k) for k, left in zip(self._exits, self._left)])
+        logits, exits = (torch.empty_like(t).index_copy_(0, rows, t) for t in (logits, exits))
+        return Prediction(logits, exits, costs.on(exits.device)[exits])
 
-    def prediction(self, costs: Sequence[float]) -> Prediction:
-        """Answers in the order of the batch; `costs` is the cumulative cost per exit, [K]."""
-        device = self._logits[0].device
-        order = sorted(range(len(self._rows)), key=self._rows.__getitem__)
-        logits = self._logits[0] if len(self._logits) == 1 else torch.cat(self._logits)
-        # samples of other batches may have left before all of these did at once, and changed the order
-        if order != list(range(len(order))):
-            logits = logits[order]
-        exits = [self._exits[i] for i in order]
-        dtype = torch.float32 if device.type == 'mps' else torch.float64
-        return Prediction(
-            logits,
-            torch.tensor(exits, device=device),
-            torch.tensor([costs[k] for k in exits], dtype=dtype, device=device),
-        )
+
+class CostTable:
+    """Cumulative costs of the exits, copied to a device once.
+
+    Args:
+        costs: Cumulative cost per exit, [K].
+    """
+
+    def __init__(self, costs: Sequence[float]):
+        self.costs = list(costs)
+        self._copies: Dict[torch.device, torch.Tensor] = {}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The costs on a device, [K], float64 (float32 on MPS)."""
+        if device not in self._copies:
+            dtype = torch.float32 if device.type == 'mps' else torch.float64
+            self._copies[device] = torch.tensor(self.costs, dtype=dtype, device=device)
+        return self._copies[device]
+
+
+def _is_on_host(t: torch.Tensor) -> bool:
+    return t.device.type == 'cpu'
 
 
 def _map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -197,14 +257,13 @@ def _concatenate(trees: Sequence[Any]) -> Any:
 def _compact(
     t: torch.Tensor, count: int, moves: Sequence[Tuple[int, int]], images: Optional[torch.Tensor]
 ) -> torch.Tensor:
-    """Apply `moves` (from, to) to the rows of a tensor and return its first `count` rows.
+    """Apply `moves` (from, to) to the rows of a tensor in main memory and return its first `count` rows.
 
-    On a CPU this works in place, which is faster than a copy of all rows; elsewhere it is one indexing kernel. The
-    caller's images are never changed.
+    This works in place, which is faster than a copy of all rows; the caller's images are never changed.
     """
     dense = t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
     is_given = images is not None and t.untyped_storage().data_ptr() == images.untyped_storage().data_ptr()
-    if t.device.type == 'cpu' and dense and not is_given:
+    if dense and not is_given:
         for source, gap in moves:
             t[gap] = t[source]
         return t[:count]

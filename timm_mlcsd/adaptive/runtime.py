@@ -11,7 +11,7 @@ import torch
 from ..cost import exit_costs
 from ..models import MultiExitModel
 from ..network import load_network
-from .active import ActiveBatch, Answers, Prediction, check_images
+from .active import ActiveBatch, Answers, CostTable, Prediction, check_images
 from .evaluate import Costs, cumulative_costs
 from .exported import MANIFEST, ExportedModel
 from .policy import ExitPolicy
@@ -62,6 +62,7 @@ class AdaptiveModel:
         self.policy = policy
         self._modules = {} if isinstance(model, ExportedModel) else dict(model.named_modules())
         self.costs = cumulative_costs(costs, policy).tolist()
+        self._cost_table = CostTable(self.costs)
         self._run_exit: List[Callable[[Any], Tuple[Any, Optional[torch.Tensor]]]] = [
             partial(model.run_exit, k, answers=policy.is_on(k)) for k in range(model.num_exits)
         ]
@@ -182,7 +183,7 @@ class AdaptiveModel:
             ```
         """
         self._check_mode()  # checked here, because a generator would check at the first item
-        stream = Stream(self._run_exit, self.policy, self.costs, self._check_mode, batch_size, max_waiting)
+        stream = Stream(self._run_exit, self.policy, self._cost_table, self._check_mode, batch_size, max_waiting)
         return stream.predictions(batches)
 
     def iter_exits(self, x: torch.Tensor) -> Iterator[Tuple[int, torch.Tensor]]:
@@ -234,11 +235,11 @@ class AdaptiveModel:
     def _run(self, x: torch.Tensor, deadline: Optional[float] = None) -> Prediction:
         self._check_mode()
         check_images(x)
-        batch, answers = ActiveBatch(list(range(len(x))), x, x), Answers()
+        batch, answers = ActiveBatch.of(x), Answers()
         for k in range(self.policy.num_exits):
-            key = self._timing_key(k, len(batch.rows), x)
+            key = self._timing_key(k, len(batch), x)
             if deadline is not None and batch.exit_index is not None and not self._fits_deadline(k, key, deadline):
-                answers.add(batch.exit_index, *batch.leave_all())
+                answers.add(batch.exit_index, batch.leave_all())
                 break
             start = time.perf_counter()
             has_answered = batch.run(k, self._run_exit[k], self.policy)
@@ -248,10 +249,10 @@ class AdaptiveModel:
                 known = self._seconds.get(key)
                 self._seconds[key] = [] if known is None else [*known[-2:], time.perf_counter() - start]
             if has_answered:
-                answers.add(k, *batch.leave(self.policy))
-                if not batch.rows:
+                answers.add(k, batch.leave(self.policy))
+                if not len(batch):
                     break
-        return answers.prediction(self.costs)
+        return answers.prediction(self._cost_table)
 
     def _timing_key(self, k: int, count: int, x: torch.Tensor) -> Tuple:
         """Key of the run times of stage k on `count` images like `x`."""

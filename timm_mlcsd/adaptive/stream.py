@@ -4,7 +4,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 
 import torch
 
-from .active import ActiveBatch, Answers, Prediction, check_images
+from .active import ActiveBatch, Answers, CostTable, Prediction, check_images
 from .policy import ExitPolicy
 
 __all__ = ['Stream']
@@ -23,7 +23,7 @@ class Stream:
     Args:
         run_exit: Function per stage from the state before it to the state after it, and logits or None, [K].
         policy: Exit policy.
-        costs: Cumulative cost of answering at each exit, [K].
+        costs: Cumulative cost of answering at each exit.
         check_mode: Function that raises an error if the network is in training mode.
         batch_size: Number of waiting images with which a stage runs; default: the size of the first batch.
         max_waiting: Number of images that may wait in front of all stages together; default: 4 x `batch_size`.
@@ -36,7 +36,7 @@ class Stream:
         self,
         run_exit: Sequence[Callable[[Any], Tuple[Any, Optional[torch.Tensor]]]],
         policy: ExitPolicy,
-        costs: Sequence[float],
+        costs: CostTable,
         check_mode: Callable[[], None],
         batch_size: Optional[int] = None,
         max_waiting: Optional[int] = None,
@@ -87,7 +87,7 @@ class Stream:
             self._run_all()
             self._kind = kind
         self.open[self.num_batches] = len(images), Answers()
-        self._wait(0, ActiveBatch([(self.num_batches, i) for i in range(len(images))], images, images))
+        self._wait(0, ActiveBatch.of(images, self.num_batches))
         self.num_batches += 1
         while (k := self._next_stage()) is not None:
             self._run_stage(k)
@@ -107,7 +107,7 @@ class Stream:
 
     def _wait(self, k: int, batch: ActiveBatch) -> None:
         """Put images in front of stage k."""
-        self.counts[k] += len(batch.rows)
+        self.counts[k] += len(batch)
         assert self.batch_size is not None  # set with the first batch
         if self.counts[k] < self.batch_size:
             # the caller may overwrite its images meanwhile, and a view would keep the rows of those that left
@@ -131,14 +131,9 @@ class Stream:
         self.waiting[k], self.counts[k] = [], 0
         while not batch.run(k, self.run_exit[k], self.policy):
             k += 1  # nobody leaves at an exit that is off, so waiting there would gain nothing
-        rows, logits = batch.leave(self.policy)
-        places: Dict[int, List[int]] = {}
-        for place, (number, _) in enumerate(rows):
-            places.setdefault(number, []).append(place)
-        for number, own in places.items():
-            # also if all are of one batch: its answers must not be a view of a larger tensor
-            self.open[number][1].add(k, [rows[place][1] for place in own], logits[own])
-        if batch.rows:
+        for number, left in batch.leave(self.policy).by_number():
+            self.open[number][1].add(k, left)
+        if len(batch):
             self._wait(k + 1, batch)
 
     def _run_all(self) -> None:
