@@ -54,7 +54,10 @@ def write_tars(folder, splits):
         for i, shard in enumerate(shards):
             with tarfile.open(folder / f'tiny-{split}-{i}.tar', 'w') as tar:
                 for name, data, label in shard:
-                    for member, content in ((f'{name}.png', data), (f'{name}.cls', str(label).encode())):
+                    members = {f'{name}.png': data}
+                    if label is not None:
+                        members[f'{name}.cls'] = str(label).encode()
+                    for member, content in members.items():
                         info = tarfile.TarInfo(member)
                         info.size = len(content)
                         tar.addfile(info, io.BytesIO(content))

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from scripts import run
+from stream_data import noise, write_tars
 
 from timm_mlcsd import save_pretrained
 from timm_mlcsd.adaptive import AdaptiveModel
@@ -265,6 +266,21 @@ def test_data_sets(adaptive_run, tmp_path):
     assert run(predict.main, [adaptive_run, *where, '--output', tmp_path / 'b.csv', '--resume', *FLAGS]) == 0
     for a, b in zip(rows_of(tmp_path / 'a.csv'), rows_of(tmp_path / 'b.csv')):
         assert float(a.pop('prob')) == pytest.approx(float(b.pop('prob')), abs=1e-4) and a == b
+
+
+def test_shards_without_labels(adaptive_run, tmp_path):
+    pytest.importorskip('webdataset')
+    labelled = noise()
+    shards = [
+        [(name, data, None if i % 2 else 'none') for i, (name, data, _) in enumerate(s)] for s in labelled['test']
+    ]
+    rows = []
+    for name, splits in (('with', labelled), ('without', dict(test=shards))):
+        folder = write_tars(tmp_path / name, splits)
+        where = ['--dataset', 'wds/', '--data-dir', folder, '--split', 'test', '--output', tmp_path / f'{name}.csv']
+        assert run(predict.main, [adaptive_run, *where, *FLAGS]) == 0
+        rows.append(rows_of(tmp_path / f'{name}.csv'))
+    assert rows[0] == rows[1] and len(rows[0]) == 13
 
 
 def test_mistakes(adaptive_run, images, tmp_path, capsys, monkeypatch):

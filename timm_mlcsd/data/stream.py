@@ -32,10 +32,15 @@ class CheckedStream(BrokenSampleTracker, IterableImageDataset):
         source: Type of the reader: ``hfids``, ``tfds`` or ``wds``.
         mode: PIL mode of the images.
         limit: Number of broken images that are accepted; default 0.
+
+    Attributes:
+        needs_labels: Whether an image of ``wds`` without a label is an error; False makes all labels 0. The other
+            sources may be told to take any column as the label.
     """
 
     def __init__(self, reader: Any, source: str, mode: str, limit: int = 0):
         super().__init__(root=None, reader=reader)
+        self.needs_labels = True
         self.source = source
         self.mode = mode
         self.limit = limit
@@ -47,7 +52,10 @@ class CheckedStream(BrokenSampleTracker, IterableImageDataset):
         intercept_open(reader, self._open)
 
     def _open(self, open_reader: Callable[[], None]) -> None:
-        _PREPARE[self.source](self.reader, open_reader, self.mode, self._leave_out)
+        prepare: Callable = _PREPARE[self.source]
+        if self.source == 'wds':
+            prepare = partial(prepare, needs_labels=self.needs_labels)
+        prepare(self.reader, open_reader, self.mode, self._leave_out)
 
     def _leave_out(self, name: str, error: Exception) -> None:
         if name not in self._seen:
@@ -203,7 +211,7 @@ def _prepare_tfds(reader: Any, open_reader: Callable, mode: str, leave_out: Call
     )
 
 
-def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Callable) -> None:
+def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Callable, needs_labels: bool = True) -> None:
     open_reader()
     shards = {os.path.join(reader.root, name) for name in reader.split_info.filenames}
 
@@ -216,31 +224,6 @@ def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Calla
         leave_out(f'the rest of {where}' if where else str(why), ValueError(why))
         return True
 
-    def images(decode: Callable, samples: Iterable[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
-        given, keys = 0, reader.input_key.split(';')
-        for sample in samples:
-            called = f'{sample["__url__"]}/{sample["__key__"]}'
-            if not sample.keys() & keys:
-                has = ', '.join(key for key in sample if not key.startswith('__'))
-                leave_out(called, ValueError(f'it has {has}, but no --input-key {reader.input_key}'))
-                continue
-            try:
-                decoded = decode(sample)
-                image = None if decoded is None else convert_image(decoded['jpg'], mode)
-            except (TypeError, wds_target_error()):  # caused by wrong flags, not by the sample
-                raise
-            except Exception as e:
-                leave_out(called, e)
-                continue
-            if decoded is not None:
-                given += 1
-                yield dict(image=image, target=decoded['target'])
-        if reader.is_training and not given:
-            # webdataset would end the epoch of this process only, and the others would wait for it
-            raise ValueError(
-                'a worker process of the loader has no image to read; use fewer --workers, so that each has more shards'
-            )
-
     stages = reader.ds.pipeline
     for stage in stages:
         if 'handler' in getattr(stage, 'kw', {}):
@@ -248,7 +231,43 @@ def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Calla
     # the last two stages of timm decode a sample and rename its image
     decode = stages[-2].args[0]
     decode.keywords['image_mode'] = ''  # timm then keeps the mode of the file
-    stages[-2:] = [partial(images, decode)]
+    if not needs_labels:
+        decode.keywords.update(target_key=None, alt_label='')
+    stages[-2:] = [partial(_wds_images, reader, decode, mode, leave_out, {} if needs_labels else dict(cls=b'0'))]
+
+
+def _wds_images(
+    reader: Any,
+    decode: Callable,
+    mode: str,
+    leave_out: Callable,
+    label: Dict[str, bytes],
+    samples: Iterable[Dict[str, Any]],
+) -> Iterator[Dict[str, Any]]:
+    """Decoded samples of WebDataset, with the label of all of them if one is given."""
+    given, keys = 0, reader.input_key.split(';')
+    for sample in samples:
+        called = f'{sample["__url__"]}/{sample["__key__"]}'
+        if not sample.keys() & keys:
+            has = ', '.join(key for key in sample if not key.startswith('__'))
+            leave_out(called, ValueError(f'it has {has}, but no --input-key {reader.input_key}'))
+            continue
+        try:
+            decoded = decode({**sample, **label})
+            image = None if decoded is None else convert_image(decoded['jpg'], mode)
+        except (TypeError, wds_target_error()):  # caused by wrong flags, not by the sample
+            raise
+        except Exception as e:
+            leave_out(called, e)
+            continue
+        if decoded is not None:
+            given += 1
+            yield dict(image=image, target=decoded['target'])
+    if reader.is_training and not given:
+        # webdataset would end the epoch of this process only, and the others would wait for it
+        raise ValueError(
+            'a worker process of the loader has no image to read; use fewer --workers, so that each has more shards'
+        )
 
 
 _PREPARE = dict(hfids=_prepare_hfids, tfds=_prepare_tfds, wds=_prepare_wds)

@@ -11,7 +11,15 @@ from typing import Any, BinaryIO, Callable, Collection, Dict, Iterator, List, Na
 from timm.utils import natural_key
 from torch.utils.data import Dataset, IterableDataset
 
-from ...data import IMAGE_ENDINGS, IMAGE_MODE, CheckedImages, default_image_mode, is_hidden, num_images
+from ...data import (
+    IMAGE_ENDINGS,
+    IMAGE_MODE,
+    CheckedImages,
+    CheckedStream,
+    default_image_mode,
+    is_hidden,
+    num_images,
+)
 from ...errors import UserError, as_user_error, printable
 from ..data_config import DataConfig
 from ..datasets import load_dataset
@@ -212,6 +220,8 @@ def load_images(
         target_key=config.target_key or key,
     )
     dataset = load_dataset(config, split)
+    if isinstance(dataset, CheckedStream):
+        dataset.needs_labels = False
     if isinstance(dataset, IterableDataset):
         return Images(dataset, None)
     size = num_images(dataset)
