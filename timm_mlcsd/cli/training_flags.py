@@ -103,6 +103,11 @@ def _add_update_flags(group: argparse._ArgumentGroup) -> None:
         help='further arguments of the optimizer (default: none)',
     )
     group.add_argument(
+        '--cuda-graphs',
+        action='store_true',
+        help='run forward and backward pass as CUDA graphs, which start all their kernels at once',
+    )
+    group.add_argument(
         '--skip-nonfinite',
         type=non_negative_int,
         metavar='N',

@@ -11,7 +11,7 @@ from .data_config import DataConfig
 from .loaders import AugmentConfig
 from .optimizer import SchedulerConfig
 
-__all__ = ['check_combinations', 'check_fsdp', 'check_input']
+__all__ = ['check_combinations', 'check_cuda_graphs', 'check_fsdp', 'check_input']
 
 # arguments of the network and of the optimizer that have flags of their own
 _MODEL_FLAGS = dict(
@@ -113,6 +113,7 @@ def check_fsdp(config: TrainConfig, dist_context: DistributedContext, device: to
         heads_only=config.model.heads_only,
         sync_bn=config.trainer.sync_bn,
         grad_checkpointing=config.model.grad_checkpointing,
+        cuda_graphs=config.loop.cuda_graphs,
     )
     others = [f'--{name.replace("_", "-")}' for name, given in switches.items() if given]
     if config.loop.clip_grad is not None and config.loop.clip_mode == 'agc':
@@ -127,6 +128,23 @@ def check_fsdp(config: TrainConfig, dist_context: DistributedContext, device: to
             f'--fsdp --device cpu: torch {torch.__version__} shards networks on GPUs only; install a newer torch, or '
             f'leave --fsdp out.'
         )
+
+
+def check_cuda_graphs(config: TrainConfig, device: torch.device) -> None:
+    """Refuse what does not go together with ``--cuda-graphs``."""
+    if device.type != 'cuda':
+        raise UserError(f'--cuda-graphs: expected a CUDA device, got {device}; leave it out, or give --device cuda.')
+    others = []
+    if config.device.torchcompile:
+        others.append('--torchcompile (its own graphs: --torchcompile-mode reduce-overhead)')
+    if config.loss.distill_method == 'crd':
+        others.append('--distill-method crd, whose memory changes with every batch')
+    if config.model.grad_checkpointing:
+        others.append('--grad-checkpointing, which reads random states')
+    if config.trainer.sync_bn:
+        others.append('--sync-bn, whose processes wait for each other')
+    if others:
+        raise UserError(f'--cuda-graphs does not go together with {"; ".join(others)}.')
 
 
 def _check_own_flags(flag: str, given: Dict[str, Any], own: Dict[str, str]) -> None:

@@ -32,6 +32,11 @@ class DeviceConfig:
     torchcompile: Optional[str] = None
     torchcompile_mode: Optional[str] = None
 
+    @property
+    def compiles_graphs(self) -> bool:
+        """Whether ``torch.compile`` makes CUDA graphs, which overwrite their outputs with every call."""
+        return self.torchcompile_mode in ('reduce-overhead', 'max-autotune')
+
 
 def resolve_device(config: DeviceConfig) -> torch.device:
     """The device that is named, or the best there is.
@@ -71,11 +76,11 @@ def _own_gpu(device: torch.device) -> torch.device:
     return torch.device('cuda', rank)
 
 
-def make_autocast(config: DeviceConfig, device: torch.device) -> ContextManager:
+def make_autocast(config: DeviceConfig, device: torch.device, cache_enabled: bool = True) -> ContextManager:
     """The context of forward passes."""
     if not config.amp:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, config.amp_dtype))
+    return torch.autocast(device.type, dtype=getattr(torch, config.amp_dtype), cache_enabled=cache_enabled)
 
 
 def compile_forward(forward: Callable, config: DeviceConfig) -> Callable:

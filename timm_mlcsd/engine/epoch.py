@@ -37,6 +37,7 @@ class LoopConfig:
         skip_nonfinite: Batches in a row whose loss may be non-finite before the run ends; their updates are skipped.
         log_interval: Batches between two looks at losses and accuracy.
         checkpoint_every_steps: Updates between two checkpoints inside an epoch; 0 for none.
+        cuda_graphs: Whether forward and backward pass run as CUDA graphs of eager kernels.
     """
 
     grad_accum_steps: int = 1
@@ -45,6 +46,7 @@ class LoopConfig:
     skip_nonfinite: int = 0
     log_interval: int = 50
     checkpoint_every_steps: int = 0
+    cuda_graphs: bool = False
 
 
 class Progress(NamedTuple):
@@ -128,6 +130,7 @@ class EpochLoop:
         channels_last: Whether images get that memory format.
         dist_context: Processes that train together.
         names: Function from the number of a batch to the names of its images.
+        overwrites_outputs: Whether the task overwrites outputs and gradients of the batch before, as CUDA graphs do.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class EpochLoop:
         channels_last: bool = False,
         dist_context: DistributedContext = SINGLE_PROCESS,
         names: Optional[Callable[[int], List[str]]] = None,
+        overwrites_outputs: bool = False,
     ):
         self.task = task
         self.batches = batches
@@ -154,6 +158,7 @@ class EpochLoop:
         self.channels_last = channels_last
         self.dist_context = dist_context
         self.names = names
+        self.overwrites_outputs = overwrites_outputs
 
     def run(
         self,
@@ -246,6 +251,8 @@ class EpochLoop:
         """Forward and backward pass; returns what the task returned, None if the loss is not finite and is skipped."""
         if self.channels_last:
             images = to_channels_last(images)
+        if self.overwrites_outputs:
+            torch.compiler.cudagraph_mark_step_begin()
         may_skip = self.config.skip_nonfinite > 0
         buffers = [(b, b.clone()) for b in _model_buffers(self.task)] if may_skip else []
         # gradients are exchanged once per update
@@ -259,6 +266,8 @@ class EpochLoop:
             self.skip_update = self.skip_update or not finite
             if not self.skip_update:
                 self._backward(loss, self._ends_update(i))
+                if self.overwrites_outputs and not self._ends_update(i):
+                    self._keep_gradients()
         if finite:
             return result
         self._skip_batch(i, buffers)
@@ -276,6 +285,12 @@ class EpochLoop:
             parameters=self.task.get_clip_parameters(),
             need_update=need_update,
         )
+
+    def _keep_gradients(self) -> None:
+        """Copy the gradients of an unfinished update out of the memory that the next batch overwrites."""
+        for p in self.task.parameters():
+            if p.grad is not None:
+                p.grad = p.grad.clone()
 
     def _skip_batch(self, i: int, buffers: List[Tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Undo what a batch with a non-finite loss has changed, or end the run after too many in a row."""

@@ -25,13 +25,14 @@ from .build import (
     resolve_data_config,
     synchronize_norms,
 )
-from .combinations import check_combinations, check_fsdp
+from .combinations import check_combinations, check_cuda_graphs, check_fsdp
 from .config import TrainConfig
 from .datasets import class_names, num_images, train_and_val_datasets
 from .device import compile_forward, make_autocast
 from .epoch import EpochLoop, Progress, mean_losses
 from .evaluator import Evaluation, Evaluator, accumulate, finalize
 from .fsdp import shard_task, sharded_state
+from .graphs import capture_step
 from .held_out import is_same_data, warn_of_seen_images
 from .loaders import eval_loader, set_epoch, train_loader
 from .optimizer import create_optimizer, create_scheduler, lr_rule, scaled_lr
@@ -86,6 +87,8 @@ class Trainer:
         weights_only: bool = False,
     ):
         check_combinations(config)
+        if config.loop.cuda_graphs:
+            check_cuda_graphs(config, device)
         self.config, self.device, self.dist_context = config, device, dist_context
         self._load_data()
         self._make_network(checkpoint is not None)
@@ -112,6 +115,7 @@ class Trainer:
             channels_last=config.device.channels_last,
             dist_context=dist_context,
             names=self.batches.names,
+            overwrites_outputs=config.loop.cuda_graphs or config.device.compiles_graphs,
         )
 
     def _load_data(self) -> None:
@@ -293,6 +297,15 @@ class Trainer:
             NonFiniteError: The loss is not finite.
         """
         config, model_config = self.config, self.config.model
+        if model_config.heads_only:
+            assert isinstance(self.model, MultiExitBackbone)  # see check_heads_only
+            self.model.freeze_backbone(model_config.heads_only is True or epoch < model_config.heads_only)
+        # DDP looks once at which parameters train, and so do graphs
+        changed = epoch in (self.start_epoch, model_config.heads_only)
+        if config.loop.cuda_graphs and changed:
+            capture_step(self.task, self.batches, config, self.data_config, self.num_classes)
+        if self.dist_context.size > 1 and not config.trainer.fsdp and changed:
+            self.task.prepare_distributed([self.dist_context.local_rank] if self.device.type == 'cuda' else None)
         # a seed per epoch: a resumed run sees the same images as an uninterrupted one
         random_seed((config.trainer.seed + 1_000_003 * epoch) % 2**31, self.dist_context.rank)
         set_epoch(self.batches, self.train_data, epoch)
@@ -301,13 +314,6 @@ class Trainer:
             self.batches.mixup_enabled = False
         warmup = config.loss.distill_warmup_epochs
         self.task.criterion.set_distill_scale(min(1.0, epoch / warmup) if warmup else 1.0)
-        if model_config.heads_only:
-            assert isinstance(self.model, MultiExitBackbone)  # see check_heads_only
-            self.model.freeze_backbone(model_config.heads_only is True or epoch < model_config.heads_only)
-        # DDP looks once at which parameters train
-        changed = epoch in (self.start_epoch, model_config.heads_only)
-        if self.dist_context.size > 1 and not config.trainer.fsdp and changed:
-            self.task.prepare_distributed([self.dist_context.local_rank] if self.device.type == 'cuda' else None)
         return self.loop.run(epoch, epoch * self.updates_per_epoch, start, save, handler)
 
     def validation_logits(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
