@@ -13,6 +13,12 @@ from timm_mlcsd.adaptive import export
 OLDEST_ONNX_TORCH = (2, 13)
 
 
+def pytest_configure(config):
+    """All tests but those of the GPU run on the CPU, where there is a GPU too: their tolerances are a CPU's."""
+    if config.getoption('markexpr') != 'gpu':
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
