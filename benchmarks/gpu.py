@@ -2,7 +2,7 @@
 """Measure training and early-exit inference on a GPU, part by part.
 
 Every part runs in a process of its own under a time limit and adds its result to a JSON file; parts that the file has
-are not repeated, so a stopped run continues. Prints the tables for benchmarks/README.md. About six minutes on an H200.
+are not repeated, so a stopped run continues. Prints the tables for benchmarks/README.md.
 
     python benchmarks/gpu.py --out gpu.json [--data FOLDER_WITH_CIFAR100_PARQUET]
     python benchmarks/gpu.py --out gpu.json --parts steps:resnet18:eager profile
@@ -14,7 +14,9 @@ per second of `train.py`: its last epoch's, from the log.
 
 import argparse
 import json
+import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import timm
 import torch
@@ -107,7 +109,7 @@ def make_step(network: str, kind: str, mode: str, batch: int, device: str) -> Ca
 
 
 def steps(network: str, mode: str, args: argparse.Namespace) -> List[Dict[str, Any]]:
-    """Time the steps of a network in a mode at its batch sizes; memory is the peak of the multi-exit step."""
+    """Time the steps of a network in a mode at its batch sizes."""
     size, classes, kwargs, batches = NETWORKS[network]
     batches = args.batches or (COMPILED_BATCHES if MODES[mode] else batches)
     macs = {}
@@ -118,14 +120,9 @@ def steps(network: str, mode: str, args: argparse.Namespace) -> List[Dict[str, A
     for batch in batches:
         run = {kind: make_step(network, kind, mode, batch, args.device) for kind in ('plain', 'multi')}
         times: Dict[str, List[float]] = {kind: [] for kind in run}
-        memory = 0
         for round_ in range(args.rounds + 1):
             for kind, step in run.items():
-                if args.device == 'cuda':
-                    torch.cuda.reset_peak_memory_stats()
                 seconds = clocked(step, args.steps, args.device)
-                if kind == 'multi' and args.device == 'cuda':
-                    memory = torch.cuda.max_memory_allocated()
                 if round_:
                     times[kind].append(seconds)
         ratio = statistics.median(m / p for m, p in zip(times['multi'], times['plain']))
@@ -138,7 +135,6 @@ def steps(network: str, mode: str, args: argparse.Namespace) -> List[Dict[str, A
                 images_per_second=batch / multi,
                 time_ratio=ratio,
                 mac_ratio=macs[kwargs['exits']] / macs[1],
-                memory_mib=memory / 2**20,
             )
         )
         print(rows[-1], flush=True)
@@ -154,6 +150,13 @@ def clocked(step: Callable[[], None], count: int, device: str) -> float:
         step()
     synchronize()
     return (time.perf_counter() - start) / count
+
+
+def memory(kind: str, mode: str, args: argparse.Namespace) -> Dict[str, Any]:
+    """Memory that PyTorch has reserved after five steps of ResNet18; a process of its own has nothing else."""
+    step = make_step('resnet18', kind, mode, (args.batches or [128])[0], args.device)
+    clocked(step, 5, args.device)
+    return dict(reserved_mib=torch.cuda.max_memory_reserved() / 2**20)
 
 
 def profile(args: argparse.Namespace) -> List[Dict[str, Any]]:
@@ -213,6 +216,17 @@ def adaptive(args: argparse.Namespace) -> Dict[str, str]:
     return dict(table=found.stdout)
 
 
+def _limited(command: List[str], seconds: float) -> Optional[str]:
+    """Run a command and what it starts for so many seconds at most; the error, if there is one."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            _, stderr = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return f'took more than {seconds:g} s'
+    return _reason(stderr) if process.returncode else None
+
+
 def _reason(stderr: str) -> str:
     """The error in what a script wrote, or its last line."""
     lines = stderr.strip().splitlines() or ['no message']
@@ -224,7 +238,8 @@ def part_names(args: argparse.Namespace) -> List[str]:
     names = [f'steps:{network}:{mode}' for mode in ('eager', 'graphs') for network in NETWORKS]
     if args.data:
         names += ['training:eager', 'training:graphs']
-    return [*names, 'adaptive', 'profile', 'steps:resnet18:compiled', 'steps:resnet18:reduce-overhead']
+    names += ['adaptive', 'profile', *(f'memory:{which}' for which in ('plain:eager', 'multi:eager', 'multi:graphs'))]
+    return [*names, 'steps:resnet18:compiled', 'steps:resnet18:reduce-overhead']
 
 
 def run_part(name: str, args: argparse.Namespace) -> Any:
@@ -232,8 +247,8 @@ def run_part(name: str, args: argparse.Namespace) -> Any:
     kind, *rest = name.split(':')
     if kind == 'steps':
         return steps(*rest, args)
-    if kind == 'training':
-        return training(*rest, args)
+    if kind in ('training', 'memory'):
+        return dict(training=training, memory=memory)[kind](*rest, args)
     return dict(adaptive=adaptive, profile=profile)[kind](args)
 
 
@@ -245,7 +260,7 @@ def tables(results: Dict[str, Any]) -> str:
         if name.startswith('steps:') and isinstance(part, list)
         for row in part
     ]
-    columns = ('network', 'mode', 'batch', 'plain, ms', 'multi-exit, ms', 'images/s', 'time ratio', 'MAC ratio', 'MiB')
+    columns = ('network', 'mode', 'batch', 'plain, ms', 'multi-exit, ms', 'images/s', 'time ratio', 'MAC ratio')
     texts = [format_table(columns, rows)] if rows else []
     for name, part in results.items():
         if name.startswith('steps:') and isinstance(part, list):
@@ -284,13 +299,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / 'part.json'
             own = [*sys.argv[1:], '--one', part, '--out', str(path)]
-            try:
-                found = subprocess.run(
-                    [sys.executable, __file__, *own], capture_output=True, text=True, timeout=args.limit
-                )
-                error = _reason(found.stderr) if found.returncode else None
-            except subprocess.TimeoutExpired:
-                error = f'took more than {args.limit:g} s'
+            error = _limited([sys.executable, __file__, *own], args.limit)
             results[part] = json.loads(path.read_text()) if error is None else dict(error=error)
         args.out.write_text(json.dumps(results, indent=1))
         print(f'{part}: {results[part] if error else "done"}', flush=True)

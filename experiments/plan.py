@@ -152,8 +152,12 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
         }
         # without distillation these flags have no effect, and equal runs would get different ids
         unused = DISTILL_FLAGS if flags.get('distill') == 'none' else ()
-        flags = {key: value for key, value in flags.items() if value is not None and key not in unused}
-        rows.append(Row(labels, [Run(dataset, {**flags, **more}, seed) for seed, more in by_seed.items()]))
+        runs = []
+        for seed, more in by_seed.items():
+            merged = {**flags, **more}
+            given = {key: value for key, value in merged.items() if value is not None and key not in unused}
+            runs.append(Run(dataset, given, seed))
+        rows.append(Row(labels, runs))
     return Table(
         name,
         spec['title'],

@@ -1,5 +1,6 @@
 """What only a GPU can show; `make test` runs these tests where there is one, and all others on the CPU."""
 
+import json
 import os
 import warnings
 
@@ -7,6 +8,7 @@ import pytest
 import timm
 import torch
 from scripts import assert_same, run, weights
+from timm.utils import NativeScaler
 
 from timm_mlcsd import MLCSDLoss, MLCSDTask
 from timm_mlcsd.adaptive import AdaptiveModel, ExitPolicy, evaluate_policy
@@ -54,18 +56,32 @@ def test_modes_train_as_eager_mode_does(more, on_gpu, tmp_path):
 
 
 @pytest.mark.parametrize('mode', ['', '--cuda-graphs'])
-def test_float16_lowers_its_scale_and_trains(mode, on_gpu, tmp_path):
-    flags = [*on_gpu, '--amp', '--channels-last', '--epochs', '6', *mode.split()]
-    trained(flags, tmp_path, 'run')
+def test_float16_lowers_a_scale_that_overflows_and_trains(mode, on_gpu, tmp_path, monkeypatch):
+    start = 2.0**40
+
+    class HighScaler(NativeScaler):
+        def __init__(self, device):
+            super().__init__(device=device)
+            self._scaler = torch.amp.GradScaler(device, init_scale=start)
+
+    monkeypatch.setattr(trainer, 'NativeScaler', HighScaler)
+    trained([*on_gpu, '--amp', '--channels-last', '--epochs', '12', *mode.split()], tmp_path, 'run')
     checkpoint = load_checkpoint(tmp_path / 'run')
+    assert 0 < checkpoint[NativeScaler.state_dict_key]['scale'] < start
     assert all(w.isfinite().all() for w in checkpoint['state_dict'].values())
     assert checkpoint['best_metric'] > 60  # three colours
 
 
-def test_bfloat16_validates_as_it_trained(on_gpu, tmp_path, capsys):
+def test_bfloat16_validates_as_float32_does(on_gpu, tmp_path):
     trained([*on_gpu, '--amp', '--amp-dtype', 'bfloat16', '--epochs', '6'], tmp_path, 'run')
-    flags = ['--checkpoint', tmp_path / 'run' / 'model_best.pth.tar', '--held-out', '--device', 'cuda']
-    assert run(validate.main, [*flags, '--amp', '--amp-dtype', 'bfloat16']) == 0
+    means = []
+    for name, amp in (('half', ['--amp', '--amp-dtype', 'bfloat16']), ('full', [])):
+        results = tmp_path / f'{name}.json'
+        flags = ['--checkpoint', tmp_path / 'run' / 'model_best.pth.tar', '--held-out', '--device', 'cuda']
+        assert run(validate.main, [*flags, *amp, '--results-file', results]) == 0
+        means.append([exit_['top1'] for exit_ in json.loads(results.read_text())['exits']])
+    # the held-out images are 5, so that one of them is 20 points
+    assert all(abs(a - b) <= 20 for a, b in zip(*means))
 
 
 @pytest.mark.parametrize('mode', ['', '--cuda-graphs'])
@@ -192,3 +208,8 @@ def test_graphs_replay_what_is_captured_without_a_trace():
     capture_step(task, loader, TrainConfig.from_dict(dict(batch_size=4)), dict(input_size=(3, 32, 32)), 5)
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert_same(before, task.trainable_module.state_dict())
+    images, target = torch.randn(4, 3, 32, 32, device='cuda'), torch.arange(4, device='cuda')
+    replayed = task(images, target)['loss'].item()
+    task.trainable_module.load_state_dict(before)
+    eager = type(task.trainable_module).forward(task.trainable_module, images, target)['loss'].item()
+    assert replayed == pytest.approx(eager, rel=1e-3)

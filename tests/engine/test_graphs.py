@@ -5,6 +5,7 @@ import csv
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from scripts import assert_same, run, weights
 
 from timm_mlcsd import MLCSDLoss, MLCSDTask
@@ -16,6 +17,12 @@ from timm_mlcsd.engine.graphs import capture_step
 from timm_mlcsd.errors import UserError
 
 CPU = torch.device('cpu')
+
+
+def settings_of(step):
+    """What graphs cannot look at again."""
+    ramp = step.module.criterion.ramp
+    return [m.training for m in step.modules()], ramp is not None and ramp.auto
 
 
 def stand_in(module, sample_args, num_warmup_iters=3, allow_unused_input=False):
@@ -30,6 +37,7 @@ def stand_in(module, sample_args, num_warmup_iters=3, allow_unused_input=False):
     def gradients(outputs, grads):
         return torch.autograd.grad(outputs, differentiable(parameters), grads, allow_unused=allow_unused_input)
 
+    before = settings_of(module)
     for _ in range(num_warmup_iters):
         outputs = differentiable(forward(*inputs))
         gradients(outputs, [torch.ones_like(o) for o in outputs])
@@ -47,6 +55,7 @@ def stand_in(module, sample_args, num_warmup_iters=3, allow_unused_input=False):
         def forward(ctx, *given):
             for place, value in zip(inputs, given):
                 place.copy_(value)
+            assert settings_of(module) == before
             with torch.enable_grad():
                 kept['graph'] = forward(*inputs)
             return tuple(overwrite('outputs', kept['graph']))
@@ -149,12 +158,37 @@ def test_gradients_of_an_unfinished_update_are_copied(graphs):
         torch.manual_seed(0)
         task, batches = captured(made_task()), Batches()
         optimizer = torch.optim.SGD(task.parameters(), lr=0.0)
-        loop = EpochLoop(task, batches, optimizer, LoopConfig(grad_accum_steps=2), overwrites_outputs=overwrites)
+        loop = EpochLoop(task, batches, optimizer, LoopConfig(grad_accum_steps=2), compiles_graphs=overwrites)
         seen = []
         optimizer.step = lambda seen=seen, task=task: seen.append([p.grad.clone() for p in task.parameters()])
         loop.run(0)
         found[overwrites] = seen[0]
     assert not all(torch.equal(a, b) for a, b in zip(found[True], found[False]))
+
+
+def test_ddp_wraps_what_is_captured_and_captured_again(graphs, tmp_path):
+    found = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        task, batches = made_task(), Batches()
+        task.criterion.ramp.auto = False
+        dist.init_process_group('gloo', init_method=f'file://{tmp_path}/{graph}', rank=0, world_size=1)
+        try:
+            for trains in (False, True):
+                task.get_eval_model().freeze_backbone(not trains)
+                if graph:
+                    captured(task, batches)
+                task.prepare_distributed().train()
+                optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+                for images, target in batches:
+                    task(images, target)['loss'].backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        finally:
+            dist.destroy_process_group()
+        found.append({name: w.clone() for name, w in task.get_eval_model().state_dict().items()})
+    assert len(graphs) == 2
+    assert_same(*found)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from timm_mlcsd.engine.optimizer import OptimizerConfig, load_optimizer_state
         ('AdamW', {}, 'cuda:0', True),
         ('lookahead_adam', {}, 'cuda', True),
         ('lion', {}, 'cuda', False),
+        ('adagrad', {}, 'cuda', False),  # fused in newer PyTorch only
         ('sgd', {'foreach': True}, 'cuda', False),
         ('sgd', {'fused': False}, 'cuda', False),
         ('sgd', {}, 'cpu', False),

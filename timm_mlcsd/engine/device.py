@@ -35,7 +35,7 @@ class DeviceConfig:
     @property
     def compiles_graphs(self) -> bool:
         """Whether ``torch.compile`` makes CUDA graphs, which overwrite their outputs with every call."""
-        return self.torchcompile_mode in ('reduce-overhead', 'max-autotune')
+        return self.torchcompile == 'cudagraphs' or self.torchcompile_mode in ('reduce-overhead', 'max-autotune')
 
 
 def resolve_device(config: DeviceConfig) -> torch.device:

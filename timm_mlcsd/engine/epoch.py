@@ -130,7 +130,7 @@ class EpochLoop:
         channels_last: Whether images get that memory format.
         dist_context: Processes that train together.
         names: Function from the number of a batch to the names of its images.
-        overwrites_outputs: Whether the task overwrites outputs and gradients of the batch before, as CUDA graphs do.
+        compiles_graphs: Whether ``torch.compile`` has made CUDA graphs of the task.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class EpochLoop:
         channels_last: bool = False,
         dist_context: DistributedContext = SINGLE_PROCESS,
         names: Optional[Callable[[int], List[str]]] = None,
-        overwrites_outputs: bool = False,
+        compiles_graphs: bool = False,
     ):
         self.task = task
         self.batches = batches
@@ -158,7 +158,9 @@ class EpochLoop:
         self.channels_last = channels_last
         self.dist_context = dist_context
         self.names = names
-        self.overwrites_outputs = overwrites_outputs
+        self.compiles_graphs = compiles_graphs
+        # both kinds of graphs overwrite outputs and gradients of the batch before
+        self.overwrites_gradients = compiles_graphs or config.cuda_graphs
 
     def run(
         self,
@@ -222,6 +224,7 @@ class EpochLoop:
         self.monitor = NonFiniteMonitor(self.task.device, self.dist_context, self.names)
         self.nonfinite_in_a_row = 0
         self.skip_update = False
+        self.gradients_kept = False
         if start is not None:
             self.num_updates += math.ceil(start.step / self.config.grad_accum_steps)
             for buffer, before in zip(_model_buffers(self.task), start.statistics):
@@ -251,7 +254,7 @@ class EpochLoop:
         """Forward and backward pass; returns what the task returned, None if the loss is not finite and is skipped."""
         if self.channels_last:
             images = to_channels_last(images)
-        if self.overwrites_outputs:
+        if self.compiles_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         may_skip = self.config.skip_nonfinite > 0
         buffers = [(b, b.clone()) for b in _model_buffers(self.task)] if may_skip else []
@@ -266,7 +269,7 @@ class EpochLoop:
             self.skip_update = self.skip_update or not finite
             if not self.skip_update:
                 self._backward(loss, self._ends_update(i))
-                if self.overwrites_outputs and not self._ends_update(i):
+                if self.overwrites_gradients and not self._ends_update(i):
                     self._keep_gradients()
         if finite:
             return result
@@ -287,7 +290,10 @@ class EpochLoop:
         )
 
     def _keep_gradients(self) -> None:
-        """Copy the gradients of an unfinished update out of the memory that the next batch overwrites."""
+        """Copy the first gradients of an update out of the memory that the next batch overwrites."""
+        if self.gradients_kept:
+            return
+        self.gradients_kept = True
         for p in self.task.parameters():
             if p.grad is not None:
                 p.grad = p.grad.clone()
@@ -314,6 +320,7 @@ class EpochLoop:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.skip_update = False
+        self.gradients_kept = False
         self.num_updates += 1
         if self.task.criterion.ramp is not None:
             self.task.criterion.ramp.step()

@@ -1,10 +1,10 @@
 """Forward and backward pass of a training step as CUDA graphs, which start all their kernels at once."""
 
+import gc
 import logging
 from typing import Any, Dict, Optional, Tuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from timm.utils import unwrap_model
 
@@ -45,13 +45,13 @@ def capture_step(
     random_state = torch.cuda.get_rng_state(task.device)
     sample = _sample_batch(task.device, batches, config, data_config, num_classes)
     module = unwrap_model(task.trainable_module)
-    module.__dict__.pop('forward', None)  # of graphs before
+    if module.__dict__.pop('forward', None) is not None:
+        gc.collect()  # frees the graphs before, which refer to themselves
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     step = _Step(module, config.device, task.device)
-    # PyTorch's number where DDP follows
-    warmup = 11 if dist.is_initialized() else 3
     with as_user_error('--cuda-graphs: the training step cannot be captured'):
-        torch.cuda.make_graphed_callables(step, sample, num_warmup_iters=warmup, allow_unused_input=True)
+        torch.cuda.make_graphed_callables(step, sample, allow_unused_input=True)
+    step.forget()
     for buffer, before in buffers:
         buffer.copy_(before)
     torch.cuda.set_rng_state(random_state, task.device)
@@ -83,6 +83,13 @@ class _Step(nn.Module):
         self.config = config
         self.device = device
         self.names: Tuple[str, ...] = ()
+        self.loss: Optional[torch.Tensor] = None
+
+    def forget(self) -> None:
+        """Free the autograd nodes of the capture: those of the parameters would stay on its stream."""
+        assert self.loss is not None  # after the capture
+        self.loss.detach_()
+        self.loss = None
 
     def forward(self, images: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, its components [P], and the logits of all exits, [K, B, C]."""
@@ -91,6 +98,7 @@ class _Step(nn.Module):
             result: Dict[str, Any] = type(self.module).forward(self.module, images, target)
         loss, logits = result['loss'], torch.stack(result['exit_logits']).detach()
         self.names = tuple(name for name in result if name not in ('loss', 'output', 'exit_logits'))
+        self.loss = loss
         return loss, torch.stack([result[name].detach() for name in self.names]), logits
 
 

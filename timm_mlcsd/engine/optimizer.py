@@ -1,6 +1,5 @@
 """Optimizer and schedule, both timm's, from their configuration."""
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -162,7 +161,8 @@ def _implementation(config: OptimizerConfig, task: MLCSDTask) -> Dict[str, Any]:
     if task.device.type != 'cuda' or sharded or any(name in config.opt_args for name in _IMPLEMENTATIONS):
         return {}
     optimizer = get_optimizer_class(config.opt.lower().rpartition('_')[2], bind_defaults=False)
-    return {'fused': True} if 'fused' in inspect.signature(optimizer).parameters else {}
+    # others have no fused kernels, or not in every PyTorch that is supported
+    return {'fused': True} if optimizer in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) else {}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:

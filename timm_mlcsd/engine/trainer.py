@@ -115,7 +115,7 @@ class Trainer:
             channels_last=config.device.channels_last,
             dist_context=dist_context,
             names=self.batches.names,
-            overwrites_outputs=config.loop.cuda_graphs or config.device.compiles_graphs,
+            compiles_graphs=config.device.compiles_graphs,
         )
 
     def _load_data(self) -> None:
@@ -301,7 +301,8 @@ class Trainer:
             assert isinstance(self.model, MultiExitBackbone)  # see check_heads_only
             self.model.freeze_backbone(model_config.heads_only is True or epoch < model_config.heads_only)
         # DDP looks once at which parameters train, and so do graphs
-        changed = epoch in (self.start_epoch, model_config.heads_only)
+        thaws = not isinstance(model_config.heads_only, bool) and epoch == model_config.heads_only
+        changed = epoch == self.start_epoch or thaws
         if config.loop.cuda_graphs and changed:
             capture_step(self.task, self.batches, config, self.data_config, self.num_classes)
         if self.dist_context.size > 1 and not config.trainer.fsdp and changed:
