@@ -86,10 +86,13 @@ class Torch:
         self.model = model
         self.stream_size = args.stream_size
         self.autocast = partial(torch.autocast, args.device, torch.bfloat16, enabled=args.amp)
+        self.graphs = args.cuda_graphs
 
     def adaptive(self, policy: ExitPolicy) -> Tuple[Callable[[torch.Tensor], Any], Callable[[Sequence], None]]:
         """Functions that run early-exit inference: on images, with their exit indices as result, and on a stream."""
         adaptive = AdaptiveModel(self.model, policy, range(self.model.num_exits))
+        if self.graphs:
+            adaptive.use_cuda_graphs()
 
         def predict(images: torch.Tensor) -> Sequence[int]:
             with self.autocast():
@@ -315,6 +318,7 @@ def main() -> None:
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--amp', action='store_true', help='bfloat16')
     parser.add_argument('--channels-last', action='store_true')
+    parser.add_argument('--cuda-graphs', action='store_true', help='run the stages as CUDA graphs')
     parser.add_argument('--onnx', action='store_true', help='run the exported stages in ONNX Runtime')
     print(measure(parser.parse_args()))
 

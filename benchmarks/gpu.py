@@ -207,10 +207,11 @@ def training(mode: str, args: argparse.Namespace) -> Dict[str, Any]:
     return dict(images_per_second=float(speeds[-1].replace(',', '')))
 
 
-def adaptive(args: argparse.Namespace) -> Dict[str, str]:
+def adaptive(mode: str, args: argparse.Namespace) -> Dict[str, str]:
     """The table of benchmarks/adaptive.py."""
+    flags = ['--cuda-graphs'] if mode == 'graphs' else []
     command = [sys.executable, str(HERE / 'adaptive.py'), '--device', args.device, '--amp', '--channels-last']
-    found = subprocess.run([*command, '--repeats', '3'], capture_output=True, text=True)
+    found = subprocess.run([*command, *flags, '--repeats', '3'], capture_output=True, text=True)
     if found.returncode:
         raise RuntimeError(_reason(found.stderr))
     return dict(table=found.stdout)
@@ -238,18 +239,19 @@ def part_names(args: argparse.Namespace) -> List[str]:
     names = [f'steps:{network}:{mode}' for mode in ('eager', 'graphs') for network in NETWORKS]
     if args.data:
         names += ['training:eager', 'training:graphs']
-    names += ['adaptive', 'profile', *(f'memory:{which}' for which in ('plain:eager', 'multi:eager', 'multi:graphs'))]
+    names += [
+        'adaptive:eager',
+        'adaptive:graphs',
+        'profile',
+        *(f'memory:{which}' for which in ('plain:eager', 'multi:eager', 'multi:graphs')),
+    ]
     return [*names, 'steps:resnet18:compiled', 'steps:resnet18:reduce-overhead']
 
 
 def run_part(name: str, args: argparse.Namespace) -> Any:
     """Run a part in this process and return its result."""
     kind, *rest = name.split(':')
-    if kind == 'steps':
-        return steps(*rest, args)
-    if kind in ('training', 'memory'):
-        return dict(training=training, memory=memory)[kind](*rest, args)
-    return dict(adaptive=adaptive, profile=profile)[kind](args)
+    return dict(steps=steps, training=training, memory=memory, adaptive=adaptive, profile=profile)[kind](*rest, args)
 
 
 def tables(results: Dict[str, Any]) -> str:

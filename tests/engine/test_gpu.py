@@ -168,8 +168,11 @@ def test_images_that_leave_are_those_of_the_policy():
     labels = torch.zeros(64, dtype=torch.long)
     mean = evaluate_policy(logits.cpu(), labels, costs, policy).cost
     assert prediction.cost.mean().item() == pytest.approx(mean, rel=0.05)
-    stream = list(adaptive.predict_stream(images.split(5)))
-    assert torch.equal(torch.cat([p.exit_index for p in stream])[~close], expected[~close])
+    for model_in_use in (adaptive, AdaptiveModel(model, policy, costs).use_cuda_graphs()):
+        stream = list(model_in_use.predict_stream(images.split(5)))
+        assert torch.equal(torch.cat([p.exit_index for p in stream])[~close], expected[~close])
+        again = model_in_use.predict(images)
+        assert torch.equal(again.exit_index[~close], expected[~close])
 
 
 def test_a_deadline_ends_early_and_a_long_one_does_not():

@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import torch
 
 from .policy import ExitHistory, ExitPolicy
+from .trees import concatenate, map_tensors
 
 __all__ = ['ActiveBatch', 'Answers', 'CostTable', 'Prediction', 'check_images']
 
@@ -139,8 +140,8 @@ class ActiveBatch:
 
     def _keep(self, remaining_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Reduce all tensors to the remaining rows."""
-        self.state, self.answer, self.rows = _map_tensors((self.state, self.answer, self.rows), remaining_of)
-        self.history = ExitHistory(*_map_tensors(self.history, remaining_of))
+        self.state, self.answer, self.rows = map_tensors((self.state, self.answer, self.rows), remaining_of)
+        self.history = ExitHistory(*map_tensors(self.history, remaining_of))
 
     def leave_all(self) -> 'Leaving':
         """Remove all samples; their answers are those of the last exit that answered."""
@@ -149,8 +150,8 @@ class ActiveBatch:
 
     def copy(self) -> 'ActiveBatch':
         """Copy of the batch between two stages, which shares no memory and holds none for samples that have left."""
-        history = self.history and ExitHistory(*_map_tensors(self.history, torch.clone))
-        return ActiveBatch(self.numbers, self.rows.clone(), _map_tensors(self.state, torch.clone), None, history)
+        history = self.history and ExitHistory(*map_tensors(self.history, torch.clone))
+        return ActiveBatch(self.numbers, self.rows.clone(), map_tensors(self.state, torch.clone), None, history)
 
     @classmethod
     def merge(cls, batches: Sequence['ActiveBatch']) -> 'ActiveBatch':
@@ -161,9 +162,9 @@ class ActiveBatch:
         return cls(
             [number for batch in batches for number in batch.numbers],
             torch.cat([batch.rows for batch in batches]),
-            _concatenate([batch.state for batch in batches]),
+            concatenate([batch.state for batch in batches]),
             None,
-            ExitHistory(*_concatenate(histories)) if histories else None,
+            ExitHistory(*concatenate(histories)) if histories else None,
         )
 
 
@@ -238,20 +239,6 @@ class CostTable:
 
 def _is_on_host(t: torch.Tensor) -> bool:
     return t.device.type == 'cpu'
-
-
-def _map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Apply a function to all tensors in nested tuples; faster than PyTorch's pytree utilities."""
-    if isinstance(tree, torch.Tensor):
-        return function(tree)
-    return tree if tree is None else tuple(_map_tensors(t, function) for t in tree)
-
-
-def _concatenate(trees: Sequence[Any]) -> Any:
-    """Concatenate nested tuples of the same structure, tensor by tensor, along the batch dimension."""
-    if isinstance(trees[0], torch.Tensor):
-        return torch.cat(list(trees))
-    return None if trees[0] is None else tuple(_concatenate(parts) for parts in zip(*trees))
 
 
 def _compact(

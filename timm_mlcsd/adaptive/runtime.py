@@ -14,6 +14,7 @@ from ..network import load_network
 from .active import ActiveBatch, Answers, CostTable, Prediction, check_images
 from .evaluate import Costs, cumulative_costs
 from .exported import MANIFEST, ExportedModel
+from .graphs import GraphedStage
 from .policy import ExitPolicy
 from .stream import Stream
 
@@ -223,6 +224,29 @@ class AdaptiveModel:
         self._run_exit = [
             torch.compile(_with_separate_code(run, k), dynamic=True, **kwargs) for k, run in enumerate(self._run_exit)
         ]
+        return self
+
+    def use_cuda_graphs(self) -> 'AdaptiveModel':
+        """Run every stage with its head as CUDA graphs, one per power of two up to the number of images.
+
+        On a GPU, small batches are limited by the start of their kernels, which a graph starts all at once. A graph is
+        recorded when a stage sees a number of images for the first time, and keeps its memory. Weights that are
+        replaced afterwards (not changed in place) are not seen.
+
+        Returns:
+            The object itself.
+
+        Raises:
+            ValueError: The network is not on a CUDA device, or consists of exported programs.
+        """
+        if isinstance(self.model, ExportedModel):
+            raise ValueError('CUDA graphs need a network, not exported programs; load its weights.')
+        device = next((p.device for p in self.model.parameters()), torch.device('cpu'))
+        if device.type != 'cuda':
+            raise ValueError(
+                f'CUDA graphs need a network on a CUDA device, not on {device}; move it with model.cuda().'
+            )
+        self._run_exit = [GraphedStage(run) for run in self._run_exit]
         return self
 
     def _check_mode(self) -> None:
