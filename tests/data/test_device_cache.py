@@ -1,5 +1,6 @@
 """Images kept on the device: what comes out of the standard pipeline, for less work."""
 
+import contextlib
 import itertools
 from collections import Counter
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 
-from timm_mlcsd.data import CachedLoader, PadCrop, cache_images
+from timm_mlcsd.data import CachedLoader, PadCrop, cache_images, device_cache
 
 SIZE, CHANS = 6, 3
 ONE, ZERO = torch.ones(CHANS), torch.zeros(CHANS)
@@ -70,6 +71,34 @@ def test_training_batches_in_half_precision_are_the_rounded_ones(padding, hflip)
     if not padding:
         expected = (data[y].permute(0, 3, 1, 2) / 255 - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
         torch.testing.assert_close(x, expected)
+
+
+def test_batches_are_computed_one_ahead_on_a_stream_of_their_own(monkeypatch):
+    """The order of the calls on a GPU, without one."""
+    calls = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            calls.append(f'{self.name} waits for {other.name}')
+
+    user = Stream('user')
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: Stream('own'))
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: user)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, 'record_stream', lambda t, stream: calls.append(f'record {t.item()}'))
+
+    def batches():
+        for i in range(2):
+            calls.append(f'compute {i}')
+            yield torch.tensor(i), torch.tensor(i)
+
+    for x, _ in device_cache._one_ahead(batches(), torch.device('cpu')):
+        calls.append(f'use {x.item()}')
+    first = ['own waits for user', 'compute 0', 'user waits for own', 'record 0', 'record 0', 'compute 1', 'use 0']
+    assert calls == [*first, 'user waits for own', 'record 1', 'record 1', 'use 1']
 
 
 def test_mixing_keeps_float32():

@@ -131,17 +131,20 @@ class CachedLoader:
         else:
             order = torch.arange(len(self.targets), device=device)
         self.order = order
-        for i in range(len(self)):
-            chosen = order[i * self.batch_size : (i + 1) * self.batch_size]
-            images = self._augmented(chosen) if self.training else self._normalised(chosen)
-            images = images.permute(0, 3, 1, 2)
-            images = images if self.channels_last else images.contiguous()
-            targets = self.targets[chosen]
-            if self.mixup is not None:
-                images, targets = self.mixup(images, targets)
-            if self.erase is not None:
-                images = self.erase(images)
-            yield images, targets
+        batches = (self._batch(i) for i in range(len(self)))
+        yield from _one_ahead(batches, device) if device.type == 'cuda' else batches
+
+    def _batch(self, number: int) -> Tuple[torch.Tensor, torch.Tensor]:
+        chosen = self.order[number * self.batch_size : (number + 1) * self.batch_size]
+        images = self._augmented(chosen) if self.training else self._normalised(chosen)
+        images = images.permute(0, 3, 1, 2)
+        images = images if self.channels_last else images.contiguous()
+        targets = self.targets[chosen]
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        if self.erase is not None:
+            images = self.erase(images)
+        return images, targets
 
     def batch(self, number: int) -> List[int]:
         """Return the indices of the images in batch `number` of the current epoch."""
@@ -168,3 +171,25 @@ class CachedLoader:
                 lines = torch.where(torch.rand(count, 1, **options) < flip, flipped, lines)
             drawn.append(lines + offset)
         return drawn
+
+
+def _one_ahead(
+    batches: Iterator[Tuple[torch.Tensor, torch.Tensor]], device: torch.device
+) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    """Compute every batch on a stream of its own, while the one before is in use."""
+    own = torch.cuda.Stream(device)
+    own.wait_stream(torch.cuda.current_stream(device))  # which made the cached images
+
+    def compute() -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
+        with torch.cuda.stream(own):
+            return next(batches, None)
+
+    batch = compute()
+    while batch is not None:
+        user = torch.cuda.current_stream(device)
+        user.wait_stream(own)
+        for t in batch:
+            t.record_stream(user)  # its memory is not given away before that stream has used it
+        following = compute()
+        yield batch
+        batch = following
