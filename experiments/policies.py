@@ -25,7 +25,7 @@ from timm_mlcsd.adaptive.samples import FitSamples, Outcomes
 from timm_mlcsd.adaptive.scaling import fit_temperatures
 from timm_mlcsd.adaptive.search import Goal
 from timm_mlcsd.cli.arguments import ScriptParser, positive_int
-from timm_mlcsd.errors import run_script
+from timm_mlcsd.errors import UserError, run_script
 from timm_mlcsd.report import format_table
 
 BUDGETS = np.linspace(0.25, 0.9, 9)
@@ -294,6 +294,8 @@ def main() -> None:
     parser.add_argument('--draws', type=positive_int, default=20, help='draws of these images')
 
     def run(args: argparse.Namespace) -> None:
+        if args.draws < 2:
+            raise UserError(f'--draws {args.draws}: expected at least 2, which tell how much a lead varies.')
         torch.set_num_threads(1)
         stored = torch.load(args.logits, weights_only=True)
         for num_images in args.images:

@@ -275,3 +275,14 @@ def test_exits_are_in_their_columns():
 
     p = ttest_ind([34, 34.1, 34.2], [30, 31, 32], equal_var=False).pvalue
     assert f'| {p:.2g} |' in text and 'p is that of their last exits' in text
+
+
+@pytest.mark.parametrize('more, message', [('--draws 1', '--draws 1: expected at least 2'), ('', 'none.pt')])
+def test_mistakes_in_a_comparison_of_policies_are_one_line(more, message, monkeypatch, capsys, tmp_path):
+    from experiments.policies import main
+
+    monkeypatch.setattr(sys, 'argv', ['policies', '--logits', str(tmp_path / 'none.pt'), *more.split()])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and message in error and error.count('\n') == 1
