@@ -3,12 +3,16 @@
     python -m experiments.policies --logits logits.pt --images 1000 5000
 
 Each draw fits every policy to some of the images, at nine budgets, and measures it on the rest. Accuracies at equal
-cost are interpolated between the budgets. `logits.pt` is a file of `torch.save` with ``logits`` [K, N, C], ``targets``
+cost are interpolated between the budgets. A draw takes minutes; finished ones are kept in a file (`--results`), so that
+a stopped comparison continues. `logits.pt` is a file of `torch.save` with ``logits`` [K, N, C], ``targets``
 [N] and ``costs``, the cumulative multiply-adds of the exits [K].
 """
 
 import argparse
+import hashlib
+import json
 import statistics
+from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 import numpy as np
@@ -254,24 +258,41 @@ def _at(budgets: np.ndarray, points: Sequence[Any]) -> np.ndarray:
     return np.interp(wanted, [cost for cost, _ in ordered], [accuracy for _, accuracy in ordered])
 
 
-def compare(stored: Dict[str, torch.Tensor], num_images: int, draws: int) -> str:
-    """Table of accuracies and of differences from the confidence, over draws of the images to fit."""
+def one_draw(stored: Dict[str, torch.Tensor], num_images: int, draw: int) -> Dict[str, List[float]]:
+    """Accuracies of all policies at the reported costs, fitted to one draw of images and measured on the others."""
     costs = stored['costs'].double().numpy()
     budgets = BUDGETS * costs[-1]
-    found: Dict[str, List[np.ndarray]] = {}
+    order = torch.randperm(len(stored['targets']), generator=torch.Generator().manual_seed(draw))
+    parts = []
+    temperatures = None
+    for rows in (order[:num_images], order[num_images:]):
+        logits, targets = stored['logits'][:, rows].float(), stored['targets'][rows]
+        temperatures = fit_temperatures(logits, targets) if temperatures is None else temperatures
+        scaled = logits / torch.tensor(temperatures)[:, None, None]
+        parts.append(Data(scaled.softmax(-1).numpy(), targets.numpy()))
+    found = {name: curve(score, *parts, costs, budgets, 'shrunk').tolist() for name, score in SCORES.items()}
+    found['EENet'] = eenet_curve(*parts, costs, budgets).tolist()
+    return found
+
+
+def all_draws(stored: Dict[str, torch.Tensor], digest: str, num_images: int, draws: int, path: Path) -> List[Any]:
+    """Results of `one_draw` for all draws; those that the file has are not repeated."""
+    known = {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        known = {r['draw']: r['top1'] for r in lines if (r['logits'], r['images']) == (digest, num_images)}
     for draw in range(draws):
-        order = torch.randperm(len(stored['targets']), generator=torch.Generator().manual_seed(draw))
-        parts = []
-        temperatures = None
-        for rows in (order[:num_images], order[num_images:]):
-            logits, targets = stored['logits'][:, rows].float(), stored['targets'][rows]
-            temperatures = fit_temperatures(logits, targets) if temperatures is None else temperatures
-            scaled = logits / torch.tensor(temperatures)[:, None, None]
-            parts.append(Data(scaled.softmax(-1).numpy(), targets.numpy()))
-        for name, score in SCORES.items():
-            found.setdefault(name, []).append(curve(score, *parts, costs, budgets, 'shrunk'))
-        found.setdefault('EENet', []).append(eenet_curve(*parts, costs, budgets))
-        print('.', end='', flush=True)
+        if draw not in known:
+            known[draw] = one_draw(stored, num_images, draw)
+            with path.open('a') as f:
+                f.write(json.dumps(dict(logits=digest, images=num_images, draw=draw, top1=known[draw])) + '\n')
+    return [known[draw] for draw in range(draws)]
+
+
+def compare(results: Sequence[Dict[str, List[float]]]) -> str:
+    """Table of accuracies and of differences from the confidence, over draws of the images to fit."""
+    found = {name: [np.array(result[name]) for result in results] for name in results[0]}
     rows = []
     for name, values in found.items():
         leads = np.stack(values) - np.stack(found['confidence'])
@@ -291,6 +312,13 @@ def main() -> None:
     parser = ScriptParser(prog='experiments.policies', description=__doc__.splitlines()[0])
     parser.add_argument('--logits', required=True, metavar='FILE', help='file with logits, targets and costs')
     parser.add_argument('--images', type=positive_int, nargs='+', default=[1000, 5000], help='images to fit')
+    parser.add_argument(
+        '--results',
+        type=Path,
+        default=Path('output/policies.jsonl'),
+        metavar='FILE',
+        help='finished draws; others follow',
+    )
     parser.add_argument('--draws', type=positive_int, default=20, help='draws of these images')
 
     def run(args: argparse.Namespace) -> None:
@@ -298,8 +326,9 @@ def main() -> None:
             raise UserError(f'--draws {args.draws}: expected at least 2, which tell how much a lead varies.')
         torch.set_num_threads(1)
         stored = torch.load(args.logits, weights_only=True)
+        digest = hashlib.sha256(Path(args.logits).read_bytes()).hexdigest()[:16]
         for num_images in args.images:
-            table = compare(stored, num_images, args.draws)
+            table = compare(all_draws(stored, digest, num_images, args.draws, args.results))
             print(f'\n{num_images} images, {args.draws} draws\n{table}')
 
     run_script('experiments.policies', lambda: run(parser.parse_args()))

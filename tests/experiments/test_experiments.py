@@ -286,3 +286,25 @@ def test_mistakes_in_a_comparison_of_policies_are_one_line(more, message, monkey
         main()
     error = capsys.readouterr().err
     assert exit.value.code == 2 and message in error and error.count('\n') == 1
+
+
+def test_a_stopped_comparison_of_policies_continues(monkeypatch, tmp_path):
+    from experiments import policies
+
+    done = []
+
+    def one_draw(stored, num_images, draw):
+        done.append((num_images, draw))
+        return {'confidence': [draw, 1.0, 2.0], 'other': [draw + 0.5, 1.0, num_images]}
+
+    monkeypatch.setattr(policies, 'one_draw', one_draw)
+    path = tmp_path / 'output' / 'draws.jsonl'
+    policies.all_draws({}, 'one', 100, 2, path)
+    results = policies.all_draws({}, 'one', 100, 3, path)
+    assert done == [(100, 0), (100, 1), (100, 2)] and [r['confidence'][0] for r in results] == [0, 1, 2]
+    # other images to fit, other logits
+    policies.all_draws({}, 'one', 50, 1, path)
+    policies.all_draws({}, 'two', 100, 1, path)
+    assert done[3:] == [(50, 0), (100, 0)]
+    lead = policies.compare(results).splitlines()[-1].split()
+    assert lead[:4] == ['other', '1.50', '0.50', '0.00']
