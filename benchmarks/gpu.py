@@ -184,22 +184,12 @@ def training(mode: str, args: argparse.Namespace) -> Dict[str, Any]:
     """Images per second of train.py on cached CIFAR-100, in its last of three epochs."""
     flags = ['--cuda-graphs'] if mode == 'graphs' else []
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *(sys.executable, str(HERE.parent / 'train.py'), '--config', str(HERE.parent / 'configs/cifar100.yaml')),
-            *('--dataset', f'hfds/{args.data}', '--data-dir', folder, '--exit-head', 'slic', '--device', args.device),
-            *(
-                '--cache-dataset',
-                'device',
-                '--amp',
-                '--amp-dtype',
-                'bfloat16',
-                '--channels-last',
-                '--batch-size',
-                '128',
-            ),
-            *('--epochs', '3', '--warmup-epochs', '1', '--decay-milestones', '2', '--output', folder),
-            *('--experiment', 'run', *flags),
-        ]
+        recipe = '--exit-head slic --cache-dataset device --amp --amp-dtype bfloat16 --channels-last --batch-size 128'
+        schedule = '--epochs 3 --warmup-epochs 1 --decay-milestones 2'
+        root = HERE.parent
+        command = [sys.executable, str(root / 'train.py'), '--config', str(root / 'configs' / 'cifar100.yaml')]
+        command += ['--dataset', f'hfds/{args.data}', '--data-dir', folder, '--device', args.device]
+        command += [*recipe.split(), *schedule.split(), '--output', folder, '--experiment', 'run', *flags]
         found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
         raise RuntimeError(_reason(found.stderr))
@@ -239,12 +229,8 @@ def part_names(args: argparse.Namespace) -> List[str]:
     names = [f'steps:{network}:{mode}' for mode in ('eager', 'graphs') for network in NETWORKS]
     if args.data:
         names += ['training:eager', 'training:graphs']
-    names += [
-        'adaptive:eager',
-        'adaptive:graphs',
-        'profile',
-        *(f'memory:{which}' for which in ('plain:eager', 'multi:eager', 'multi:graphs')),
-    ]
+    names += ['adaptive:eager', 'adaptive:graphs', 'profile']
+    names += ['memory:plain:eager', 'memory:multi:eager', 'memory:multi:graphs']
     return [*names, 'steps:resnet18:compiled', 'steps:resnet18:reduce-overhead']
 
 

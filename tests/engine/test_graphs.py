@@ -16,8 +16,6 @@ from timm_mlcsd.engine.epoch import EpochLoop, LoopConfig
 from timm_mlcsd.engine.graphs import capture_step
 from timm_mlcsd.errors import UserError
 
-CPU = torch.device('cpu')
-
 
 def settings_of(step):
     """What graphs cannot look at again."""
