@@ -52,6 +52,7 @@ def test_pixels_are_corrupted_image_by_image(name):
     data, clean = corrupted(name), np.asarray(Ramps()[0][0]).transpose(2, 0, 1)
     first, target = data[0]
     assert first.shape == (3, 40, 40) and first.dtype == np.uint8 and target == 0
+    assert first.flags.writeable  # torch.from_numpy warns otherwise
     assert data[2] is None and len(data) == 3
     assert (first != clean).mean() > 0.02
     if name not in ('impulse_noise', 'glass_blur'):

@@ -83,7 +83,8 @@ class CorruptedImages(Dataset):
 
         with _seeded([zlib.crc32(self.corruption.encode()), self.severity, index]):
             corrupted = corrupt(np.ascontiguousarray(pixels), severity=self.severity, corruption_name=self.corruption)
-        return corrupted.transpose(2, 0, 1), target
+        # a copy, because some corruptions return read-only memory of Pillow
+        return np.array(corrupted.transpose(2, 0, 1), order='C'), target
 
     def __len__(self) -> int:
         return num_images(self.dataset)
