@@ -3,15 +3,14 @@
     python -m experiments.policies --logits logits.pt --images 1000 5000
 
 Each draw fits every policy to some of the images, at nine budgets, and measures it on the rest. Accuracies at equal
-cost are interpolated between the budgets. A draw takes minutes; finished ones are kept in a file (`--results`), so that
-a stopped comparison continues. `logits.pt` is a file of `torch.save` with ``logits`` [K, N, C], ``targets``
-[N] and ``costs``, the cumulative multiply-adds of the exits [K].
+cost are interpolated between the budgets. A draw takes seconds, with EENet minutes; finished ones are kept in a file
+(`--results`), so that a stopped comparison continues. `logits.pt` is a file of `torch.save` with ``logits`` [K, N, C],
+``targets`` [N] and ``costs``, the cumulative multiply-adds of the exits [K].
 """
 
 import argparse
 import hashlib
 import json
-import statistics
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
@@ -90,14 +89,28 @@ def confidence(train: Data, costs: np.ndarray) -> Callable[[Data], np.ndarray]:
     return lambda data: data.probs[:-1].max(-1)
 
 
+def margin(train: Data, costs: np.ndarray) -> Callable[[Data], np.ndarray]:
+    """The difference of the two largest probabilities; nothing is learned."""
+
+    def scores(data: Data) -> np.ndarray:
+        top = np.sort(data.probs[:-1], axis=-1)
+        return top[..., -1] - top[..., -2]
+
+    return scores
+
+
+def entropy(train: Data, costs: np.ndarray) -> Callable[[Data], np.ndarray]:
+    """The negative entropy; nothing is learned."""
+    return lambda data: (data.probs[:-1] * np.log(data.probs[:-1].clip(1e-12))).sum(-1)
+
+
 def features(data: Data, exit_: int, joint: bool) -> np.ndarray:
     """Features of an exit, [N, D]: its confidence, margin and entropy; with `joint` also those of the exits before."""
     columns = []
     for k in range(exit_ + 1) if joint else (exit_,):
         p = data.probs[k].clip(1e-12)
         top = np.sort(p, axis=-1)[:, -2:]
-        entropy = -(p * np.log(p)).sum(-1)
-        columns += [np.log(top[:, 1]), np.log(top[:, 1]) - np.log(top[:, 0]), entropy]
+        columns += [np.log(top[:, 1]), np.log(top[:, 1]) - np.log(top[:, 0]), -(p * np.log(p)).sum(-1)]
         if k < exit_:
             columns.append(data.answers[k] == data.answers[exit_])
     return np.stack(columns, axis=-1).astype(np.float64)
@@ -214,11 +227,14 @@ def _scheduled(scheduler: Scheduler, data: Data) -> List[np.ndarray]:
 
 SCORES: Dict[str, Score] = {
     'confidence': confidence,
+    'margin': margin,
+    'entropy': entropy,
     'gate per exit': gate(joint=False),
     'gate per exit and class': gate(joint=False, classes=True),
     'joint gate': gate(joint=True),
     "EENet's scores": eenet_scores,
 }
+POLICIES = (*SCORES, 'EENet')
 
 
 def curve(score: Score, fit: Data, fresh: Data, costs: np.ndarray, budgets: np.ndarray, method: str) -> np.ndarray:
@@ -258,10 +274,8 @@ def _at(budgets: np.ndarray, points: Sequence[Any]) -> np.ndarray:
     return np.interp(wanted, [cost for cost, _ in ordered], [accuracy for _, accuracy in ordered])
 
 
-def one_draw(stored: Dict[str, torch.Tensor], num_images: int, draw: int) -> Dict[str, List[float]]:
-    """Accuracies of all policies at the reported costs, fitted to one draw of images and measured on the others."""
-    costs = stored['costs'].double().numpy()
-    budgets = BUDGETS * costs[-1]
+def parts_of_draw(stored: Dict[str, torch.Tensor], num_images: int, draw: int) -> List[Data]:
+    """Images of one draw to fit policies to, and the others."""
     order = torch.randperm(len(stored['targets']), generator=torch.Generator().manual_seed(draw))
     parts = []
     temperatures = None
@@ -270,38 +284,61 @@ def one_draw(stored: Dict[str, torch.Tensor], num_images: int, draw: int) -> Dic
         temperatures = fit_temperatures(logits, targets) if temperatures is None else temperatures
         scaled = logits / torch.tensor(temperatures)[:, None, None]
         parts.append(Data(scaled.softmax(-1).numpy(), targets.numpy()))
-    found = {name: curve(score, *parts, costs, budgets, 'shrunk').tolist() for name, score in SCORES.items()}
-    found['EENet'] = eenet_curve(*parts, costs, budgets).tolist()
-    return found
+    return parts
 
 
-def all_draws(stored: Dict[str, torch.Tensor], digest: str, num_images: int, draws: int, path: Path) -> List[Any]:
-    """Results of `one_draw` for all draws; those that the file has are not repeated."""
-    known = {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        known = {r['draw']: r['top1'] for r in lines if (r['logits'], r['images']) == (digest, num_images)}
-    for draw in range(draws):
-        if draw not in known:
-            known[draw] = one_draw(stored, num_images, draw)
-            with path.open('a') as f:
-                f.write(json.dumps(dict(logits=digest, images=num_images, draw=draw, top1=known[draw])) + '\n')
-    return [known[draw] for draw in range(draws)]
+def one_draw(stored: Dict[str, torch.Tensor], num_images: int, draw: int, policy: str) -> List[float]:
+    """Accuracies of a policy at the reported costs, fitted to one draw of images and measured on the others."""
+    fit, fresh = parts_of_draw(stored, num_images, draw)
+    costs = stored['costs'].double().numpy()
+    budgets = BUDGETS * costs[-1]
+    if policy == 'EENet':
+        return eenet_curve(fit, fresh, costs, budgets).tolist()
+    return curve(SCORES[policy], fit, fresh, costs, budgets, 'shrunk').tolist()
 
 
-def compare(results: Sequence[Dict[str, List[float]]]) -> str:
-    """Table of accuracies and of differences from the confidence, over draws of the images to fit."""
-    found = {name: [np.array(result[name]) for result in results] for name in results[0]}
+class Draws:
+    """Results of `one_draw` in a file, so that none is computed twice.
+
+    Args:
+        path: Path of the file, a JSON line per draw and policy.
+        digest: Digest of the logits.
+    """
+
+    def __init__(self, path: Path, digest: str):
+        self.path = path
+        self.digest = digest
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.known = {(r['images'], r['draw'], r['policy']): r['top1'] for r in lines if r['logits'] == digest}
+
+    def result(self, stored: Dict[str, torch.Tensor], num_images: int, draw: int, policy: str) -> List[float]:
+        """The result of `one_draw` for these arguments."""
+        key = (num_images, draw, policy)
+        if key not in self.known:
+            self.known[key] = one_draw(stored, *key)
+            record = dict(logits=self.digest, images=num_images, draw=draw, policy=policy, top1=self.known[key])
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open('a') as f:
+                f.write(json.dumps(record) + '\n')
+        return self.known[key]
+
+
+def compare(found: Dict[str, List[List[float]]]) -> str:
+    """Table of accuracies and of leads over the first policy, over draws of the images to fit.
+
+    Args:
+        found: Results of `one_draw` for every draw, by policy.
+    """
     rows = []
-    for name, values in found.items():
-        leads = np.stack(values) - np.stack(found['confidence'])
-        cells: List[Any] = [name]
+    accuracies = {policy: np.array(results) for policy, results in found.items()}
+    first = next(iter(accuracies.values()))
+    for policy, values in accuracies.items():
+        leads = values - first
+        cells: List[Any] = [policy]
         for i in range(len(REPORTED)):
-            lead = leads[:, i].tolist()
-            cells += [float(np.mean([v[i] for v in values])), statistics.mean(lead), statistics.stdev(lead)]
+            cells += [float(values[:, i].mean()), float(leads[:, i].mean()), float(leads[:, i].std(ddof=1))]
         rows.append(cells)
-    headers = ['Score']
+    headers = ['Policy']
     for share in REPORTED:
         headers += [f'Top-1 at {share:.0%}', 'Lead', 'Std']
     return format_table(headers, rows)
@@ -312,6 +349,14 @@ def main() -> None:
     parser = ScriptParser(prog='experiments.policies', description=__doc__.splitlines()[0])
     parser.add_argument('--logits', required=True, metavar='FILE', help='file with logits, targets and costs')
     parser.add_argument('--images', type=positive_int, nargs='+', default=[1000, 5000], help='images to fit')
+    parser.add_argument(
+        '--policies',
+        nargs='+',
+        choices=POLICIES,
+        default=POLICIES,
+        metavar='NAME',
+        help=f'policies, the first of which the others are compared with: {", ".join(POLICIES)}',
+    )
     parser.add_argument(
         '--results',
         type=Path,
@@ -326,10 +371,10 @@ def main() -> None:
             raise UserError(f'--draws {args.draws}: expected at least 2, which tell how much a lead varies.')
         torch.set_num_threads(1)
         stored = torch.load(args.logits, weights_only=True)
-        digest = hashlib.sha256(Path(args.logits).read_bytes()).hexdigest()[:16]
-        for num_images in args.images:
-            table = compare(all_draws(stored, digest, num_images, args.draws, args.results))
-            print(f'\n{num_images} images, {args.draws} draws\n{table}')
+        draws = Draws(args.results, hashlib.sha256(Path(args.logits).read_bytes()).hexdigest()[:16])
+        for n in args.images:
+            found = {p: [draws.result(stored, n, draw, p) for draw in range(args.draws)] for p in args.policies}
+            print(f'\n{n} images, {args.draws} draws\n{compare(found)}')
 
     run_script('experiments.policies', lambda: run(parser.parse_args()))
 

@@ -293,18 +293,20 @@ def test_a_stopped_comparison_of_policies_continues(monkeypatch, tmp_path):
 
     done = []
 
-    def one_draw(stored, num_images, draw):
-        done.append((num_images, draw))
-        return {'confidence': [draw, 1.0, 2.0], 'other': [draw + 0.5, 1.0, num_images]}
+    def one_draw(stored, num_images, draw, policy):
+        done.append((num_images, draw, policy))
+        return [draw, 1.0, 2.0] if policy == 'margin' else [draw + 0.5, 1.0, num_images]
 
     monkeypatch.setattr(policies, 'one_draw', one_draw)
     path = tmp_path / 'output' / 'draws.jsonl'
-    policies.all_draws({}, 'one', 100, 2, path)
-    results = policies.all_draws({}, 'one', 100, 3, path)
-    assert done == [(100, 0), (100, 1), (100, 2)] and [r['confidence'][0] for r in results] == [0, 1, 2]
+    first = policies.Draws(path, 'one')
+    assert [first.result({}, 100, draw, 'margin')[0] for draw in (0, 1, 0)] == [0, 1, 0]
+    again = policies.Draws(path, 'one')
+    found = {name: [again.result({}, 100, draw, name) for draw in range(3)] for name in ('margin', 'EENet')}
+    assert done == [(100, 0, 'margin'), (100, 1, 'margin'), (100, 2, 'margin'), *((100, i, 'EENet') for i in range(3))]
     # other images to fit, other logits
-    policies.all_draws({}, 'one', 50, 1, path)
-    policies.all_draws({}, 'two', 100, 1, path)
-    assert done[3:] == [(50, 0), (100, 0)]
-    lead = policies.compare(results).splitlines()[-1].split()
-    assert lead[:4] == ['other', '1.50', '0.50', '0.00']
+    again.result({}, 50, 0, 'margin')
+    policies.Draws(path, 'two').result({}, 100, 0, 'margin')
+    assert done[6:] == [(50, 0, 'margin'), (100, 0, 'margin')]
+    lead = policies.compare(found).splitlines()[-1].split()
+    assert lead[:4] == ['EENet', '1.50', '0.50', '0.00']
