@@ -93,8 +93,18 @@ def margin(train: Data, costs: np.ndarray) -> Callable[[Data], np.ndarray]:
     """The difference of the two largest probabilities; nothing is learned."""
 
     def scores(data: Data) -> np.ndarray:
-        top = np.sort(data.probs[:-1], axis=-1)
-        return top[..., -1] - top[..., -2]
+        top = np.partition(data.probs[:-1], -2, axis=-1)[..., -2:]
+        return top[..., 1] - top[..., 0]
+
+    return scores
+
+
+def logit_margin(train: Data, costs: np.ndarray) -> Callable[[Data], np.ndarray]:
+    """The difference of the two largest logits; nothing is learned."""
+
+    def scores(data: Data) -> np.ndarray:
+        top = np.partition(np.log(data.probs[:-1].clip(1e-12)), -2, axis=-1)[..., -2:]
+        return top[..., 1] - top[..., 0]
 
     return scores
 
@@ -228,6 +238,7 @@ def _scheduled(scheduler: Scheduler, data: Data) -> List[np.ndarray]:
 SCORES: Dict[str, Score] = {
     'confidence': confidence,
     'margin': margin,
+    'logit margin': logit_margin,
     'entropy': entropy,
     'gate per exit': gate(joint=False),
     'gate per exit and class': gate(joint=False, classes=True),

@@ -11,6 +11,7 @@ from typing import Any, Dict, List, NoReturn, Sequence
 __all__ = [
     'AGGREGATES',
     'MANIFEST_FORMAT',
+    'MAX_LOGIT_MARGIN',
     'POLICY_FORMAT',
     'RISKS',
     'SCORES',
@@ -24,7 +25,7 @@ __all__ = [
     'read_json',
 ]
 
-SCORES = ('confidence', 'entropy', 'margin', 'patience')
+SCORES = ('confidence', 'entropy', 'margin', 'logit_margin', 'patience')
 AGGREGATES = ('last', 'mean', 'fitted')
 RISKS = ('drop', 'selective', 'disagreement')
 POLICY_FORMAT = 'timm_mlcsd exit policy'
@@ -33,8 +34,10 @@ VERSION = 1
 MAX_BYTES = 2**24
 # range of temperatures and weights: fits are limited to e^-9..e^9; outside this range float32 logits overflow
 SCALE = (1e-4, 1e4)
-# scores are at most 1 or a number of exits; numbers below MIN_THRESHOLD round to 0 in float32
+# scores are at most 1, a number of exits or MAX_LOGIT_MARGIN; numbers below MIN_THRESHOLD round to 0 in float32
 MAX_THRESHOLD, MIN_THRESHOLD = 1e9, 1e-30
+# the logit margin over impossible classes, and of a single class
+MAX_LOGIT_MARGIN = 1e6
 # largest side of a resized image before the crop, in pixels
 MAX_SIDE = 8192
 POLICY = dict(

@@ -33,8 +33,20 @@ def test_scores_are_higher_for_the_surer(score):
     else:
         assert (scores[0].diff() > 0).all()
         # of three classes: nothing known, everything known
-        nothing = {'confidence': 1 / 3, 'entropy': 0, 'margin': 0}[score]
-        torch.testing.assert_close(scores[0, [0, -1]], torch.tensor([nothing, 1.0]))
+        limits = {'confidence': (1 / 3, 1.0), 'entropy': (0.0, 1.0), 'margin': (0.0, 1.0), 'logit_margin': (0.0, 200.0)}
+        torch.testing.assert_close(scores[0, [0, -1]], torch.tensor(limits[score]))
+
+
+def test_the_logit_margin_is_a_ratio_of_probabilities_and_bounded():
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    for aggregate in ('last', 'mean'):
+        policy = ExitPolicy([0.5], 'logit_margin', [2.0, 0.5], aggregate)
+        answers, scores = run(policy, logits)
+        best = answers.softmax(-1).topk(2, dim=-1).values
+        torch.testing.assert_close(scores, (best[..., 0] / best[..., 1]).log())
+    # impossible classes, and a single class
+    assert run(policy, torch.tensor([3.0, -INF, -INF]).expand(2, 1, 3))[1].tolist() == [[1e6], [1e6]]
+    assert run(policy, torch.zeros(2, 1, 1))[1].tolist() == [[1e6], [1e6]]
 
 
 def test_patience_counts_exits_that_agree_in_a_row():

@@ -12,7 +12,7 @@ import torch
 from timm.utils import unwrap_model
 
 from ..errors import printable
-from ..file_checks import AGGREGATES, POLICY_FORMAT, SCORES, VERSION, check_policy, read_json
+from ..file_checks import AGGREGATES, MAX_LOGIT_MARGIN, POLICY_FORMAT, SCORES, VERSION, check_policy, read_json
 from ..files import atomic_write
 from ..hub import POLICY
 from ..models import MultiExitModel, weights_digest
@@ -45,8 +45,9 @@ class ExitPolicy:
     Args:
         thresholds: Score thresholds of all exits but the last, [K-1].
         score: Measure of how sure an exit is, higher is surer: ``confidence`` (largest softmax probability, default),
-            ``entropy`` (1 - H / log C), ``margin`` (difference of the two largest probabilities), ``patience`` (number
-            of consecutive exits with the same prediction, this one included).
+            ``entropy`` (1 - H / log C), ``margin`` (difference of the two largest probabilities), ``logit_margin``
+            (difference of the two largest logits, in nats), ``patience`` (number of consecutive exits with the same
+            prediction, this one included).
         temperatures: Divisors of the logits, [K]; None (default) for 1.
         aggregate: Answer of an exit: ``last`` (default): its own logits; ``mean``: geometric mean of the probabilities
             of all exits so far; ``fitted``: the same with `weights`.
@@ -332,11 +333,16 @@ def score_of(logits: torch.Tensor, score: str) -> torch.Tensor:
 
     Args:
         logits: Logits, [..., C].
-        score: ``confidence``, ``entropy`` or ``margin``, as in `ExitPolicy`.
+        score: ``confidence``, ``entropy``, ``margin`` or ``logit_margin``, as in `ExitPolicy`.
 
     Returns:
-        Scores between 0 and 1, [...].
+        Scores, [...]: from 0 to 1, of ``logit_margin`` from 0 to `MAX_LOGIT_MARGIN`.
     """
+    if score == 'logit_margin':
+        if logits.shape[-1] == 1:
+            return torch.full_like(logits[..., 0], MAX_LOGIT_MARGIN)
+        largest = logits.topk(2, dim=-1).values
+        return (largest[..., 0] - largest[..., 1]).clamp_max(MAX_LOGIT_MARGIN)
     probs = logits.softmax(-1)
     if score == 'entropy':
         entropy: torch.Tensor = -torch.special.xlogy(probs, probs).sum(-1)  # xlogy is 0 where p is 0

@@ -134,7 +134,7 @@ def _add_policy_goal_flags(group: argparse._ArgumentGroup) -> None:
         '--score',
         choices=SCORES,
         help='certainty of an exit: top probability, 1 less the normalised entropy, margin of the two top '
-        'probabilities, or number of exits in a row that agree (default: confidence)',
+        'probabilities or logits, or number of exits in a row that agree (default: confidence)',
     )
     group.add_argument(
         '--aggregate',

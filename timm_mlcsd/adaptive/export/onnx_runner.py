@@ -24,7 +24,7 @@ import onnxruntime
 
 __all__ = ['AdaptiveModel', 'Prediction']
 
-SCORES = ('confidence', 'entropy', 'margin', 'patience')
+SCORES = ('confidence', 'entropy', 'margin', 'logit_margin', 'patience')
 AGGREGATES = ('last', 'mean', 'fitted')
 RISKS = ('drop', 'selective', 'disagreement')
 POLICY_FORMAT = 'timm_mlcsd exit policy'
@@ -33,8 +33,10 @@ VERSION = 1
 MAX_BYTES = 2**24
 # range of temperatures and weights: fits are limited to e^-9..e^9; outside this range float32 logits overflow
 SCALE = (1e-4, 1e4)
-# scores are at most 1 or a number of exits; numbers below MIN_THRESHOLD round to 0 in float32
+# scores are at most 1, a number of exits or MAX_LOGIT_MARGIN; numbers below MIN_THRESHOLD round to 0 in float32
 MAX_THRESHOLD, MIN_THRESHOLD = 1e9, 1e-30
+# the logit margin over impossible classes, and of a single class
+MAX_LOGIT_MARGIN = 1e6
 # largest side of a resized image before the crop, in pixels
 MAX_SIDE = 8192
 POLICY = dict(
@@ -455,7 +457,12 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _score(logits: np.ndarray, score: str) -> np.ndarray:
-    """Score of logits [B, C] between 0 and 1, [B]: ``confidence``, ``entropy`` or ``margin``."""
+    """Score of logits [B, C], [B]: ``confidence``, ``entropy``, ``margin`` or ``logit_margin``."""
+    if score == 'logit_margin':
+        if logits.shape[-1] == 1:
+            return np.full(len(logits), MAX_LOGIT_MARGIN, dtype=logits.dtype)
+        best = np.partition(logits, -2, axis=-1)
+        return np.minimum(best[:, -1] - best[:, -2], np.float32(MAX_LOGIT_MARGIN))
     if score == 'confidence':  # the largest exponential is 1
         return 1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
     probs = np.exp(_log_softmax(logits))
