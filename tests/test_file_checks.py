@@ -20,6 +20,7 @@ GOOD = [
     {'thresholds': [0, -3]},
     {'thresholds': [1e9, 1e-30]},
     {'thresholds': [0.5, 2], 'score': 'patience'},
+    {'thresholds': [12.5, 1e6], 'score': 'logit_margin', 'aggregate': 'mean'},
     # the ends of what fit_temperatures and fit_weights give
     {'temperatures': [math.exp(-9), 1, math.exp(9)]},
     {'aggregate': 'fitted', 'weights': [[1], [math.exp(-9), math.exp(9)], [1, 2, 3]]},
