@@ -115,6 +115,30 @@ def _accuracy(top1: float, count: int) -> Dict[str, float]:
     return dict(top1=top1, low=low, high=high)
 
 
+def _pictures(
+    gallery: ExampleGallery,
+    test: LabelledLogits,
+    class_names: Optional[Sequence[Optional[str]]],
+    results: Sequence[PolicyResult],
+) -> List[Dict[str, Any]]:
+    """Example images with their labels, the answers of all exits, and where they leave under each policy."""
+    pictures = []
+    for group, members in gallery.groups.items():
+        for i in members:
+            best = gallery.answers[:, i].softmax(-1).max(-1)
+            says = zip(best.indices.tolist(), best.values.tolist())
+            pictures.append(
+                dict(
+                    group=group,
+                    src=gallery.images[i],
+                    truth=class_label(class_names, int(test.targets[i])),
+                    says=[[class_label(class_names, answer), p] for answer, p in says],
+                    leaves=[result.exit_index[i].item() for result in results],
+                )
+            )
+    return pictures
+
+
 def page_data(
     title: str,
     about: str,
@@ -141,7 +165,6 @@ def page_data(
         class_names: Class names by index, None for an index without a name.
         batch_size: Number of images in a batch of the measurements.
     """
-
     results = _distinct([(p, evaluate_policy(*test, costs, p)) for p in _policies(policy, val, costs)])
     count = len(test.targets)
     exits = [f'Ex{k}' for k in range(1, len(costs) + 1)]
@@ -149,20 +172,6 @@ def page_data(
     sweep = budgeted_curve(val, test, costs, **_settings(policy)) if len(costs) > 1 else []
     before = expected_calibration_error(*test)
     after = expected_calibration_error(gallery.answers, test.targets)
-    pictures = []
-    for group, members in gallery.groups.items():
-        for i in members:
-            best = gallery.answers[:, i].softmax(-1).max(-1)
-            says = zip(best.indices.tolist(), best.values.tolist())
-            pictures.append(
-                dict(
-                    group=group,
-                    src=gallery.images[i],
-                    truth=class_label(class_names, int(test.targets[i])),
-                    says=[[class_label(class_names, answer), p] for answer, p in says],
-                    leaves=[result.exit_index[i].item() for _, result in results],
-                )
-            )
     names = ('images/s', 'ms at batch 1, median', 'ms at batch 1, 90th percentile', 'ms at batch 1, 99th percentile')
     return dict(
         title=title,
@@ -191,5 +200,5 @@ def page_data(
             dict(before=b, ece=a, bins=bins)
             for b, a, bins in zip(before, after, confidence_bins(gallery.answers, test.targets))
         ],
-        pictures=pictures,
+        pictures=_pictures(gallery, test, class_names, [result for _, result in results]),
     )
