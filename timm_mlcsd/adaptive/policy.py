@@ -329,7 +329,7 @@ def _model_digest(model: Any) -> Optional[str]:
 
 
 def score_of(logits: torch.Tensor, score: str) -> torch.Tensor:
-    """Compute a score of logits.
+    """Compute a score of logits; `_score` of the exported runner has the same formulas.
 
     Args:
         logits: Logits, [..., C].

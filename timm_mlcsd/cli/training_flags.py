@@ -1,4 +1,7 @@
-"""Flags of how to train: optimizer, schedule, augmentation, averaging, all under timm's names."""
+"""Flags of how to train: optimizer, schedule, augmentation, averaging, all under timm's names.
+
+Their defaults are those of the configurations in `timm_mlcsd.engine`; `cli/flags.py` sets them.
+"""
 
 import argparse
 
