@@ -24,6 +24,7 @@ from timm_mlcsd.adaptive import ExitPolicy
 from timm_mlcsd.adaptive.evaluate import CachedLogits
 from timm_mlcsd.adaptive.exit_rates import _leaving
 from timm_mlcsd.adaptive.methods import FIT_METHODS
+from timm_mlcsd.adaptive.policy import score_of
 from timm_mlcsd.adaptive.samples import FitSamples, Outcomes
 from timm_mlcsd.adaptive.scaling import fit_temperatures
 from timm_mlcsd.adaptive.search import Goal
@@ -84,34 +85,9 @@ class ScoredSamples(FitSamples):
 Score = Callable[[Data, np.ndarray], Callable[[Data], np.ndarray]]
 
 
-def confidence(train: Data, costs: np.ndarray) -> Callable[[Data], np.ndarray]:
-    """The largest probability; nothing is learned."""
-    return lambda data: data.probs[:-1].max(-1)
-
-
-def margin(train: Data, costs: np.ndarray) -> Callable[[Data], np.ndarray]:
-    """The difference of the two largest probabilities; nothing is learned."""
-
-    def scores(data: Data) -> np.ndarray:
-        top = np.partition(data.probs[:-1], -2, axis=-1)[..., -2:]
-        return top[..., 1] - top[..., 0]
-
-    return scores
-
-
-def logit_margin(train: Data, costs: np.ndarray) -> Callable[[Data], np.ndarray]:
-    """The difference of the two largest logits; nothing is learned."""
-
-    def scores(data: Data) -> np.ndarray:
-        top = np.partition(np.log(data.probs[:-1].clip(1e-12)), -2, axis=-1)[..., -2:]
-        return top[..., 1] - top[..., 0]
-
-    return scores
-
-
-def entropy(train: Data, costs: np.ndarray) -> Callable[[Data], np.ndarray]:
-    """The negative entropy; nothing is learned."""
-    return lambda data: (data.probs[:-1] * np.log(data.probs[:-1].clip(1e-12))).sum(-1)
+def plain(score: str) -> Score:
+    """A score of the package; nothing is learned."""
+    return lambda train, costs: lambda data: score_of(torch.from_numpy(data.probs[:-1]).log(), score).numpy()
 
 
 def features(data: Data, exit_: int, joint: bool) -> np.ndarray:
@@ -236,10 +212,10 @@ def _scheduled(scheduler: Scheduler, data: Data) -> List[np.ndarray]:
 
 
 SCORES: Dict[str, Score] = {
-    'confidence': confidence,
-    'margin': margin,
-    'logit margin': logit_margin,
-    'entropy': entropy,
+    'confidence': plain('confidence'),
+    'margin': plain('margin'),
+    'logit margin': plain('logit_margin'),
+    'entropy': plain('entropy'),
     'gate per exit': gate(joint=False),
     'gate per exit and class': gate(joint=False, classes=True),
     'joint gate': gate(joint=True),
