@@ -276,7 +276,29 @@ def test_training_images_in_another_place_are_known(held_out_run, mine, small, t
     copy = shutil.copytree(mine, tmp_path / 'copy')
     argv = [copy, '--checkpoint', tmp_path / 'val', '--workers', 0, '--split', 'test', '--adaptive', '--max-drop', 50]
     assert run(validate.main, [*argv, '--calibration-split', 'train']) == 2
+    assert "the checkpoint was trained on split 'train'" in capsys.readouterr().err
+    (copy / 'train').rename(copy / 'extra')
+    assert run(validate.main, [*argv, '--calibration-split', 'extra']) == 2
     assert 'these are the images that the checkpoint was trained on' in capsys.readouterr().err
+
+
+def test_a_copy_of_the_data_is_the_same_data(held_out_run, mine, small, tmp_path, capsys, caplog):
+    copy = shutil.copytree(mine, tmp_path / 'copy')
+    argv = [copy, '--checkpoint', held_out_run, '--workers', 0, '--adaptive', '--max-drop', 50, '--confidence', 'none']
+    assert run(validate.main, [*argv, '--split', 'train']) == 2
+    assert 'the policy is fitted to these images' in capsys.readouterr().err
+    saved = ['--save-policy', tmp_path / 'policy.json']
+    assert run(validate.main, [*argv, '--split', 'test', *saved]) == 0
+    argv = [copy, '--checkpoint', held_out_run, '--workers', 0, '--adaptive', '--policy', tmp_path / 'policy.json']
+    assert run(validate.main, [*argv, '--held-out']) == 2
+    assert 'was fitted to the held-out part of train' in capsys.readouterr().err
+    # other images held out than those of the first training
+    argv = [copy, *small[1:], '--val-fraction', 0.3, '--val-seed', 7, '--epochs', 1]
+    best = held_out_run / 'model_best.pth.tar'
+    assert run(train.main, [*argv, '--initial-checkpoint', best, '--experiment', 'a']) == 0
+    assert 'images that are held out now' in caplog.text
+    assert run(train.main, [*argv, '--resume', held_out_run, '--no-resume-opt', '--experiment', 'b']) == 2
+    assert 'val_seed' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

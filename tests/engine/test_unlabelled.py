@@ -72,3 +72,21 @@ def test_mistakes(flags, scans, folder, tmp_path, capsys):
         assert run(validate.main, argv) == 2
         error = capsys.readouterr().err
         assert message in error and error.count('\n') == 1, error
+
+
+def test_training_images_of_another_folder_and_copies(flags, folder, tmp_path, capsys):
+    other = tmp_path / 'other'
+    shutil.copytree(folder / 'test', other / 'test')
+    copies = tmp_path / 'copies'
+    copies.mkdir()
+    for i, file in enumerate(sorted((folder / 'test' / 'red').glob('*.png'))):
+        shutil.copy(file, copies / f'{i}.png')
+    cases = [
+        (['--data-dir', other], folder / 'train', 'was trained on'),
+        ([], copies, 'is one of the images of test that the policy is reported on'),
+    ]
+    for more, images, message in cases:
+        argv = [*(flags[1:] if more else flags), *more, '--calibration-images', images]
+        assert run(validate.main, argv) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count('\n') == 1, error

@@ -1,7 +1,10 @@
 """The images that a training held out, and whether data is the training data of a checkpoint."""
 
+import hashlib
 import logging
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Dict, Iterable, Optional, Set, Tuple
 
 import torch
@@ -20,6 +23,7 @@ __all__ = [
     'held_out',
     'is_data_of',
     'is_same_data',
+    'is_same_place',
     'is_trained_on',
     'warn_of_seen_images',
 ]
@@ -120,17 +124,51 @@ def check_unlabelled(
         UserError: One of the files is among them.
     """
     calibration = _files_of(images)
-    groups = {f'is one of the images of {split} that the policy is reported on': _files_of(reported)}
-    if is_same_data(config, checkpoint) and not config.dataset and 'train_split' in checkpoint:
-        whole = load_dataset(config, checkpoint['train_split'])
-        kept = checkpoint.get('val_indices', torch.empty(0)).tolist()
-        groups['was trained on'] = _files_of(whole) - _files_of(whole, kept)
+    groups = {
+        f'is one of the images of {split} that the policy is reported on': _files_of(reported),
+        'was trained on': _trained_files(config, checkpoint),
+    }
     for what, files in groups.items():
-        if both := calibration & files:
+        if both := _files_among(calibration, files):
             raise UserError(
                 f'--calibration-images: {printable(min(both))} {what}, so the policy would promise too much; name '
                 f'others.'
             )
+
+
+def _trained_files(config: DataConfig, checkpoint: Dict[str, Any]) -> Set[str]:
+    """Real paths of the files that a checkpoint was trained on, if it was a folder that is still there, or a copy."""
+    trained = checkpoint.get('args', {})
+    if trained.get('dataset') or 'train_split' not in checkpoint:
+        return set()
+    files = set()
+    for data_dir in {config.data_dir, trained.get('data_dir')} - {None}:
+        data = replace(config, dataset='', data_dir=data_dir, class_map=trained.get('class_map') or '')
+        whole = _load_if_there(data, checkpoint['train_split']) if is_same_data(data, checkpoint) else None
+        if whole is not None:
+            is_unchanged = num_images(whole) == checkpoint.get('train_size')  # else the indices are of other files
+            held = checkpoint['val_indices'].tolist() if is_unchanged and 'val_indices' in checkpoint else []
+            files |= _files_of(whole) - _files_of(whole, held)
+    return files
+
+
+def _load_if_there(config: DataConfig, split: str) -> Optional[Dataset]:
+    """A split of a data set; None where there is none."""
+    try:
+        return load_dataset(config, split)
+    except UserError:
+        return None
+
+
+def _files_among(files: Set[str], others: Set[str]) -> Set[str]:
+    """Those files that are among the others, themselves or as copies."""
+    sizes = {os.path.getsize(file) for file in files}
+    contents = {_content(file) for file in others if os.path.getsize(file) in sizes}  # the other sizes need no reading
+    return {file for file in files if file in others or (contents and _content(file) in contents)}
+
+
+def _content(file: str) -> bytes:
+    return hashlib.sha256(Path(file).read_bytes()).digest()
 
 
 def _files_of(dataset: Any, indices: Optional[Iterable[int]] = None) -> Set[str]:
@@ -156,9 +194,9 @@ def warn_of_seen_images(initial_checkpoint: str, config: TrainDataConfig, record
         checkpoint = load_checkpoint(initial_checkpoint)
     except UserError:
         return  # a file of weights has no record
-    if 'val_keys' not in record or 'val_keys' not in checkpoint or not is_same_data(config, checkpoint):
+    if 'val_keys' not in record or 'val_keys' not in checkpoint:
         return
-    if not same_split(checkpoint['train_split'], config.train_split):
+    if not same_split(checkpoint['train_split'], config.train_split) or not is_same_data(config, checkpoint):
         return
     seen = int((~torch.isin(record['val_keys'], checkpoint['val_keys'])).sum())
     if seen:
@@ -183,14 +221,29 @@ def _equal(keys: torch.Tensor, recorded: Any) -> bool:
 
 
 def is_trained_on(config: DataConfig, checkpoint: Dict[str, Any], split: str) -> bool:
-    """Whether a split is, by its name, the one that a checkpoint was trained on."""
+    """Whether a split is the one that a checkpoint was trained on."""
     if 'train_split' not in checkpoint or not same_split(split, checkpoint['train_split']):
         return False
     return is_same_data(config, checkpoint)
 
 
 def is_same_data(config: DataConfig, checkpoint: Dict[str, Any]) -> bool:
-    """Whether the data, of any split, is by its name the data that a checkpoint was trained on."""
-    trained = checkpoint.get('args', {})
-    same_set = config.dataset.lower() == (trained.get('dataset') or '').lower()
-    return same_set and os.path.realpath(config.data_dir or '') == os.path.realpath(trained.get('data_dir') or '')
+    """Whether the data, of any split, is the data that a checkpoint was trained on: by its name, or as a copy of it."""
+    if is_same_place(config, checkpoint):
+        return True
+    if not _is_same_set(config, checkpoint) or not config.data_dir or 'train_probe' not in checkpoint:
+        return False
+    copy = _load_if_there(config, checkpoint['train_split'])
+    return copy is not None and is_data_of(copy, checkpoint)
+
+
+def is_same_place(config: DataConfig, checkpoint: Dict[str, Any]) -> bool:
+    """Whether the data, of any split, is by its name and folder the data that a checkpoint was trained on."""
+    trained = checkpoint.get('args', {}).get('data_dir')
+    return _is_same_set(config, checkpoint) and os.path.realpath(config.data_dir or '') == os.path.realpath(
+        trained or ''
+    )
+
+
+def _is_same_set(config: DataConfig, checkpoint: Dict[str, Any]) -> bool:
+    return config.dataset.lower() == (checkpoint.get('args', {}).get('dataset') or '').lower()

@@ -29,7 +29,7 @@ from .evaluator import Evaluation, Evaluator, LabelledLogits, accumulate, finali
 from .exported import compare_exported, load_exported
 from .fit_policy import backbone_macs, check_policy_flags, fit_or_load_policy, reports_on_half, saved_policy_path
 from .gallery import ExampleGallery, page_data
-from .held_out import halves_of, held_out, is_data_of, is_same_data
+from .held_out import halves_of, held_out, is_data_of, is_same_place
 from .imagenet_labels import RealLabels, read_valid_labels
 from .robustness import check_corruptible, corruption_rows, corruption_table, describe_corruptions, risk_limit
 from .static_networks import StaticNetwork, benchmark_static, load_static, static_table
@@ -268,8 +268,9 @@ def load_split(config: ValidateConfig, checkpoint: Dict[str, Any]) -> Tuple[Data
     """
     if not config.held_out:
         # the folder that was trained on is no split of itself
-        of_it = is_same_data(config.data, checkpoint) and config.split != checkpoint.get('train_split')
-        dataset = load_dataset(config.data, config.split, needs_folder=of_it and 'val_indices' in checkpoint)
+        other = 'val_indices' in checkpoint and config.split != checkpoint.get('train_split')
+        needs_folder = other and is_same_place(config.data, checkpoint)
+        dataset = load_dataset(config.data, config.split, needs_folder=needs_folder)
         named = [checkpoint.get(name) for name in ('train_split', 'val_split')]
         meant = any(name and same_split(config.split, name) for name in named)
         if not meant and is_data_of(dataset, checkpoint):
