@@ -301,6 +301,20 @@ def test_a_copy_of_the_data_is_the_same_data(held_out_run, mine, small, tmp_path
     assert 'val_seed' in capsys.readouterr().err
 
 
+def test_a_policy_is_bound_to_the_preprocessing(held_out_run, mine, tmp_path, capsys):
+    argv = [mine, '--checkpoint', held_out_run, '--workers', 0, '--split', 'test', '--adaptive']
+    goal = ['--max-drop', 50, '--confidence', 'none', '--save-policy']
+    for more, name in ((['--img-size', 48], 'input_size'), (['--mean', 0.2, 0.2, 0.2], 'mean')):
+        assert run(validate.main, [*argv, *more, *goal]) == 2
+        assert f'got another {name}' in capsys.readouterr().err
+    assert not (held_out_run / 'exit_policy.json').exists()
+    assert run(validate.main, [*argv, *goal]) == 0
+    for more, name in ((['--crop-pct', 0.5], 'crop_pct'), (['--input-img-mode', 'YCbCr'], 'input_img_mode')):
+        assert run(validate.main, [*argv, *more]) == 2
+        assert f'got another {name}' in capsys.readouterr().err
+    assert run(validate.main, argv) == 0
+
+
 @pytest.mark.parametrize(
     'name, value',
     [

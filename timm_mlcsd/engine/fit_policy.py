@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from ..adaptive import Calibration, ExitPolicy, run_calibration
 from ..adaptive.evaluate import Costs
 from ..cost import ExitCost, stage_times
-from ..data import has_split_folders, num_images
+from ..data import IMAGE_MODE, has_split_folders, num_images
 from ..errors import UserError, as_user_error, printable
 from ..network import Network, policy_path
 from .datasets import check_classes, class_names, load_dataset, same_split
@@ -241,6 +241,19 @@ def _check_not_fitted_to(policy: ExitPolicy, path: Path, config: ValidateConfig,
         )
 
 
+def _other_preprocessing(network: Network, evaluator: Evaluator) -> str:
+    """Names of the settings in which the preprocessing is not that of the network; empty if there are none."""
+    own = network.checkpoint.get('data_config') or network.data_config
+    keys = [key for key in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode') if key in own]
+    return ', '.join(
+        key for key in (*keys, IMAGE_MODE) if _as_list(own.get(key)) != _as_list(evaluator.data_config.get(key))
+    )
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def describe_certificate(certificate: Dict[str, Any]) -> str:
     """Sentence about what is certified of a policy."""
     return (
@@ -317,8 +330,19 @@ def fit_or_load_policy(
         with as_user_error(f'--policy {str(path)!r}'):
             policy = ExitPolicy.load_for(path, network.model)
         _check_not_fitted_to(policy, path, config, network.checkpoint)
+        if others := _other_preprocessing(network, evaluator):
+            raise UserError(
+                f'--policy {str(path)!r}: expected images with the preprocessing of the network, which the policy was '
+                f'fitted to, got another {others}; leave its flag out, or fit a policy with --budget, '
+                f'--latency-budget or --max-drop.'
+            )
         if not config.report:
             return ChosenPolicy(policy, None, f'policy {path}')
+    if config.save_policy and (others := _other_preprocessing(network, evaluator)):
+        raise UserError(
+            f'--save-policy: expected images with the preprocessing of the network, with which the policy will be '
+            f'used, got another {others}; leave its flag out, or do not save the policy.'
+        )
     if config.calibration_images:
         dataset, data = _unlabelled(config, network, evaluator, reported, split)
     else:
