@@ -45,6 +45,19 @@ def save_corpus(folder):
         Image.fromarray(noise(height, width, 3)).save(folder / f'{width}x{height}.png')
 
 
+def save_rotated_tiffs(folder):
+    """Uncompressed files that Pillow maps into memory when it opens them by name."""
+    images = dict(L=Image.fromarray(noise(50, 40)), deep=Image.fromarray(noise(50, 40, dtype=np.uint16)))
+    images.update(
+        {mode: Image.fromarray(noise(50, 40, 4), mode) for mode in ('RGBA', 'CMYK')}, P=images['L'].quantize()
+    )
+    for orientation in range(5, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for name, image in images.items():
+            image.save(folder / f'{name}_{orientation}.tif', exif=exif)
+
+
 class Files(torch.utils.data.Dataset):
     def __init__(self, paths, mode):
         self.paths, self.mode, self.transform = paths, mode, None
@@ -60,6 +73,7 @@ class Files(torch.utils.data.Dataset):
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp('corpus')
     save_corpus(folder)
+    save_rotated_tiffs(folder)
     return sorted(folder.iterdir())
 
 

@@ -29,6 +29,23 @@ def test_orientation(orientation, format):
     assert np.array_equal(np.asarray(read_image(file)), np.asarray(upright))
 
 
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('mode', ['L', 'P', 'RGBA', 'CMYK', 'I;16'])
+def test_orientation_of_a_file_opened_by_name(mode, orientation, tmp_path):
+    shape = (3, 4, 4) if mode in ('RGBA', 'CMYK') else (3, 4)
+    pixels = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    stored = Image.fromarray(pixels.astype(np.uint16) * 257) if mode == 'I;16' else Image.fromarray(pixels, mode)
+    if mode == 'P':
+        stored.putpalette([value for value in range(256) for _ in 'RGB'])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / 'stored.tif', exif=exif)
+    # turns to the left after a mirror from left to right, EXIF 2.3, tag 0x0112
+    is_mirrored, turns = [(0, 0), (1, 0), (0, 2), (1, 2), (1, 1), (0, 3), (1, 3), (0, 1)][orientation - 1]
+    upright = np.rot90(pixels[:, ::-1] if is_mirrored else pixels, turns)
+    assert np.array_equal(read_image(tmp_path / 'stored.tif', mode if len(shape) == 3 else 'L'), upright)
+
+
 @pytest.mark.parametrize('format', ['PNG', 'TIFF'])
 def test_16_bits_are_scaled(format):
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)

@@ -30,6 +30,8 @@ def read_image(file: Any, mode: str = 'RGB') -> Image.Image:
         OSError: The file cannot be decoded; Pillow's decoders may raise other errors too.
     """
     with Image.open(file) as image:
+        # Pillow 13 maps a TIFF file that it opened by name into memory with the sides of the upright image
+        image.filename = ''
         return convert_image(image, mode)
 
 

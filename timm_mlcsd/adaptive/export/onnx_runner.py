@@ -311,6 +311,8 @@ class AdaptiveModel:
             image = _oriented(image, mode)
         else:
             with Image.open(image) as file:
+                # Pillow 13 maps a TIFF file that it opened by name into memory with the sides of the upright image
+                file.filename = ''
                 image = _oriented(file, mode)
         mean, std = (_per_channel(config[name], channels) for name in ('mean', 'std'))
         image = _resized(image, wanted, config)
