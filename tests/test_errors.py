@@ -67,3 +67,39 @@ def test_a_terminal_without_the_letters_gets_escapes():
         [sys.executable, '-c', script], capture_output=True, env={'PYTHONIOENCODING': 'ascii', 'PATH': ''}, timeout=100
     )
     assert done.returncode == 0 and done.stdout == b'\\u732b ant\n'
+
+
+def run_with_output(script, output, **env):
+    """Exit code and stderr of a script in `run_script`."""
+    script = f"from timm_mlcsd.errors import run_script; run_script('x', lambda: {script})"
+    done = subprocess.run(
+        [sys.executable, '-c', script], stdout=output, stderr=subprocess.PIPE, text=True, env={**os.environ, **env}
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a device that is always full')
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+@pytest.mark.parametrize('script', ["print('a')", "print('a', flush=True)", "print('a' * 100000)"])
+def test_an_output_that_is_full_is_one_line(script, unbuffered):
+    with open('/dev/full', 'w') as full:
+        code, error = run_with_output(script, full, PYTHONUNBUFFERED=unbuffered)
+    assert (code, error) == (2, 'x: error: the output cannot be written: No space left on device\n')
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a device that is always full')
+def test_a_full_output_does_not_hide_the_error_of_the_script():
+    with open('/dev/full', 'w') as full:
+        code, error = run_with_output("print('a') or open('missing')", full, PYTHONUNBUFFERED='')
+    first, second = error.splitlines()
+    assert code == 2 and first == "x: error: 'missing': No such file or directory" and 'No space left' in second
+
+
+@pytest.mark.parametrize('script', ["print('a')", "print('a', flush=True)", "print('a') or exit(0)"])
+def test_who_closes_the_pipe_sees_no_error(script):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert run_with_output(script, writer) == (1, '')
+    finally:
+        os.close(writer)

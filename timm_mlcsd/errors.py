@@ -1,13 +1,18 @@
 """Errors that the user can correct: reported as one line with exit code 2, without a traceback."""
 
 import contextlib
+import errno
 import logging
+import os
 import sys
 from typing import Callable, Iterator
 
 from timm.utils import setup_default_logging
 
 __all__ = ['UserError', 'as_user_error', 'install_hint', 'printable', 'run_script', 'one_line']
+
+# a write that fails names no file: the disk, the quota or the largest file is full, or the device fails
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class UserError(ValueError):
@@ -85,7 +90,8 @@ def _prepare_terminal() -> None:
 def run_script(prog: str, main: Callable[[], object]) -> None:
     """Run a script with logging to the terminal.
 
-    A `UserError`, and an `OSError` that names a file, is printed to stderr as one line, with exit code 2.
+    A `UserError`, and an `OSError` that names a file or says that there is no space, is printed to stderr as one line,
+    with exit code 2. A reader that closes the pipe of the output ends the script with exit code 1.
 
     Args:
         prog: Name of the script in error messages.
@@ -93,17 +99,48 @@ def run_script(prog: str, main: Callable[[], object]) -> None:
     """
     _prepare_terminal()
     try:
-        main()
+        _run(prog, main)
+    except SystemExit:
+        _run(prog, _flush_output)
+        raise
+    # Python flushes at its end too, but prints a traceback if that fails
+    _run(prog, _flush_output)
+
+
+def _run(prog: str, function: Callable[[], object]) -> None:
+    """Run a function, and exit with a message if the user can correct its error."""
+    try:
+        function()
+    except BrokenPipeError:  # the reader of the output has closed the pipe
+        _drop_output()
+        sys.exit(1)
     except (UserError, OSError) as e:
         if isinstance(e, OSError) and e.filename is None:
-            raise
+            if e.errno not in _WRITE_ERRORS:
+                raise
+            _drop_output()
         print(f'{prog}: error: {printable(_message(e))}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def _flush_output() -> None:
+    if sys.stdout is not None:  # it is None if the shell has closed it
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """Point stdout to nowhere if what it holds cannot be written, so that Python does not try again."""
+    try:
+        _flush_output()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is None:
+        return f'the output cannot be written: {error.strerror}'
     if isinstance(error, OSError):
         name = repr(str(error.filename))
         return f'{name if len(name) <= 300 else name[:300] + " ..."}: {error.strerror}'

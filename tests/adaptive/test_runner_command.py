@@ -165,3 +165,13 @@ def test_who_reads_the_first_lines_only(exported, files):
         process.stdout.close()
         assert process.stderr.read() == b''
     assert process.returncode == 1
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a device that is always full')
+def test_an_output_that_is_full_is_one_line(exported, files):
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            [sys.executable, exported / 'runner.py', 'good.png'], cwd=files, stdout=full, stderr=subprocess.PIPE
+        )
+    message = b'runner.py: error: the output cannot be written: No space left on device\n'
+    assert (done.returncode, done.stderr) == (2, message)

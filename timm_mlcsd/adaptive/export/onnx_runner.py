@@ -835,7 +835,7 @@ def _label(model: AdaptiveModel, path: str) -> str:
     return f'{_printable(path)}: {labels} (Ex{prediction.exit_index[0] + 1}, {milliseconds:.1f} ms)'
 
 
-def _fail(error: Exception, what: str = '') -> None:
+def _fail(error: Union[Exception, str], what: str = '') -> None:
     text = ' '.join(str(error).split())[:300] or type(error).__name__
     print(f'runner.py: error: {_printable(what + text)}', file=sys.stderr)
 
@@ -896,9 +896,17 @@ def _label_all(paths: Sequence[str]) -> int:
 
 if __name__ == '__main__':
     try:
-        sys.exit(main())
+        try:
+            sys.exit(main())
+        finally:
+            # Python flushes at its end too, but prints a traceback if that fails
+            if sys.stdout is not None:  # it is None if the shell has closed it
+                sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of the output has closed the pipe
+    except OSError as e:  # only the output is outside of the handlers in main
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        if isinstance(e, BrokenPipeError):  # the reader of the output has closed the pipe
+            sys.exit(1)
+        _fail(f'the output cannot be written: {e.strerror}')
+        sys.exit(2)
