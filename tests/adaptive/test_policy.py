@@ -8,6 +8,7 @@ import torch
 
 import timm_mlcsd  # noqa: F401
 from timm_mlcsd.adaptive import SCORES, ExitPolicy, evaluate_policy, fit_weights
+from timm_mlcsd.adaptive.policy import score_of
 from timm_mlcsd.models import weights_digest
 
 INF = math.inf
@@ -35,6 +36,15 @@ def test_scores_are_higher_for_the_surer(score):
         # of three classes: nothing known, everything known
         limits = {'confidence': (1 / 3, 1.0), 'entropy': (0.0, 1.0), 'margin': (0.0, 1.0), 'logit_margin': (0.0, 200.0)}
         torch.testing.assert_close(scores[0, [0, -1]], torch.tensor(limits[score]))
+
+
+@pytest.mark.parametrize('score', ['luck', 'patience'])
+def test_what_is_no_score_of_logits_is_refused(score):
+    with pytest.raises(ValueError, match=f'got {score!r}'):
+        score_of(torch.zeros(2, 3), score)
+    runner = pytest.importorskip('timm_mlcsd.adaptive.export.onnx_runner')
+    with pytest.raises(ValueError, match=f'got {score!r}'):
+        runner._score(np.zeros((2, 3), np.float32), score)
 
 
 def test_the_logit_margin_is_a_ratio_of_probabilities_and_bounded():

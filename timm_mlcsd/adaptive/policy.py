@@ -337,6 +337,9 @@ def score_of(logits: torch.Tensor, score: str) -> torch.Tensor:
 
     Returns:
         Scores, [...]: from 0 to 1, of ``logit_margin`` from 0 to `MAX_LOGIT_MARGIN`.
+
+    Raises:
+        ValueError: The score is unknown, or depends on other exits.
     """
     if score == 'logit_margin':
         if logits.shape[-1] == 1:
@@ -349,7 +352,9 @@ def score_of(logits: torch.Tensor, score: str) -> torch.Tensor:
         return (1 - entropy / math.log(max(logits.shape[-1], 2))).clamp_min(0)
     if score == 'confidence':
         return probs.amax(-1)
-    if probs.shape[-1] == 1:
-        return probs[..., 0]
-    best = probs.topk(2, dim=-1).values
-    return best[..., 0] - best[..., 1]
+    if score == 'margin':
+        if probs.shape[-1] == 1:
+            return probs[..., 0]
+        best = probs.topk(2, dim=-1).values
+        return best[..., 0] - best[..., 1]
+    raise ValueError(f'score: expected a score of logits alone, got {score!r}.')

@@ -471,10 +471,12 @@ def _score(logits: np.ndarray, score: str) -> np.ndarray:
     if score == 'entropy':
         logs = np.log(np.where(probs > 0, probs, 1))
         return np.maximum(1 + (probs * logs).sum(-1) / math.log(max(probs.shape[-1], 2)), 0)
-    if probs.shape[-1] == 1:
-        return probs[:, 0]
-    best = np.partition(probs, -2, axis=-1)
-    return best[:, -1] - best[:, -2]
+    if score == 'margin':
+        if probs.shape[-1] == 1:
+            return probs[:, 0]
+        best = np.partition(probs, -2, axis=-1)
+        return best[:, -1] - best[:, -2]
+    raise ValueError(f'score: expected a score of logits alone, got {score!r}.')
 
 
 def _oriented(image: Any, mode: str) -> Any:
