@@ -329,7 +329,10 @@ def _model_digest(model: Any) -> Optional[str]:
 
 
 def score_of(logits: torch.Tensor, score: str) -> torch.Tensor:
-    """Compute a score of logits; `_score` of the exported runner has the same formulas.
+    """Compute a score of logits; `_score` in ``adaptive/export/onnx_runner.py`` has the same formulas.
+
+    A score with a state, as ``patience``, is computed in `ExitPolicy.step`, and for stored logits in `CachedLogits`
+    of ``adaptive/evaluate.py``.
 
     Args:
         logits: Logits, [..., C].

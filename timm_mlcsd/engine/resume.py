@@ -152,7 +152,7 @@ def check_same_model_and_data(
 
     Args:
         checkpoint: The checkpoint.
-        identity: Model, classes and split of this run, by the checkpoint's keys.
+        identity: Model, classes and split of this run, by the checkpoint's keys; `Trainer._identify` builds it.
         val_data: The images that choose the epoch in this run.
         weights_only: Whether only weights are taken, so that classes may differ.
         same_data: Whether this run has the data of the checkpoint.

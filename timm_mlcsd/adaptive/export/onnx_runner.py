@@ -24,6 +24,8 @@ import onnxruntime
 
 __all__ = ['AdaptiveModel', 'Prediction']
 
+# constants up to CROP_MODES, and the functions from read_json to _short_repr, are copies of those in file_checks.py of
+# timm_mlcsd; its tests/test_file_checks.py holds them equal
 SCORES = ('confidence', 'entropy', 'margin', 'logit_margin', 'patience')
 AGGREGATES = ('last', 'mean', 'fitted')
 RISKS = ('drop', 'selective', 'disagreement')
@@ -519,6 +521,7 @@ def _per_channel(values: Sequence[float], channels: int) -> Sequence[float]:
     return values if len(values) == channels else [np.mean(values).item()] * channels
 
 
+# copies of the functions in file_checks.py begin here, see SCORES
 def read_json(path: Any) -> Any:
     """Read a JSON file.
 
