@@ -21,6 +21,7 @@ from timm_mlcsd import save_pretrained
 from timm_mlcsd.adaptive import AdaptiveModel
 from timm_mlcsd.cli import predict
 from timm_mlcsd.data import Preprocessing
+from timm_mlcsd.engine.prediction import predictor
 from timm_mlcsd.engine.prediction.output import OutputFile, record_path
 from timm_mlcsd.errors import UserError
 from timm_mlcsd.network import load_network
@@ -133,7 +134,7 @@ def test_images_that_cannot_be_read_are_listed(adaptive_run, images, tmp_path, c
     flags = ['--output', tmp_path / 'a.csv', *FLAGS]
     assert run(predict.main, [adaptive_run, images, *flags]) == 2
     error = capsys.readouterr().err
-    assert '1 image cannot be read' in error and '2.png' in error and 'a.csv.json' in error
+    assert '1 image cannot be labelled' in error and '2.png' in error and 'a.csv.json' in error
     record = json.loads((tmp_path / 'a.csv.json').read_text())
     assert record['answered'] == 11 and record['unreadable'] == 1 and '2.png' in record['unreadable_images'][0]
     assert run(predict.main, [adaptive_run, images, *flags, '--resume', '--max-bad-samples', 1]) == 0
@@ -141,6 +142,55 @@ def test_images_that_cannot_be_read_are_listed(adaptive_run, images, tmp_path, c
     shutil.copy(images / 'green' / '1.png', images / 'green' / '2.png')
     assert run(predict.main, [adaptive_run, images, *flags, '--resume']) == 0
     assert len({row['filename'] for row in rows_of(tmp_path / 'a.csv')}) == 12
+
+
+def nan_for_red(load):
+    """The loader of a network that answers red images with NaN."""
+
+    def spoil(module, inputs, logits):
+        red, green, blue = inputs[0].mean((2, 3)).unbind(1)
+        return logits.masked_fill(((red > green) & (red > blue))[:, None], float('nan'))
+
+    def loaded(config):
+        network = load(config)
+        network.model.register_forward_hook(spoil)
+        return network
+
+    return loaded
+
+
+@pytest.mark.parametrize('ending', ['csv', 'jsonl', 'parquet'])
+@pytest.mark.parametrize('output_type', ['prob', 'logit'])
+def test_logits_that_are_not_finite_are_no_answer(
+    adaptive_run, images, tmp_path, ending, output_type, capsys, monkeypatch
+):
+    monkeypatch.setattr(predictor, 'load', nan_for_red(predictor.load))
+    out = tmp_path / f'a.{ending}'
+    argv = [adaptive_run, images, '--output', out, '--no-policy', '--output-type', output_type, *FLAGS]
+    assert run(predict.main, argv) == 2
+    printed = capsys.readouterr()
+    assert '4 images cannot be labelled' in printed.err and 'the logits of the network are not finite' in printed.err
+    assert '8 images labelled; 4 that cannot be labelled' in printed.out
+    assert [os.path.basename(os.path.dirname(row['filename'])) for row in rows_of(out)] == ['blue'] * 4 + ['green'] * 4
+    record = json.loads(record_path(out).read_text())
+    assert record['answered'] == sum(record['exits']) == 8 and record['unreadable'] == 4
+    assert all('red' in name for name in record['unreadable_images'])
+    assert run(predict.main, [*argv, '--resume', '--max-bad-samples', 4]) == 0
+    assert len(rows_of(out)) == 8
+
+
+def test_logits_that_are_not_finite_in_the_terminal(adaptive_run, images, capsys, monkeypatch):
+    monkeypatch.setattr(predict, 'load', nan_for_red(predict.load))
+    assert run(predict.main, [adaptive_run, images, '--no-policy']) == 2
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 2 + 8 and 'nan' not in printed.out
+    assert '4 of 12 images' in printed.err and 'the logits of the network are not finite' in printed.err
+    assert run(predict.main, [adaptive_run, images, '--no-policy', '--max-bad-samples', 4]) == 0
+
+
+def test_json_has_no_nan(tmp_path):
+    with open_output(tmp_path / 'a.jsonl') as output, pytest.raises(ValueError, match='JSON'):
+        output.write([['a', float('nan')]])
 
 
 @pytest.mark.parametrize('ending', ['csv', 'jsonl', 'parquet'])
@@ -195,7 +245,7 @@ def test_two_processes_share_the_work(adaptive_run, images, tmp_path, capsys):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, '-m']
     command += ['timm_mlcsd.cli.predict', adaptive_run, images, '--output', tmp_path / 'a.csv', *FLAGS]
     job = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=240)
-    assert job.returncode == 1 and '3 images cannot be read' in job.stderr, job.stderr
+    assert job.returncode == 1 and '3 images cannot be labelled' in job.stderr, job.stderr
     parts = [rows_of(tmp_path / f'a.{rank}-of-2.csv') for rank in range(2)]
     found = {row['filename']: row for part in parts for row in part}
     assert sum(map(len, parts)) == len(found) == 12

@@ -157,7 +157,8 @@ def predict(config: PredictConfig) -> List[Answer]:
         The answers.
 
     Raises:
-        UserError: The network or the flags don't fit, or images cannot be read; the others are answered first.
+        UserError: The network or the flags don't fit, or images cannot be read or have no finite logits; the others are
+            answered first.
     """
     paths = find_images(config.images)
     network = load(config)
@@ -182,10 +183,14 @@ def predict(config: PredictConfig) -> List[Answer]:
             if not answers:
                 all_exits = policy and policy.with_thresholds([t if t == math.inf else 1e9 for t in policy.thresholds])
                 answer(model, image, all_exits)  # setting up isn't timed
-            answers.append(answer(model, image, policy))
+            found = answer(model, image, policy)
+        if not found.probabilities.isfinite().all():
+            unreadable.append(f'{path!r} has no answer: the logits of the network are not finite')
+            continue
+        answers.append(found)
         best = answers[-1].probabilities.topk(top)
-        found = [f'{texts[i]} {100 * p:.1f}%' for p, i in zip(best.values.tolist(), best.indices.tolist())]
-        cells = (printable(path), ', '.join(found), f'Ex{answers[-1].exit + 1}', f'{answers[-1].milliseconds:.1f}')
+        shown = [f'{texts[i]} {100 * p:.1f}%' for p, i in zip(best.values.tolist(), best.indices.tolist())]
+        cells = (printable(path), ', '.join(shown), f'Ex{answers[-1].exit + 1}', f'{answers[-1].milliseconds:.1f}')
         print(_row(cells, widths), flush=True)
     if len(unreadable) > config.data.max_bad_samples:
         raise UserError(f'{len(unreadable)} of {len(paths)} images: {"; ".join(unreadable)}')

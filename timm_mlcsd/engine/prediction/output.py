@@ -292,7 +292,7 @@ def _to_lines(path: Path, target: Path) -> None:
 
 
 def _json_line(row: Dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + '\n'
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + '\n'
 
 
 def _to_parquet(lines: Path, target: Path, kinds: Dict[str, type]) -> None:

@@ -1,8 +1,10 @@
 """Label many images: batches in a stream, rows written as the answers come."""
 
+import logging
 import time
 from collections import deque
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, Deque, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -25,6 +27,8 @@ from .output import OutputFile, check_other_parts, check_output, part_path, reco
 
 __all__ = ['predict_to_file']
 
+_logger = logging.getLogger('predict')
+
 # names of unreadable images that the record lists
 MOST_LISTED = 10_000
 
@@ -42,8 +46,8 @@ def predict_to_file(config: PredictConfig, dist_context: DistributedContext) -> 
         Path of the file of this process.
 
     Raises:
-        UserError: Something does not fit, or more images cannot be read, in all processes together, than
-            `max_bad_samples` allows; the others are labelled first.
+        UserError: Something does not fit, or more images cannot be read or have no finite logits, in all processes
+            together, than `max_bad_samples` allows; the others are labelled first.
     """
     if config.output is None:
         raise ValueError('output: expected the path of a file.')
@@ -62,11 +66,13 @@ def predict_to_file(config: PredictConfig, dist_context: DistributedContext) -> 
         evaluator = Evaluator(network.model, network.data_config, data, config.device, device=device)
         progress = _Progress(network.model.num_exits, _count(dataset), quiet=not dist_context.is_primary)
         before = len(output.done)
+        not_finite: List[str] = []
         for numbers, prediction in _answers(evaluator, network, policy, dataset):
             names = [str(n) if images.names is None else images.names[n] for n in numbers]
+            names, prediction = table.finite(names, prediction, not_finite)
             output.write(table.rows(names, prediction))
             progress.add(prediction)
-        unreadable = _unreadable(dataset)
+        unreadable = _unreadable(dataset) + not_finite
         output.finish(
             answered=len(output.done),
             unreadable=len(unreadable),
@@ -78,7 +84,7 @@ def predict_to_file(config: PredictConfig, dist_context: DistributedContext) -> 
     found = [name for part in dist_context.all_gather(unreadable) for name in part]
     if len(found) > config.data.max_bad_samples:
         raise UserError(
-            f'{len(found)} image{"s" * (len(found) > 1)} cannot be read, {found[0]} first; all others are labelled. '
+            f'{len(found)} image{"s" * (len(found) > 1)} cannot be labelled, {found[0]} first; all others are. '
             f'{record_path(path)} lists them; --max-bad-samples N accepts so many.'
         )
     return path
@@ -144,6 +150,29 @@ class _Table:
             kinds[f'{self.output_type}{suffix}'] = float
         return {**kinds, 'exit': int, 'macs': int}
 
+    def _top(self, logits: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The values that are written, [B, topk], and their classes."""
+        values = logits.float()
+        top = (values.softmax(-1) if self.output_type == 'prob' else values).topk(self.topk)
+        return top.values, top.indices
+
+    def finite(self, names: Sequence[str], prediction: Prediction, others: List[str]) -> Tuple[List[str], Prediction]:
+        """The images of a batch whose values are numbers; the others are no answers, and are reported.
+
+        Args:
+            names: Name per image, [B].
+            prediction: Answers for the images.
+            others: List to which the other images are added.
+
+        Returns:
+            Names and answers of the images that have one.
+        """
+        keep = self._top(prediction.logits)[0].isfinite().all(-1).cpu()
+        for name in compress(names, (~keep).tolist()):
+            others.append(f'{name} (the logits of the network are not finite)')
+            _logger.warning(f'Left out: {others[-1]}')
+        return list(compress(names, keep.tolist())), Prediction(*(part.cpu()[keep] for part in prediction))
+
     def rows(self, names: Sequence[str], prediction: Prediction) -> List[List[Any]]:
         """Rows of a batch.
 
@@ -154,11 +183,10 @@ class _Table:
         Returns:
             Values of the columns, [B][columns]; exits are numbered from 1.
         """
-        values = prediction.logits.float()
-        top = (values.softmax(-1) if self.output_type == 'prob' else values).topk(self.topk)
+        values, classes = self._top(prediction.logits)
         rows = []
         for name, scores, indices, exit_index, cost in zip(
-            names, top.values.tolist(), top.indices.tolist(), prediction.exit_index.tolist(), prediction.cost.tolist()
+            names, values.tolist(), classes.tolist(), prediction.exit_index.tolist(), prediction.cost.tolist()
         ):
             row: List[Any] = [name]
             for score, index in zip(scores, indices):
@@ -251,13 +279,13 @@ class _Progress:
 
         Args:
             before: Number of images that the file had before.
-            unreadable: Number of images that cannot be read.
+            unreadable: Number of images that cannot be read or have no finite logits.
         """
         self.bar.close()
         count = int(self.exits.sum())
         parts = [f'{count} images labelled' + (f', {before} before' if before else '')]
         if unreadable:
-            parts.append(f'{unreadable} that cannot be read')
+            parts.append(f'{unreadable} that cannot be labelled')
         if count:
             parts.append(f'{count / (time.perf_counter() - self.start):.0f} images/s')
             parts.append(f'left at {self._shares()}')
