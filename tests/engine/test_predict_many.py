@@ -257,7 +257,17 @@ def test_two_processes_share_the_work(adaptive_run, images, tmp_path, capsys):
 
 
 def test_names_are_kept_as_they_are(adaptive_run, images, tmp_path):
-    names = ['a b.png', 'a,"b".png', 'a\nb.png', 'a\tb.png', 'a\\tb.png', '\u3000写\u202f1.png', "=1'.png"]
+    names = [
+        'a b.png',
+        'a,"b".png',
+        'a\nb.png',
+        'a\rb.png',
+        '\r\n.png',
+        'a\tb.png',
+        'a\\tb.png',
+        '\u3000写\u202f1.png',
+        "=1'.png",
+    ]
     photo = images / 'red' / '0.png'
     for name in names:
         shutil.copy(photo, tmp_path / name)
@@ -406,6 +416,21 @@ def test_a_file_in_use_and_a_damaged_one(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match='its row 1 is not one'), open_output(path):
             pass
+
+
+@pytest.mark.parametrize('ending', ['csv', 'jsonl'])
+def test_every_text_is_read_back(tmp_path, ending):
+    texts = [
+        a + b + c for a in ('\r', '\n', '"', ',', '') for b in ('\r', '\n', '"', 'x') for c in ('\r', ' ', '"', '')
+    ]
+    path = tmp_path / f'a.{ending}'
+    kinds = {'na\rme': str, 'label': str, 'exit': int}
+    with OutputFile(path, kinds, {}, True) as output:
+        output.write([[text, text, 1] for text in texts])
+    with OutputFile(path, kinds, {}, True) as output:
+        assert output.done == set(texts) and output.exits == {1: len(texts)}
+    rows = rows_of(path)
+    assert [row['na\rme'] for row in rows] == [row['label'] for row in rows] == texts
 
 
 def test_a_full_disk_loses_nothing(adaptive_run, images, tmp_path, capsys):

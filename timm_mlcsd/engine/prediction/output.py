@@ -228,7 +228,7 @@ class OutputFile:
     def _append(self, rows: Sequence[Sequence[Any]]) -> None:
         text = io.StringIO()
         if self.is_csv:
-            csv.writer(text, lineterminator='\n').writerows(rows)
+            text.writelines(map(_csv_line, rows))
         else:
             text.writelines(_json_line(dict(zip(self.kinds, row))) for row in rows)
         data = text.getvalue().encode()
@@ -289,6 +289,13 @@ def _to_lines(path: Path, target: Path) -> None:
     with open(target, 'w', encoding='utf-8') as f, pyarrow.parquet.ParquetFile(path) as table:
         for batch in table.iter_batches(ROWS):
             f.writelines(_json_line(row) for row in batch.to_pylist())
+
+
+def _csv_line(row: Sequence[Any]) -> str:
+    text = io.StringIO()
+    # earlier versions of Python quote a carriage return only if it is in the line terminator
+    csv.writer(text, lineterminator='\r\n').writerow(row)
+    return text.getvalue()[:-2] + '\n'
 
 
 def _json_line(row: Dict[str, Any]) -> str:
