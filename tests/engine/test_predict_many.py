@@ -21,7 +21,7 @@ from timm_mlcsd import save_pretrained
 from timm_mlcsd.adaptive import AdaptiveModel
 from timm_mlcsd.cli import predict
 from timm_mlcsd.data import Preprocessing
-from timm_mlcsd.engine.prediction import predictor
+from timm_mlcsd.engine.prediction import find_images, predictor
 from timm_mlcsd.engine.prediction.output import OutputFile, record_path
 from timm_mlcsd.errors import UserError
 from timm_mlcsd.network import load_network
@@ -122,6 +122,17 @@ def test_files_patterns_and_what_is_no_image(adaptive_run, images, tmp_path, cap
     assert names == list(dict.fromkeys([*map(str, expected), *(str(images / 'blue' / f'{i}.png') for i in range(4))]))
     assert run(predict.main, [adaptive_run, images, '--output', tmp_path / 'b.csv', *FLAGS]) == 0
     assert 'left out 1 hidden, 1 .txt' in caplog.text and len(rows_of(tmp_path / 'b.csv')) == 12
+
+
+def test_a_file_is_labelled_once_by_its_place(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ('deep/sub', '.', 'deep'):
+        os.makedirs(place, exist_ok=True)
+        shutil.copy(images / 'red' / '0.png', f'{place}/x.png')
+    os.symlink('deep/sub', 'lnk')
+    os.symlink('x.png', 'y.png')
+    inputs = ['x.png', 'lnk/../x.png', 'y.png', './x.png', 'deep/x.png', 'lnk/x.png', 'deep/sub', 'lnk/*.png']
+    assert find_images(inputs) == ['x.png', 'lnk/../x.png', 'y.png', 'lnk/x.png']
 
 
 def test_a_table_of_the_folder_in_the_terminal(adaptive_run, images, capsys):

@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 from itertools import count
 from typing import Any, BinaryIO, Callable, Collection, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
@@ -122,7 +123,8 @@ def find_images(inputs: Sequence[str]) -> List[str]:
     Raises:
         UserError: A folder or a pattern has no image.
     """
-    found: Dict[str, str] = {}
+    found: Dict[Tuple[str, str], str] = {}
+    real = lru_cache(maxsize=None)(os.path.realpath)  # many files share a folder
     for text in inputs:
         if os.path.isdir(text):
             paths = _images_below(text)
@@ -136,7 +138,9 @@ def find_images(inputs: Sequence[str]) -> List[str]:
         else:
             paths = [text]
         for path in paths:
-            found.setdefault(os.path.normpath(path), path)
+            folder, name = os.path.split(path)
+            # without links in the folder, because lnk/../x.png is not ./x.png; a link to a file is a name of its own
+            found.setdefault((real(folder), name), path)
     return list(found.values())
 
 
