@@ -135,6 +135,33 @@ def test_a_file_is_labelled_once_by_its_place(images, tmp_path, monkeypatch):
     assert find_images(inputs) == ['x.png', 'lnk/../x.png', 'y.png', 'lnk/x.png']
 
 
+def test_patterns_leave_out_what_folders_leave_out(images, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    places = ('mac', 'mac/__MACOSX', 'mac/a/@eaDir/b', 'mac/.hid', '.typed', '.typed/__MACOSX')
+    for place in places:
+        os.makedirs(place)
+        shutil.copy(images / 'red' / '0.png', f'{place}/x.png')
+    for pattern, expected, hidden in (
+        ('mac/**/*.png', ['mac/x.png'], 2),
+        ('mac/*/*.png', None, 1),
+        ('mac/**', ['mac/x.png'], 2),
+        ('*/**/x.png', ['mac/x.png'], 2),
+        ('mac/__MACOSX/*.png', ['mac/__MACOSX/x.png'], 0),
+        ('./mac//**/@eaDir/**/*.png', ['./mac/a/@eaDir/b/x.png'], 0),
+        ('.typed/**/*.png', ['.typed/x.png'], 1),
+        ('.ty*/*.png', ['.typed/x.png'], 0),
+        (f'{tmp_path}/.typed/*.png', [f'{tmp_path}/.typed/x.png'], 0),
+    ):
+        caplog.clear()
+        if expected is None:
+            with pytest.raises(UserError, match=f'no file of this pattern is an image.*; {hidden} hidden left out'):
+                find_images([pattern])
+            continue
+        assert find_images([pattern]) == expected, pattern
+        assert (f'{pattern}: left out {hidden} hidden; images end in' in caplog.text) == bool(hidden), pattern
+        assert len(caplog.records) == bool(hidden)
+
+
 def test_a_table_of_the_folder_in_the_terminal(adaptive_run, images, capsys):
     assert run(predict.main, [adaptive_run, images]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 14

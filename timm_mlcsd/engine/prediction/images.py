@@ -1,5 +1,6 @@
 """The images to label: files, folders and patterns of files, or a data set as in training."""
 
+import fnmatch
 import glob
 import logging
 import os
@@ -7,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
+from pathlib import Path
 from typing import Any, BinaryIO, Callable, Collection, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from timm.utils import natural_key
@@ -129,12 +131,7 @@ def find_images(inputs: Sequence[str]) -> List[str]:
         if os.path.isdir(text):
             paths = _images_below(text)
         elif glob.has_magic(text) and not os.path.lexists(text):
-            matches = sorted(glob.glob(text, recursive=True), key=_order)
-            paths = [path for path in matches if os.path.isfile(path) and _has_image_ending(path)]
-            if not paths:
-                endings = ', '.join(IMAGE_ENDINGS)
-                hint = '; [[] stands for a bracket' if '[' in text else ''
-                raise UserError(f'{text!r}: no file of this pattern is an image; images end in {endings}{hint}.')
+            paths = _images_of_pattern(text)
         else:
             paths = [text]
         for path in paths:
@@ -151,6 +148,34 @@ def _order(path: str) -> Tuple[List[Any], str]:
 
 def _has_image_ending(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in IMAGE_ENDINGS
+
+
+def _images_of_pattern(pattern: str) -> List[str]:
+    """Paths of the images of a pattern, with a warning that counts the hidden ones, as for a folder."""
+    matches = sorted(glob.glob(pattern, recursive=True), key=_order)
+    images = [path for path in matches if os.path.isfile(path) and _has_image_ending(path)]
+    parts = Path(pattern).parts
+    paths = [path for path in images if not is_hidden(path) or _is_asked_for(Path(path).parts, parts)]
+    hidden = len(images) - len(paths)
+    if not paths:
+        hint = f'; {hidden} hidden left out' if hidden else ''
+        hint += '; [[] stands for a bracket' if '[' in pattern else ''
+        raise UserError(
+            f'{pattern!r}: no file of this pattern is an image; images end in {", ".join(IMAGE_ENDINGS)}{hint}.'
+        )
+    _warn_of_others(pattern, Counter(hidden=hidden))
+    return paths
+
+
+def _is_asked_for(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a pattern matches a path, part by part, without a wildcard for a hidden folder or file."""
+    if not pattern or not path:
+        return not path and all(part == '**' for part in pattern)
+    if pattern[0] == '**':
+        return _is_asked_for(path, pattern[1:]) or (not is_hidden(path[0]) and _is_asked_for(path[1:], pattern))
+    # a hidden part of the pattern was written by the user
+    fits = fnmatch.fnmatch(path[0], pattern[0]) and (is_hidden(pattern[0]) or not is_hidden(path[0]))
+    return fits and _is_asked_for(path[1:], pattern[1:])
 
 
 def _images_below(folder: str) -> List[str]:
@@ -177,10 +202,14 @@ def _images_below(folder: str) -> List[str]:
         raise UserError(
             f'{folder!r}: the folder has no images; images are files that end in {", ".join(IMAGE_ENDINGS)}.'
         )
-    if left_out:
-        counts = ', '.join(f'{number} {printable(ending)}' for ending, number in left_out.most_common(8))
-        _logger.warning(f'{printable(folder)}: left out {counts}; images end in {", ".join(IMAGE_ENDINGS)}')
+    _warn_of_others(folder, left_out)
     return sorted(paths, key=_order)
+
+
+def _warn_of_others(text: str, left_out: Counter) -> None:
+    if left_out := +left_out:
+        counts = ', '.join(f'{number} {printable(ending)}' for ending, number in left_out.most_common(8))
+        _logger.warning(f'{printable(text)}: left out {counts}; images end in {", ".join(IMAGE_ENDINGS)}')
 
 
 def _refuse(error: OSError) -> None:
