@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -229,6 +230,45 @@ def test_logits_that_are_not_finite_in_the_terminal(adaptive_run, images, capsys
 def test_json_has_no_nan(tmp_path):
     with open_output(tmp_path / 'a.jsonl') as output, pytest.raises(ValueError, match='JSON'):
         output.write([['a', float('nan')]])
+
+
+def test_rows_of_other_preprocessing_or_names_are_not_mixed(adaptive_run, images, tmp_path, capsys, monkeypatch):
+    argv = [adaptive_run, images, '--output', tmp_path / 'a.csv', '--resume', *FLAGS]
+    load = predictor.load
+    network = load_network(adaptive_run)
+    config, names = network.data_config, network.class_names
+    assert run(predict.main, argv) == run(predict.main, argv) == 0
+    for change, message in (
+        (
+            dict(data_config={**config, 'mean': (0.1, 0.2, 0.3)}),
+            r'it was made with mean \[.*\], this would be \[0.1, 0.2',
+        ),
+        (
+            dict(data_config={**config, 'crop_pct': 0.5}),
+            'it was made with crop_pct .*, this would be 0.5; use the same',
+        ),
+        (
+            dict(data_config={**config, 'input_img_mode': 'L'}),
+            'it was made with input_img_mode null, this would be "L"',
+        ),
+        (dict(class_names=names[::-1]), 'it was made with class_names "sha256:'),
+    ):
+        monkeypatch.setattr(predictor, 'load', lambda c, change=change: load(c)._replace(**change))
+        assert run(predict.main, argv) == 2, change
+        assert re.search(message, capsys.readouterr().err)
+    monkeypatch.setattr(predictor, 'load', lambda c: load(c)._replace(class_names=names[::-1]))
+    out = tmp_path / 'b.csv'
+    assert run(predict.main, [*argv[:3], out, *argv[4:], '--label-type', 'none']) == 0
+    monkeypatch.setattr(predictor, 'load', load)
+    # the rows have no names
+    assert run(predict.main, [*argv[:3], out, *argv[4:], '--label-type', 'none']) == 0
+    with OutputFile(tmp_path / 'd.csv', dict(name=str, exit=int), dict(topk=1, mode='L'), False):
+        pass
+    with (
+        pytest.raises(UserError, match='it was made with mode "L", this would be null'),
+        open_output(tmp_path / 'd.csv'),
+    ):
+        pass
 
 
 @pytest.mark.parametrize('ending', ['csv', 'jsonl', 'parquet'])

@@ -146,7 +146,7 @@ class OutputFile:
         record = record_path(self.path)
         try:
             found = json.loads(record.read_text(encoding='utf-8'))['settings']
-            differing = [key for key in self.settings if found.get(key) != self.settings[key]]
+            differing = [key for key in {**self.settings, **found} if found.get(key) != self.settings.get(key)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(
                 f'{str(record)!r}, which tells how it was made, cannot be read ({one_line(e, 100)}); name another file.'
@@ -154,7 +154,7 @@ class OutputFile:
         if differing:
             key = differing[0]
             # a policy is too long to show
-            values = [found.get(key), self.settings[key]]
+            values = [found.get(key), self.settings.get(key)]
             texts = ['another one' if isinstance(v, dict) else _short(v) for v in values]
             raise ValueError(
                 f'it was made with {key} {texts[0]}, this would be {texts[1]}; use the same, or name another file.'

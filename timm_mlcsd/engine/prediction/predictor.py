@@ -1,5 +1,7 @@
 """Label many images: batches in a stream, rows written as the answers come."""
 
+import hashlib
+import json
 import logging
 import time
 from collections import deque
@@ -97,14 +99,19 @@ def _settings(config: PredictConfig, network: Network, policy: Any, dist_context
     source: Dict[str, Any] = dict(dataset='' if config.images else data.dataset)
     if not config.images:
         source.update(data_dir=data.data_dir, split=config.split, input_key=data.input_key)
+    names = labels(network, config.label_type)
     return dict(
         weights=weights_digest(network.model),
+        # entry by entry, so that an error names the one that differs
+        **network.data_config,
         policy=None if policy is None else policy.to_dict(),
         **source,
         rank=dist_context.rank,
         processes=dist_context.size,
         topk=config.topk or 1,
         label_type=label_type(network, config.label_type),
+        # up to 22 thousand
+        class_names=None if names is None else f'sha256:{hashlib.sha256(json.dumps(names).encode()).hexdigest()}',
         filename_col=config.filename_col,
         include_index=config.include_index,
         output_type=config.output_type,
