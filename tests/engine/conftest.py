@@ -36,6 +36,14 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def images(folder, tmp_path):
+    """A folder of 12 images in folders of classes, without splits."""
+    path = tmp_path / 'images'
+    shutil.copytree(folder / 'test', path)
+    return path
+
+
 @pytest.fixture(scope='session')
 def small_flags():
     return SMALL

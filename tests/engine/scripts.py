@@ -1,5 +1,7 @@
 """What the tests of the scripts share."""
 
+import csv
+import json
 from pathlib import Path
 
 import torch
@@ -7,6 +9,7 @@ import torch
 from timm_mlcsd.network import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
+PREDICT_FLAGS = ['-j', 0, '-b', 5, '--device', 'cpu']
 
 
 def run(main, argv):
@@ -16,6 +19,18 @@ def run(main, argv):
     except SystemExit as e:
         return e.code
     return 0
+
+
+def rows_of(path):
+    """Rows of a file of predictions, as dictionaries."""
+    if path.suffix == '.csv':
+        with open(path, newline='') as f:
+            return list(csv.DictReader(f))
+    if path.suffix == '.jsonl':
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pylist()
 
 
 def weights(path):
