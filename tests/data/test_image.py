@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_mlcsd.data.image import IMAGE_MODES, read_image
+from timm_mlcsd.data.image import IMAGE_MODES, convert_image, read_image
 
 
 def file_of(image, format='PNG', **options):
@@ -43,7 +43,11 @@ def test_orientation_of_a_file_opened_by_name(mode, orientation, tmp_path):
     # turns to the left after a mirror from left to right, EXIF 2.3, tag 0x0112
     is_mirrored, turns = [(0, 0), (1, 0), (0, 2), (1, 2), (1, 1), (0, 3), (1, 3), (0, 1)][orientation - 1]
     upright = np.rot90(pixels[:, ::-1] if is_mirrored else pixels, turns)
-    assert np.array_equal(read_image(tmp_path / 'stored.tif', mode if len(shape) == 3 else 'L'), upright)
+    mode = mode if len(shape) == 3 else 'L'
+    assert np.array_equal(read_image(tmp_path / 'stored.tif', mode), upright)
+    with Image.open(tmp_path / 'stored.tif') as opened:
+        assert np.array_equal(convert_image(opened, mode), upright)
+        assert opened.filename == str(tmp_path / 'stored.tif')
 
 
 @pytest.mark.parametrize('format', ['PNG', 'TIFF'])

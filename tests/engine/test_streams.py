@@ -3,8 +3,10 @@
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import in_two_processes
 from scripts import assert_same, run, weights
 from stream_data import KEYS, noise, write_parquet, write_stream
@@ -12,6 +14,7 @@ from stream_data import KEYS, noise, write_parquet, write_stream
 from timm_mlcsd.cli import train, validate
 from timm_mlcsd.distributed import DistributedContext
 from timm_mlcsd.engine import checkpoint
+from timm_mlcsd.engine.data_config import DataConfig
 from timm_mlcsd.engine.datasets import load_dataset
 from timm_mlcsd.engine.loaders import eval_loader
 from timm_mlcsd.network import load_checkpoint
@@ -82,6 +85,22 @@ def test_columns_that_are_not_there(parquet, small, tmp_path, capsys, kind, flag
     given = [part for name, key in other.items() if name != flag for part in (name, key)]
     assert run(train.main, [*small[1:], *data, *given, '--val-split', 'test']) == 2
     assert 'has no such column; it has img, fine_label' in capsys.readouterr().err
+
+
+def test_a_stream_of_image_files_reads_them_as_folders_are_read(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # uncompressed files that Pillow 13 reads wrongly by name
+    (tmp_path / 'data' / 'train' / 'ant').mkdir(parents=True)
+    (tmp_path / 'data' / 'train' / 'bee').mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 4), dtype=np.uint8)
+    for name, image in zip(('ant', 'bee'), pixels):
+        Image.fromarray(image).save(tmp_path / 'data' / 'train' / name / '0.tif', exif=exif)
+    source = dict(dataset=f'hfids/{tmp_path / "data"}', data_dir=str(tmp_path / 'cache'))
+    config = DataConfig(**source, input_key='image', target_key='label', input_img_mode='L', in_chans=1)
+    found = {label: np.asarray(image) for image, label in load_dataset(config, 'train')}
+    assert sorted(found) == [0, 1]
+    for label, image in enumerate(pixels):
+        assert np.array_equal(found[label], np.rot90(image, 3))
 
 
 def test_what_streams_cannot_do(stream, parquet, small, capsys):

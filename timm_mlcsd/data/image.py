@@ -30,8 +30,6 @@ def read_image(file: Any, mode: str = 'RGB') -> Image.Image:
         OSError: The file cannot be decoded; Pillow's decoders may raise other errors too.
     """
     with Image.open(file) as image:
-        # Pillow 13 maps a TIFF file that it opened by name into memory with the sides of the upright image
-        image.filename = ''
         return convert_image(image, mode)
 
 
@@ -61,6 +59,11 @@ def convert_image(image: Image.Image, mode: str = 'RGB') -> Image.Image:
     if image.mode in ('I', 'F') and not is_16_bit:
         kind = 'integers' if image.mode == 'I' else 'floating point numbers'
         raise ValueError(f'its pixels are 32-bit {kind}, whose range is unknown; save it with 8 or 16 bits per channel')
+    if getattr(image, 'filename', ''):
+        # Pillow 13 maps a TIFF file that it opened by name into memory with the sides of the upright image
+        name, image.filename = image.filename, ''
+        image.load()
+        image.filename = name
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
         pixels = np.asarray(image).astype(np.uint32)

@@ -164,6 +164,9 @@ def _prepare_hfids(reader: Any, open_reader: Callable, mode: str, leave_out: Cal
     if features and isinstance(features.get(reader.input_key), datasets.Image):
         features[reader.input_key] = datasets.Image(decode=False)
     open_reader()
+    features = reader.ds.features  # of a folder of images, only known now
+    if features and isinstance(features.get(reader.input_key), datasets.Image):
+        reader.ds = reader.ds.cast_column(reader.input_key, datasets.Image(decode=False))
     decode_example = datasets.Image().decode_example
 
     def decode(encoded: Any) -> Image.Image:
@@ -171,7 +174,9 @@ def _prepare_hfids(reader: Any, open_reader: Callable, mode: str, leave_out: Cal
             raise ValueError('there is no image')
         if isinstance(encoded, dict) and encoded.get('bytes'):
             return read_image(BytesIO(encoded['bytes']), mode)
-        return convert_image(decode_example(encoded), mode)  # a path, perhaps on another machine
+        if isinstance(encoded, dict) and os.path.isfile(encoded.get('path') or ''):
+            return read_image(encoded['path'], mode)
+        return convert_image(decode_example(encoded), mode)  # a path on another machine
 
     def name(sample: Dict[str, Any], encoded: Any, names: Counter) -> str:
         path, data = (

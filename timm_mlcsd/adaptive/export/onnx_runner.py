@@ -313,8 +313,6 @@ class AdaptiveModel:
             image = _oriented(image, mode)
         else:
             with Image.open(image) as file:
-                # Pillow 13 maps a TIFF file that it opened by name into memory with the sides of the upright image
-                file.filename = ''
                 image = _oriented(file, mode)
         mean, std = (_per_channel(config[name], channels) for name in ('mean', 'std'))
         image = _resized(image, wanted, config)
@@ -496,6 +494,11 @@ def _oriented(image: Any, mode: str) -> Any:
     if image.mode in ('I', 'F') and not is_16_bit:
         kind = 'integers' if image.mode == 'I' else 'floating point numbers'
         raise ValueError(f'its pixels are 32-bit {kind}, whose range is unknown; save it with 8 or 16 bits per channel')
+    if getattr(image, 'filename', ''):
+        # Pillow 13 maps a TIFF file that it opened by name into memory with the sides of the upright image
+        name, image.filename = image.filename, ''
+        image.load()
+        image.filename = name
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
