@@ -6,6 +6,7 @@ import tarfile
 import pytest
 import timm
 import torch
+from PIL import Image, ImageOps
 from scripts import ROOT, run
 
 from timm_mlcsd.cli import train, validate
@@ -145,8 +146,10 @@ def test_another_folder_is_no_split_of_the_one_trained_on(small, folder, tmp_pat
 def test_a_run_goes_on_with_its_classes_only(small, folder, tmp_path, capsys, caplog):
     assert run(train.main, [*small, '--epochs', 1]) == 0
     for name in ('red', 'green', 'blue'):
-        (tmp_path / 'others' / 'train').mkdir(parents=True, exist_ok=True)
-        (tmp_path / 'others' / 'train' / f'light{name}').symlink_to(folder / 'train' / name)
+        shutil.copytree(folder / 'train' / name, tmp_path / 'others' / 'train' / f'light{name}')
+    for file in (tmp_path / 'others').rglob('*.png'):  # a copy of the images is refused: they may have been trained on
+        with Image.open(file) as image:
+            ImageOps.flip(image).save(file)
     assert run(train.main, [tmp_path / 'others', *small[1:], '--resume', tmp_path / 'run']) == 2
     assert 'trained on the classes blue, green, red, not lightblue, lightgreen, lightred' in capsys.readouterr().err
     others = [tmp_path / 'others', *small[1:], '--experiment', 'others', '--resume', tmp_path / 'run']

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from .. import file_checks
 
@@ -59,7 +59,7 @@ def convert_image(image: Image.Image, mode: str = 'RGB') -> Image.Image:
     if image.mode in ('I', 'F') and not is_16_bit:
         kind = 'integers' if image.mode == 'I' else 'floating point numbers'
         raise ValueError(f'its pixels are 32-bit {kind}, whose range is unknown; save it with 8 or 16 bits per channel')
-    if getattr(image, 'filename', ''):
+    if isinstance(image, ImageFile.ImageFile) and image.filename:
         # Pillow 13 maps a TIFF file that it opened by name into memory with the sides of the upright image
         name, image.filename = image.filename, ''
         image.load()

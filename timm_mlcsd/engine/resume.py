@@ -22,7 +22,7 @@ from .claim import claimed, new_folder
 from .data_config import TrainDataConfig
 from .epoch import Progress
 from .fsdp import load_sharded
-from .held_out import is_same_data
+from .held_out import is_same_place
 from .optimizer import load_optimizer_state
 
 __all__ = ['AUTO', 'RunConfig', 'check_same_model_and_data', 'find_checkpoint', 'resume', 'run_folder']
@@ -247,7 +247,7 @@ def resume(
     rescaled = lr_rule is not None and _as_lists(checkpoint.get('lr_rule')) == _as_lists(lr_rule)
     if not weights_only:
         _check_same_settings(checkpoint, settings, rescaled)
-    if not is_same_data(data, checkpoint):
+    if not is_same_place(data, checkpoint):
         before, now = (
             ' '.join(filter(None, (s.get('dataset'), s.get('data_dir')))) for s in (checkpoint['args'], settings)
         )
