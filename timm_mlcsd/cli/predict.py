@@ -188,9 +188,9 @@ def predict(config: PredictConfig) -> List[Answer]:
             unreadable.append(f'{path!r} has no answer: the logits of the network are not finite')
             continue
         answers.append(found)
-        best = answers[-1].probabilities.topk(top)
+        best = found.probabilities.topk(top)
         shown = [f'{texts[i]} {100 * p:.1f}%' for p, i in zip(best.values.tolist(), best.indices.tolist())]
-        cells = (printable(path), ', '.join(shown), f'Ex{answers[-1].exit + 1}', f'{answers[-1].milliseconds:.1f}')
+        cells = (printable(path), ', '.join(shown), f'Ex{found.exit + 1}', f'{found.milliseconds:.1f}')
         print(_row(cells, widths), flush=True)
     if len(unreadable) > config.data.max_bad_samples:
         raise UserError(f'{len(unreadable)} of {len(paths)} images: {"; ".join(unreadable)}')

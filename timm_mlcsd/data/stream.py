@@ -160,11 +160,8 @@ class _Readable:
 def _prepare_hfids(reader: Any, open_reader: Callable, mode: str, leave_out: Callable) -> None:
     import datasets
 
-    features = reader.builder.info.features
-    if features and isinstance(features.get(reader.input_key), datasets.Image):
-        features[reader.input_key] = datasets.Image(decode=False)
     open_reader()
-    features = reader.ds.features  # of a folder of images, only known now
+    features = reader.ds.features  # of a folder of images, the builder does not know them before
     if features and isinstance(features.get(reader.input_key), datasets.Image):
         reader.ds = reader.ds.cast_column(reader.input_key, datasets.Image(decode=False))
     decode_example = datasets.Image().decode_example

@@ -14,6 +14,7 @@ from ..errors import UserError, as_user_error, printable
 from ..network import Network, policy_path
 from .datasets import check_classes, class_names, load_dataset, same_split
 from .evaluator import Evaluator, LabelledLogits
+from .flat_config import as_lists
 from .held_out import check_unlabelled, halves_of, held_out, is_data_of, is_same_data, is_trained_on
 from .prediction.images import NumberedImages, load_images
 from .validate_config import ValidateConfig
@@ -245,13 +246,8 @@ def _other_preprocessing(network: Network, evaluator: Evaluator) -> str:
     """Names of the settings in which the preprocessing is not that of the network; empty if there are none."""
     own = network.checkpoint.get('data_config') or network.data_config
     keys = [key for key in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode') if key in own]
-    return ', '.join(
-        key for key in (*keys, IMAGE_MODE) if _as_list(own.get(key)) != _as_list(evaluator.data_config.get(key))
-    )
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    before, now = as_lists(own), as_lists(evaluator.data_config)
+    return ', '.join(key for key in (*keys, IMAGE_MODE) if before.get(key) != now.get(key))
 
 
 def describe_certificate(certificate: Dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, Dict, Type, TypeVar
 
-__all__ = ['FlatConfig']
+__all__ = ['FlatConfig', 'as_lists']
 
 _Config = TypeVar('_Config', bound='FlatConfig')
 
@@ -35,3 +35,10 @@ class FlatConfig:
         if left:
             raise ValueError(f'unknown settings: {", ".join(sorted(left))}.')
         return cls(**parts)
+
+
+def as_lists(value: Any) -> Any:
+    """The same value with lists for tuples, because a YAML file has lists only."""
+    if isinstance(value, dict):
+        return {k: as_lists(v) for k, v in value.items()}
+    return [as_lists(v) for v in value] if isinstance(value, (list, tuple)) else value

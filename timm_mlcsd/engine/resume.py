@@ -21,6 +21,7 @@ from .checkpoint import load_newest
 from .claim import claimed, new_folder
 from .data_config import TrainDataConfig
 from .epoch import Progress
+from .flat_config import as_lists
 from .fsdp import load_sharded
 from .held_out import is_same_place
 from .optimizer import load_optimizer_state
@@ -179,7 +180,7 @@ def check_same_model_and_data(
                 f'takes its weights alone.'
             )
         else:
-            same = _as_lists(before) == _as_lists(value)
+            same = as_lists(before) == as_lists(value)
         if not same:
             raise UserError(f'--resume: the checkpoint is of another run: its {key} is {before}, not {value}.')
 
@@ -204,13 +205,6 @@ def _other_held_out(before: Any, now: torch.Tensor, val_data: Dataset) -> str:
 def _some(names: ClassNames) -> str:
     few = ', '.join(class_label(names, index) for index in range(min(len(names), 3)))
     return printable(f'{few}{f" and {len(names) - 3} more" if len(names) > 3 else ""}')
-
-
-def _as_lists(value: Any) -> Any:
-    """The same value with lists for tuples, because a YAML file has lists only."""
-    if isinstance(value, dict):
-        return {k: _as_lists(v) for k, v in value.items()}
-    return [_as_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def resume(
@@ -244,7 +238,7 @@ def resume(
     Raises:
         UserError: The checkpoint does not fit the settings.
     """
-    rescaled = lr_rule is not None and _as_lists(checkpoint.get('lr_rule')) == _as_lists(lr_rule)
+    rescaled = lr_rule is not None and as_lists(checkpoint.get('lr_rule')) == as_lists(lr_rule)
     if not weights_only:
         _check_same_settings(checkpoint, settings, rescaled)
     if not is_same_place(data, checkpoint):
