@@ -56,6 +56,8 @@ def change(folder, where, value):
 @pytest.mark.parametrize(
     'where, value, message',
     [
+        ('global_pool', 'max', "global_pool='max': expected 'avg', as model_args creates the network"),
+        ('model_args.global_pool', 'max', "global_pool='avg': expected 'max'"),
         ('num_classes', 5, 'expected equal numbers of classes, got num_classes=5, model_args.num_classes=3'),
         ('model_args.num_classes', 5, 'expected equal numbers of classes'),
         ('pretrained_cfg.num_classes', 5, 'expected equal numbers of classes'),

@@ -10,6 +10,7 @@ import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ._timm import get_global_pool
 from .data import IMAGE_MODE
 from .errors import one_line
 from .models import MultiExitModel, create_model
@@ -152,6 +153,7 @@ def check_config(config: Any, shapes: Shapes) -> MultiExitModel:
     assert isinstance(architecture, str)  # see _check_arguments
     model = _check_weights(architecture, {'num_classes': num_classes, **model_args}, shapes, cfg)
     _check_module_names(architecture, cfg, model)
+    _check_pool(config, model)
     class_list(config.get('label_names', cfg.get('label_names')), num_classes)
     return model
 
@@ -226,6 +228,12 @@ def _check_channels(model_args: Dict[str, Any], config: Dict[str, Any]) -> None:
     channels, size = model_args.get('in_chans'), config.get('input_size')
     if channels is not None and size is not None and channels != size[0]:
         raise ValueError(f'input_size has {size[0]} channels; expected model_args.in_chans, {short_repr(channels)}.')
+
+
+def _check_pool(config: Dict[str, Any], model: MultiExitModel) -> None:
+    pool, stored = get_global_pool(getattr(model, 'backbone', model)), config.get('global_pool')
+    if pool is not None and stored is not None and stored != pool:
+        raise ValueError(f'global_pool={short_repr(stored)}: expected {pool!r}, as model_args creates the network.')
 
 
 def _check_weights(
