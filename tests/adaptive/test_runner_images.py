@@ -1,9 +1,11 @@
 """The exported runner makes the same numbers of an image file as the loader that trains and evaluates."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from timm.data import create_loader
 
 from timm_mlcsd.adaptive.export import onnx_runner
@@ -45,6 +47,22 @@ def save_corpus(folder):
         Image.fromarray(noise(height, width, 3)).save(folder / f'{width}x{height}.png')
 
 
+def save_deep_tiffs(folder):
+    """Grey ramps of 16 bits with 0 for white, and of 12 bits."""
+    ramp = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    options = TiffImagePlugin.ImageFileDirectory_v2()
+    options[262] = 0
+    Image.fromarray(ramp * 16).save(folder / 'white_is_0.tif', tiffinfo=options)
+    # Pillow does not write 12 bits: two values in three bytes
+    first, second = ramp.reshape(-1, 2).T.astype(np.uint32)
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1).astype(np.uint8).tobytes()
+    tags = {256: 64, 257: 64, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 64, 279: len(packed)}
+    entries = b''.join(struct.pack('<HHLL', tag, 4, 1, value) for tag, value in tags.items())
+    header = b'II*\0' + struct.pack('<L', 8 + len(packed))
+    folder_of_tags = struct.pack('<H', len(tags)) + entries + struct.pack('<L', 0)
+    (folder / 'bits_12.tif').write_bytes(header + packed + folder_of_tags)
+
+
 def save_rotated_tiffs(folder):
     """Uncompressed files that Pillow maps into memory when it opens them by name."""
     images = dict(L=Image.fromarray(noise(50, 40)), deep=Image.fromarray(noise(50, 40, dtype=np.uint16)))
@@ -73,6 +91,7 @@ class Files(torch.utils.data.Dataset):
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp('corpus')
     save_corpus(folder)
+    save_deep_tiffs(folder)
     save_rotated_tiffs(folder)
     return sorted(folder.iterdir())
 
@@ -160,3 +179,11 @@ def test_what_is_refused(image, tmp_path):
 def test_networks_that_image_files_do_not_fit():
     with pytest.raises(ValueError, match='takes 12 channels, which image files do not have'):
         prepared([Image.new('RGB', (4, 4))], config_of(input_size=(12, 32, 32)))
+
+
+def test_ramps_of_fewer_bits_and_of_white_0(tmp_path):
+    save_deep_tiffs(tmp_path)
+    ramp = np.arange(64 * 64).reshape(64, 64)
+    for name, right in (('white_is_0', 255 - ramp * 16 / 257), ('bits_12', ramp * 255 / 4095)):
+        pixels = np.asarray(read_image(tmp_path / f'{name}.tif', 'L'), dtype=float)
+        assert np.abs(pixels - right).max() <= 0.51, name  # rounding to integers

@@ -11,6 +11,8 @@ __all__ = ['IMAGE_MODES', 'MAX_ASPECT_RATIO', 'convert_image', 'read_image']
 
 # Pillow modes with 8 bits per channel that other modes can be converted to
 IMAGE_MODES = tuple(file_checks.IMAGE_MODES)
+# tags of TIFF files
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 # a more elongated image would need gigabytes when it is resized before the crop
 MAX_ASPECT_RATIO = 256
 
@@ -59,6 +61,9 @@ def convert_image(image: Image.Image, mode: str = 'RGB') -> Image.Image:
     if image.mode in ('I', 'F') and not is_16_bit:
         kind = 'integers' if image.mode == 'I' else 'floating point numbers'
         raise ValueError(f'its pixels are 32-bit {kind}, whose range is unknown; save it with 8 or 16 bits per channel')
+    # a TIFF file of fewer bits, 12 say, has them in 16, and Pillow inverts 8 bits with 0 for white only
+    tags = getattr(image, 'tag_v2', {})
+    white, inverted = 2 ** min(tags.get(_BITS_PER_SAMPLE, (16,))[0], 16) - 1, tags.get(_PHOTOMETRIC) == 0
     if isinstance(image, ImageFile.ImageFile) and image.filename:
         # Pillow 13 maps a TIFF file that it opened by name into memory with the sides of the upright image
         name, image.filename = image.filename, ''
@@ -66,6 +71,12 @@ def convert_image(image: Image.Image, mode: str = 'RGB') -> Image.Image:
         image.filename = name
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
-        pixels = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+        image = _eight_bits(image, white, inverted)
     return image.convert(mode)
+
+
+def _eight_bits(image: Image.Image, white: int, inverted: bool) -> Image.Image:
+    """Scale grey values from 0 to `white` to values from 0 to 255; `inverted` if 0 is white in the file."""
+    pixels = np.minimum(np.asarray(image).astype(np.uint32), white)
+    pixels = white - pixels if inverted else pixels
+    return Image.fromarray(((pixels * 255 + white // 2) // white).astype(np.uint8))

@@ -58,6 +58,8 @@ SUFFIXES = {'onnx': 'onnx', 'torch': 'pt2'}
 IMAGE_MODES = {'L': 1, 'LA': 2, 'RGB': 3, 'RGBA': 4, 'CMYK': 4, 'YCbCr': 3, 'HSV': 3}
 INTERPOLATIONS = {'nearest': 0, 'bilinear': 2, 'bicubic': 3, 'box': 4, 'hamming': 5, 'lanczos': 1}
 CROP_MODES = ('center', 'squash', 'border')
+# tags of TIFF files
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 # limits memory: a longer image would be resized to gigabytes before the crop
 MAX_ASPECT_RATIO = 256
 # timm's defaults for entries that the manifest does not have
@@ -494,6 +496,9 @@ def _oriented(image: Any, mode: str) -> Any:
     if image.mode in ('I', 'F') and not is_16_bit:
         kind = 'integers' if image.mode == 'I' else 'floating point numbers'
         raise ValueError(f'its pixels are 32-bit {kind}, whose range is unknown; save it with 8 or 16 bits per channel')
+    # a TIFF file of fewer bits, 12 say, has them in 16, and Pillow inverts 8 bits with 0 for white only
+    tags = getattr(image, 'tag_v2', {})
+    white, inverted = 2 ** min(tags.get(BITS_PER_SAMPLE, (16,))[0], 16) - 1, tags.get(PHOTOMETRIC) == 0
     if getattr(image, 'filename', ''):
         # Pillow 13 maps a TIFF file that it opened by name into memory with the sides of the upright image
         name, image.filename = image.filename, ''
@@ -501,7 +506,9 @@ def _oriented(image: Any, mode: str) -> Any:
         image.filename = name
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        pixels = np.minimum(np.asarray(image).astype(np.uint32), white)
+        pixels = white - pixels if inverted else pixels
+        image = Image.fromarray(((pixels * 255 + white // 2) // white).astype(np.uint8))
     return image.convert(mode)
 
 
