@@ -1,5 +1,6 @@
 """Folders of images as people have them: other formats, hidden files, images outside of classes."""
 
+import os
 import pickle
 import shutil
 import tarfile
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from scripts import run
+from timm.data.readers import reader_image_folder, reader_image_in_tar
 
 from timm_mlcsd.cli import train, validate
 from timm_mlcsd.data import Preprocessing, sample_keys
@@ -56,6 +58,49 @@ def test_a_class_without_images_is_an_error(mine, small, capsys, what, message):
     assert run(train.main, [mine, *small[1:]]) == 2
     error = capsys.readouterr().err
     assert f'red\' contains {message}, and no image that can be read: the class would be lost' in error
+
+
+@pytest.mark.parametrize('kind', ['folder', 'tar'])
+def test_the_order_is_the_same_in_all_processes(mine, tmp_path, kind, monkeypatch):
+    """timm's natural order leaves names that differ by case or leading zeros to the hash seed and the directory."""
+    for old, new in (('red', 'Bee'), ('green', 'bee'), ('blue', '01')):
+        (mine / 'train' / old).rename(mine / 'train' / new)
+    shutil.copy(mine / 'train' / 'bee' / '1.png', mine / 'train' / 'bee' / '01.png')
+    root = mine
+    if kind == 'tar':
+        root = tmp_path / 'mine.tar'
+        with tarfile.open(root, 'w') as tar:
+            tar.add(mine / 'train', '.')
+    found = []
+    for reverse in (False, True):
+        # two orders of equal names, as two hash seeds and two disks make them
+        def in_order(names, key, reverse=reverse):
+            return sorted(sorted(names, key=str, reverse=reverse), key=key)
+
+        for module in (reader_image_folder, reader_image_in_tar):
+            monkeypatch.setattr(module, 'sorted', in_order, raising=False)
+        data = load(root)
+        files = [os.path.join(*data.reader.filename(i, absolute=True).split('/')[-2:]) for i in range(len(data))]
+        found.append((class_names(data), files, [data[i][1] for i in range(len(data))]))
+    assert found[0] == found[1]
+    names, files, targets = found[0]
+    assert names == ['01', 'Bee', 'bee'] and len(files) == 49
+    assert all(names[target] == os.path.dirname(file) for file, target in zip(files, targets))
+
+
+@pytest.mark.parametrize('ending', ['.xcf', '', '.pt'])
+def test_files_of_unknown_endings_may_be_a_class(mine, small, capsys, ending):
+    for path in sorted((mine / 'train' / 'red').glob('*.png')):
+        path.rename(path.with_suffix(ending))
+    assert run(train.main, [mine, *small[1:]]) == 2
+    assert f'contains 16 {ending or "without an ending"}, and no image that can be read' in capsys.readouterr().err
+
+
+def test_a_folder_of_texts_is_no_class(mine, caplog):
+    (mine / 'train' / 'notes').mkdir()
+    (mine / 'train' / 'notes' / 'who.txt').write_text('me')
+    assert class_names(load(mine)) == ['blue', 'green', 'red']
+    assert 'left out 1 .txt' in caplog.text
 
 
 def test_images_outside_of_classes_are_an_error(mine, small, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from scripts import run
 
 from timm_mlcsd.adaptive import ExitPolicy
-from timm_mlcsd.cli import validate
+from timm_mlcsd.cli import train, validate
 
 
 @pytest.fixture(scope='module')
@@ -72,6 +73,36 @@ def test_mistakes(flags, scans, folder, tmp_path, capsys):
         assert run(validate.main, argv) == 2
         error = capsys.readouterr().err
         assert message in error and error.count('\n') == 1, error
+
+
+@pytest.mark.parametrize('kind', ['torchvision', 'tar'])
+def test_images_of_other_sources(kind, folder, small_flags, tmp_path, capsys):
+    """torchvision's folders and tar files have files too."""
+    where = ['--output', tmp_path, '--experiment', 'run', '--epochs', 1, '--val-fraction', 0.3]
+    if kind == 'torchvision':
+        train_data, test_data = ([folder / split, '--dataset', 'torch/image_folder'] for split in ('train', 'test'))
+    else:
+        for split in ('train', 'test'):
+            with tarfile.open(tmp_path / f'{split}.tar', 'w') as tar:
+                tar.add(folder / split, '.')
+        train_data, test_data = [tmp_path / 'train.tar'], [tmp_path / 'test.tar']
+    assert run(train.main, [*train_data, *small_flags, *where]) == 0
+    other = tmp_path / 'others'
+    other.mkdir()
+    for i, path in enumerate(sorted((folder / 'test' / 'red').glob('*.png'))):
+        Image.open(path).rotate(90).save(other / f'{i}.png')
+    flags = [*test_data, '--checkpoint', tmp_path / 'run', '--split', 'test', '--device', 'cpu', '-j', 0]
+    flags += ['--adaptive', '--max-drop', 90, '--risk', 'disagreement', '--confidence', 'none', '--calibration-images']
+    for images, message in (
+        (folder / 'train', 'was trained on'),
+        (folder / 'test', 'is one of the images of test that the policy is reported on'),
+        (other, None),
+    ):
+        capsys.readouterr()
+        assert run(validate.main, [*flags, images]) == (2 if message else 0)
+        if message:
+            error = capsys.readouterr().err
+            assert message in error and error.count('\n') == 1, error
 
 
 def test_training_images_of_another_folder_and_copies(flags, folder, tmp_path, capsys):

@@ -61,7 +61,6 @@ class AdaptiveModel:
         policy.check_weights(model)
         self.model = model
         self.policy = policy
-        self._modules = {} if isinstance(model, ExportedModel) else dict(model.named_modules())
         self.costs = cumulative_costs(costs, policy).tolist()
         self._cost_table = CostTable(self.costs)
         self._run_exit: List[Callable[[Any], Tuple[Any, Optional[torch.Tensor]]]] = [
@@ -251,8 +250,10 @@ class AdaptiveModel:
 
     def _check_mode(self) -> None:
         """Raise a RuntimeError in training mode, in which dropout and batch statistics change the answers."""
-        if any(module.training for module in self._modules.values()):
-            name = next(name for name, module in self._modules.items() if module.training)
+        if isinstance(self.model, ExportedModel):
+            return
+        if any(module.training for module in self.model.modules()):
+            name = next(name for name, module in self.model.named_modules() if module.training)
             what = f'its module {name!r}' if name else 'the network'
             raise RuntimeError(f'{what} is in training mode; call model.eval() before inference.')
 

@@ -172,6 +172,9 @@ class KeyValues(ParseKwargs):
         except (MemoryError, RecursionError, TypeError):  # of a literal that is nested too deeply, or no literal
             parser.error(f'argument {option_string}: expected plain values, got {_short(" ".join(values))}')
         for key, value in getattr(namespace, self.dest).items():
+            # Python's literals are True and False only; any other text would count as true
+            if isinstance(value, str) and value.lower() in ('true', 'false', 'yes', 'no', 'on', 'off', 'null'):
+                parser.error(f'argument {option_string}: {_short(f"{key}={value}")}: expected True, False or None')
             if not _all_finite(value):
                 parser.error(f'argument {option_string}: expected finite numbers, got {_short(f"{key}={value}")}')
 

@@ -23,6 +23,7 @@ from .folders import (
     has_split_folders,
     image_endings,
     is_hidden,
+    natural_order,
 )
 from .image import IMAGE_MODES, convert_image, read_image
 from .labels import CheckedCollate, CheckedMixup, check_labels
@@ -73,6 +74,7 @@ __all__ = [
     'image_endings',
     'image_name',
     'is_hidden',
+    'natural_order',
     'load_class_map',
     'names_by_index',
     'num_images',

@@ -7,11 +7,10 @@ import re
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Set
+from typing import Any, Dict, Iterator, List, Sequence, Set, Tuple, Union
 
 import numpy as np
 from PIL import Image
-from timm.utils import natural_key
 
 from .._timm import get_img_extensions, set_img_extensions
 from ..errors import UserError, printable
@@ -27,6 +26,7 @@ __all__ = [
     'has_split_folders',
     'image_endings',
     'is_hidden',
+    'natural_order',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ _KNOWN_SPLITS = {name for names in SPLIT_FOLDERS for name in names}
 IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
 # other image formats, which Pillow does not read without a further package
 _OTHER_IMAGE_ENDINGS = {'.heic', '.heif', '.jxl', '.svg', '.raw', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.npy'}
+# files of a folder beside the classes that is not a class
+_TEXT_ENDINGS = {'.txt', '.md', '.rst', '.html', '.xml', '.json', '.yaml', '.yml', '.csv', '.tsv', '.log', '.py', '.sh'}
 # files and folders that file managers and archivers create
 _SYSTEM_NAMES = {'__macosx', '@eadir', 'thumbs.db', 'desktop.ini', '$recycle.bin', 'system volume information'}
 
@@ -52,6 +54,18 @@ def image_endings() -> Iterator[None]:
         set_img_extensions(before)
 
 
+def natural_order(name: str) -> Tuple[List[Union[int, str]], str]:
+    """Key of timm's natural order, in which names that timm takes for equal (a and A, 1 and 01) have an order too.
+
+    timm leaves their order to the hash seed of the process, so that two processes may give a class two indices.
+
+    Args:
+        name: Name or path.
+    """
+    parts = re.split(r'(\d+)', name.lower())
+    return [int(part) if part.isdecimal() else part for part in parts], name
+
+
 def is_hidden(path: str) -> bool:
     """Whether a path below a data folder is hidden or a system file, such as ``._0.png`` of macOS."""
     parts = [part for part in path.replace('\\', '/').split('/') if part not in ('', '.', '..')]
@@ -59,7 +73,7 @@ def is_hidden(path: str) -> bool:
 
 
 def exclude_non_images(reader: Any, class_map: bool = False) -> None:
-    """Remove hidden files from a reader, and log one warning about all files that are not read.
+    """Remove hidden files from a reader, sort its classes and files, and log one warning about all files not read.
 
     Args:
         reader: timm reader of a folder or a tar file, created in the context of `image_endings`.
@@ -107,30 +121,39 @@ def _image_paths(reader: Any) -> List[str]:
 
 def _keep_samples(reader: Any, keep: Sequence[bool], class_map: bool) -> None:
     """Remove samples from a reader, and classes without remaining samples, so that the indices have no gaps."""
-    if all(keep):
+    paths, order = _image_paths(reader), list(range(len(keep)))
+    if len({_without_ties(path) for path in paths}) < len(paths):
+        order.sort(key=lambda i: natural_order(paths[i]))
+    in_order = class_map or list(_classes(reader)) == sorted(_classes(reader), key=natural_order)
+    if all(keep) and in_order and order == list(range(len(keep))):
         return
     is_folder = hasattr(reader, 'class_to_idx')
     targets = [target for _, target in reader.samples] if is_folder else reader.targets.tolist()
     classes = _classes(reader)
     if not class_map:
         used = {target for target, kept in zip(targets, keep) if kept}
-        names = sorted((name for name, index in classes.items() if index in used), key=natural_key)
+        names = sorted((name for name, index in classes.items() if index in used), key=natural_order)
         new_index = {classes[name]: index for index, name in enumerate(names)}
         classes = {name: index for index, name in enumerate(names)}
         targets = [new_index.get(target) for target in targets]
+    kept = [i for i in order if keep[i]]
     if is_folder:
-        kept = zip(reader.samples, targets, keep)
-        reader.samples = [(path, target) for (path, _), target, stays in kept if stays]
+        reader.samples = [(reader.samples[i][0], targets[i]) for i in kept]
         reader.class_to_idx = classes
     else:
-        reader.samples = reader.samples[np.array(keep)]
-        reader.targets = np.array([target for target, stays in zip(targets, keep) if stays], dtype=np.int64)
+        reader.samples = reader.samples[kept]
+        reader.targets = np.array([targets[i] for i in kept], dtype=np.int64)
         reader.class_name_to_idx = classes
         reader.class_idx_to_name = {index: name for name, index in classes.items()}
     if not len(reader.samples):
         raise UserError(
             f'{printable(str(reader.root))!r} contains hidden files only (._*, .*, __MACOSX), and no image.'
         )
+
+
+def _without_ties(path: str) -> str:
+    """The same text for paths that are equal in timm's natural order."""
+    return re.sub(r'(?<!\d)0+(?=\d)', '', path.lower())
 
 
 def _all_files(reader: Any) -> List[str]:
@@ -213,7 +236,7 @@ def _check_flat(paths: Sequence[str], reader: Any) -> None:
 
 
 def _check_empty_classes(reader: Any, files: Sequence[str], unread: Sequence[str]) -> None:
-    """Refuse class folders without a readable image: empty ones, and ones with images of other formats only."""
+    """Refuse class folders without a readable image: empty ones, and ones with files that may be images."""
     images = _image_endings_of_pillow()
     has_images = {os.path.dirname(path) for path in _image_paths(reader)}
     above = {os.path.dirname(folder) for folder in has_images}
@@ -223,8 +246,10 @@ def _check_empty_classes(reader: Any, files: Sequence[str], unread: Sequence[str
         if path.endswith('/'):
             if folder in above:
                 lost[path.rstrip('/')]['no file'] += 1
-        elif folder and folder not in has_images and ending in images:
-            lost[folder][ending] += 1
+        elif folder and folder not in has_images:
+            may_be_images = ending not in _TEXT_ENDINGS if os.path.dirname(folder) in above else ending in images
+            if may_be_images:
+                lost[folder][ending or 'without an ending'] += 1
     for folder, endings in sorted(lost.items()):
         found = ', '.join(f'{count} {ending}' for ending, count in endings.items()) if 'no file' not in endings else ''
         name = printable(os.path.join(str(reader.root), folder))

@@ -4,13 +4,14 @@ import hashlib
 import logging
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterable, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from ..data import TransformSubset, hold_out, image_name, probe_keys, sample_keys
+from ..data import ConvertedImages, TransformSubset, hold_out, image_name, probe_keys, sample_keys
 from ..errors import UserError, printable
 from ..network import load_checkpoint
 from .data_config import DataConfig, TrainDataConfig
@@ -29,6 +30,20 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
+
+
+class _File(NamedTuple):
+    """An image file, or a member of a tar file: its size in bytes, and a function that reads it."""
+
+    size: int
+    read: Callable[[], bytes]
+
+    def content(self) -> bytes:
+        """Digest of the file."""
+        return hashlib.sha256(self.read()).digest()
+
+
+_Files = Dict[str, _File]
 
 
 def held_out(config: DataConfig, checkpoint: Dict[str, Any]) -> Tuple[TransformSubset, str]:
@@ -124,6 +139,11 @@ def check_unlabelled(
         UserError: One of the files is among them.
     """
     calibration = _files_of(images)
+    if not _files_of(reported):
+        _logger.warning(
+            f'--calibration-images: {split} has no files, so whether the images are among those that the policy is '
+            f'reported on, or the network was trained on, cannot be checked.'
+        )
     groups = {
         f'is one of the images of {split} that the policy is reported on': _files_of(reported),
         'was trained on': _trained_files(config, checkpoint),
@@ -136,19 +156,22 @@ def check_unlabelled(
             )
 
 
-def _trained_files(config: DataConfig, checkpoint: Dict[str, Any]) -> Set[str]:
-    """Real paths of the files that a checkpoint was trained on, if it was a folder that is still there, or a copy."""
+def _trained_files(config: DataConfig, checkpoint: Dict[str, Any]) -> _Files:
+    """The files that a checkpoint was trained on, if they are still there, or copies of them are."""
     trained = checkpoint.get('args', {})
-    if trained.get('dataset') or 'train_split' not in checkpoint:
-        return set()
-    files = set()
+    files: _Files = {}
+    # other sources have no files
+    if 'train_split' not in checkpoint or (trained.get('dataset') or 'torch/').partition('/')[0] != 'torch':
+        return files
     for data_dir in {config.data_dir, trained.get('data_dir')} - {None}:
-        data = replace(config, dataset='', data_dir=data_dir, class_map=trained.get('class_map') or '')
+        data = replace(config, dataset=trained.get('dataset') or '', data_dir=data_dir)
+        data.class_map = trained.get('class_map') or ''
         whole = _load_if_there(data, checkpoint['train_split']) if is_same_data(data, checkpoint) else None
         if whole is not None:
             is_unchanged = num_images(whole) == checkpoint.get('train_size')  # else the indices are of other files
             held = checkpoint['val_indices'].tolist() if is_unchanged and 'val_indices' in checkpoint else []
-            files |= _files_of(whole) - _files_of(whole, held)
+            held_files = _files_of(whole, held)
+            files.update({name: file for name, file in _files_of(whole).items() if name not in held_files})
     return files
 
 
@@ -160,26 +183,40 @@ def _load_if_there(config: DataConfig, split: str) -> Optional[Dataset]:
         return None
 
 
-def _files_among(files: Set[str], others: Set[str]) -> Set[str]:
-    """Those files that are among the others, themselves or as copies."""
-    sizes = {os.path.getsize(file) for file in files}
-    contents = {_content(file) for file in others if os.path.getsize(file) in sizes}  # the other sizes need no reading
-    return {file for file in files if file in others or (contents and _content(file) in contents)}
+def _files_among(files: _Files, others: _Files) -> List[str]:
+    """Names of those files that are among the others, themselves or as copies."""
+    sizes = {file.size for file in files.values()}
+    contents = {file.content() for file in others.values() if file.size in sizes}  # the other sizes need no reading
+    return [name for name, file in files.items() if name in others or (contents and file.content() in contents)]
 
 
-def _content(file: str) -> bytes:
-    return hashlib.sha256(Path(file).read_bytes()).digest()
-
-
-def _files_of(dataset: Any, indices: Optional[Iterable[int]] = None) -> Set[str]:
-    """Real paths of the images of a data set of files, of all or of some indices; none for other data sets."""
+def _files_of(dataset: Any, indices: Optional[Iterable[int]] = None) -> _Files:
+    """The files of a data set by their real paths, of all or of some indices; none for data sets without files."""
     if isinstance(dataset, TransformSubset):
         return _files_of(dataset.dataset, dataset.indices)
-    reader: Any = getattr(dataset, 'reader', None)
+    if isinstance(dataset, ConvertedImages):
+        return _files_of(dataset.dataset, indices)
+    # timm's folders and tar files have a reader, torchvision's folders the list of their files
+    reader: Any = getattr(dataset, 'reader', dataset)
     if not hasattr(reader, 'samples'):
-        return set()
-    chosen = range(len(reader)) if indices is None else indices
-    return {os.path.realpath(reader.filename(i, absolute=True)) for i in chosen}
+        return {}
+    chosen = range(len(reader.samples)) if indices is None else indices
+    if not hasattr(reader, 'class_name_to_idx'):
+        is_timm = hasattr(reader, 'filename')
+        paths = [reader.filename(i, absolute=True) if is_timm else reader.samples[i][0] for i in chosen]
+        return {path: _File(os.path.getsize(path), Path(path).read_bytes) for path in map(os.path.realpath, paths)}
+    members = [(i, *reader.samples[i]) for i in chosen]
+    return {
+        f'{os.path.realpath(reader.root)}/{parent or ""}/{child.name if child else ""}/{info.path}': _File(
+            info.size, partial(_read_member, reader, i)
+        )
+        for i, info, parent, child in members
+    }
+
+
+def _read_member(reader: Any, index: int) -> bytes:
+    content: bytes = reader[index][0].read()
+    return content
 
 
 def warn_of_seen_images(initial_checkpoint: str, config: TrainDataConfig, record: Dict[str, Any]) -> None:

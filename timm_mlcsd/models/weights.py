@@ -19,7 +19,9 @@ __all__ = ['drop_unfit_classifiers', 'fit_weights', 'load_backbone', 'weights_di
 _PREFIX = 'backbone.'
 
 
-def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Tensor]]) -> None:
+def load_backbone(
+    model: nn.Module, source: Union[str, Path, Dict[str, torch.Tensor]], *, use_ema: bool = False
+) -> None:
     """Load the weights of a backbone, including its classifier, into a multi-exit network or a plain timm model.
 
     Weights for another image size are resampled with timm's filter.
@@ -27,6 +29,7 @@ def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Ten
     Args:
         model: A multi-exit network with a backbone, or a plain timm model.
         source: Checkpoint file of either kind of network, read without running code in it; or weights by name.
+        use_ema: Whether to take the averaged weights of a checkpoint that has them; default False.
 
     Raises:
         ValueError: The file cannot be read as weights, or the weights do not fit the backbone.
@@ -41,7 +44,7 @@ def load_backbone(model: nn.Module, source: Union[str, Path, Dict[str, torch.Ten
         raise ValueError(f'{type(model).__name__} has no backbone to load; use its load_state_dict.')
     if not isinstance(source, dict):
         try:
-            source = load_state_dict(str(source))
+            source = load_state_dict(str(source), use_ema=use_ema)
         except Exception as e:  # damaged files raise errors of any type
             raise ValueError(f'{str(source)!r} cannot be read as weights: {one_line(e)}') from e
     source = _split(source)[0] or source

@@ -11,7 +11,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Collection, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from timm.utils import natural_key
 from torch.utils.data import Dataset, IterableDataset
 
 from ...data import (
@@ -21,6 +20,7 @@ from ...data import (
     CheckedStream,
     default_image_mode,
     is_hidden,
+    natural_order,
     num_images,
 )
 from ...errors import UserError, as_user_error, printable
@@ -141,18 +141,13 @@ def find_images(inputs: Sequence[str]) -> List[str]:
     return list(found.values())
 
 
-def _order(path: str) -> Tuple[List[Any], str]:
-    """Key of the natural order; 1.png and 01.png are equal in that, and processes must agree on the order."""
-    return natural_key(path), path
-
-
 def _has_image_ending(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in IMAGE_ENDINGS
 
 
 def _images_of_pattern(pattern: str) -> List[str]:
     """Paths of the images of a pattern, with a warning that counts the hidden ones, as for a folder."""
-    matches = sorted(glob.glob(pattern, recursive=True), key=_order)
+    matches = sorted(glob.glob(pattern, recursive=True), key=natural_order)
     images = [path for path in matches if os.path.isfile(path) and _has_image_ending(path)]
     parts = Path(pattern).parts
     paths = [path for path in images if not is_hidden(path) or _is_asked_for(Path(path).parts, parts)]
@@ -203,7 +198,7 @@ def _images_below(folder: str) -> List[str]:
             f'{folder!r}: the folder has no images; images are files that end in {", ".join(IMAGE_ENDINGS)}.'
         )
     _warn_of_others(folder, left_out)
-    return sorted(paths, key=_order)
+    return sorted(paths, key=natural_order)
 
 
 def _warn_of_others(text: str, left_out: Counter) -> None:
