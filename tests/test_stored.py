@@ -1,5 +1,6 @@
 """What a config.json and a checkpoint may say of a network: everything else is refused before it is used."""
 
+import copy
 import errno
 import json
 import logging
@@ -192,6 +193,15 @@ def test_names_belong_to_indices(model, tmp_path, names):
     stored = json.loads((tmp_path / 'a' / 'config.json').read_text()).get('label_names')
     if names == ['ant', None, 'cow']:
         assert stored == {'0': 'ant', '2': 'cow'}
+
+
+def test_a_policy_of_a_network_in_another_precision(model, tmp_path):
+    half = copy.deepcopy(model).half()
+    for policy in (ExitPolicy([0.5]), ExitPolicy([0.5]).for_weights(half)):
+        with pytest.raises(ValueError, match=r'is in torch\.float16 and is loaded in torch\.float32'):
+            save_pretrained(half, tmp_path / 'net', policy=policy)
+    assert not (tmp_path / 'net').exists()
+    save_pretrained(half, tmp_path / 'net')
 
 
 def test_a_network_that_would_not_load_again_is_not_saved(tmp_path):

@@ -3,9 +3,11 @@
 Uses only the standard library: the exported runner contains copies of these functions, word for word.
 """
 
+import hashlib
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any, Dict, List, NoReturn, Sequence
 
 __all__ = [
@@ -19,9 +21,11 @@ __all__ = [
     'VERSION',
     'check_class_names',
     'check_data_config',
+    'check_graphs',
     'check_manifest',
     'check_policy',
     'check_scales',
+    'graph_digest',
     'read_json',
 ]
 
@@ -192,6 +196,37 @@ def check_manifest(manifest: Any, source: str) -> None:
         raise ValueError(f'{source}: policy: weights_digest: it was fitted to other weights than those in the folder.')
 
 
+def check_graphs(folder: Any, manifest: Dict[str, Any]) -> None:
+    """Check that the graphs of an exported folder are those of its manifest; older folders have no digests.
+
+    Args:
+        folder: Folder.
+        manifest: Content of its manifest.json, checked by `check_manifest`.
+
+    Raises:
+        ValueError: A graph is missing or belongs to another export.
+    """
+    for stage in manifest['stages']:
+        path = Path(folder) / stage['file']
+        try:
+            found = graph_digest(path)
+        except OSError as e:
+            raise ValueError(f'{str(path)!r} cannot be read: {e.strerror}; export the network again.') from None
+        if stage.get('digest') not in (None, found):
+            raise ValueError(f'{str(path)!r} belongs to another export than manifest.json; export the network again.')
+
+
+def graph_digest(path: Path) -> str:
+    """Digest of a graph, with the file of its weights if they are stored beside it: ``sha256:`` and 64 digits."""
+    digest = hashlib.sha256()
+    beside = path.with_name(f'{path.name}.data')
+    for file in [path] + [beside] * beside.is_file():
+        with open(file, 'rb') as content:
+            while block := content.read(2**20):
+                digest.update(block)
+    return f'sha256:{digest.hexdigest()}'
+
+
 def _check_stage(stage: Any, source: str, file: str, inputs: List[str]) -> List[str]:
     """Check one stage of a manifest and return the names of its state outputs."""
     needed = ('file', 'exit', 'answers', 'inputs', 'outputs', 'macs', 'params', 'stage_macs', 'head_macs', 'depth')
@@ -200,6 +235,7 @@ def _check_stage(stage: Any, source: str, file: str, inputs: List[str]) -> List[
         raise ValueError(f'{source} is broken: it has no {", ".join(missing)}.')
     _check_choice(f'{source}.file', stage['file'], (file,))
     _check_text(f'{source}.exit', stage['exit'])
+    _check_digest(f'{source}.digest', stage.get('digest'))
     for name in needed[5:]:
         _check_integer(f'{source}.{name}', stage[name], 0, 10**18)
     if not isinstance(stage['answers'], bool):

@@ -98,6 +98,12 @@ def save_pretrained(
     if policy is not None:
         policy.check(model.num_exits, model.exit_names)
         policy.check_weights(model)
+        dtype = next(model.parameters()).dtype
+        if dtype != torch.float32:
+            raise ValueError(
+                f'the network is in {dtype} and is loaded in torch.float32, which the policy was not fitted to; call '
+                f'model.float() and fit a policy to it, or save it without one.'
+            )
         if policy.weights_digest is None:
             policy = policy.for_weights(model)
     names = label_names(model) if class_names is None else class_list(class_names, model.num_classes)

@@ -233,6 +233,31 @@ def test_policy_and_weights_belong_together(small, format, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('format', ['onnx', 'torch'])
+def test_stages_of_two_exports_are_not_mixed(small, format, tmp_path):
+    root, model, images, policy = small
+    other = tmp_path / 'other'
+    shutil.copytree(root / format, other)
+    file = 'stage_1.onnx' if format == 'onnx' else 'stage_1.pt2'
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.backbone.layer2[0].conv1.weight.mul_(2)
+    export_stages(changed, policy, tmp_path / 'changed', format, data_config=config_for(images))
+    shutil.copy(tmp_path / 'changed' / file, other / file)
+    with pytest.raises(ValueError, match=rf'{file}. belongs to another export than manifest.json'):
+        load(other, format)
+    (other / file).unlink()
+    with pytest.raises(ValueError, match=rf'{file}. cannot be read: No such file'):
+        load(other, format)
+    # a folder of an earlier release has no digests
+    manifest = json.loads((root / format / 'manifest.json').read_text())
+    for stage in manifest['stages']:
+        del stage['digest']
+    shutil.copy(root / format / file, other / file)
+    (other / 'manifest.json').write_text(json.dumps(manifest))
+    load(other, format)(images)
+
+
 def given(policy, format):
     return policy if format == 'torch' else policy.to_dict()
 

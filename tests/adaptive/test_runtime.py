@@ -329,6 +329,14 @@ def test_training_mode_is_refused_and_changes_nothing(part, compiled):
     assert torch.equal(adaptive.predict(images).logits, expected)
 
 
+def test_a_module_that_came_later_in_training_mode():
+    model = make(exits=2)
+    adaptive = AdaptiveModel(model, ExitPolicy([2.0]), COSTS[:2])
+    model.backbone.fc = torch.nn.Sequential(torch.nn.Dropout(0.5), model.backbone.fc)
+    with pytest.raises(RuntimeError, match=r"its module 'backbone\.fc' is in training mode"):
+        adaptive.predict(images_for(model, 2))
+
+
 class Given(timm_mlcsd.MultiExitModel):
     """Three exits whose logits are what comes in: images [B, 3, C, 1]."""
 

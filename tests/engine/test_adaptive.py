@@ -202,6 +202,9 @@ def test_what_cannot_be_certified(flags, capsys):
 
 def test_mistakes(flags, mine, tmp_path, capsys):
     plain = [flag for flag in flags if flag != '--adaptive']
+    goal = ['--budget', '97%', '--confidence', 0.9]
+    assert '--confidence: expected --max-drop P' in failure([*flags, *goal], capsys)
+    assert '--calibration-split: no policy is fitted to it' in failure([*flags, '--calibration-split', 'train'], capsys)
     assert '--budget: only with --adaptive' in failure([*plain, '--budget', '97%'], capsys)
     assert '--budget, --max-drop: give one' in failure([*flags, '--budget', '97%', '--max-drop', 0], capsys)
     assert 'argument --budget: expected a positive number of MMACs' in failure([*flags, '--budget', 'half'], capsys)

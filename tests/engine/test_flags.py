@@ -144,6 +144,8 @@ def test_numbers_of_a_config_are_read_as_they_are_written(tmp_path):
         ('--scale 1 0.5', '--scale 1 0.5: expected the smaller number first'),
         ('--model-kwargs num_classes=7', 'num_classes has a flag of its own, --num-classes'),
         ('--opt-kwargs lr=1', 'lr has a flag of its own, --lr'),
+        ('--opt-kwargs nesterov=false', "'nesterov=false': expected True, False or None"),
+        ('--model-kwargs qk_norm=No', "'qk_norm=No': expected True, False or None"),
         ('--opt-kwargs a=1 a=2', 'expected every KEY once, got a 2 times'),
         ('--opt-kwargs a=nan', "expected finite numbers, got 'a=nan'"),
         ('--opt-kwargs a=[1,1e999]', 'expected finite numbers'),

@@ -81,6 +81,17 @@ def test_what_was_fixed_before_stays_so():
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ['backbone.conv1.weight']
 
 
+@pytest.mark.parametrize('num_classes', [0, 7])
+def test_a_frozen_backbone_with_another_classifier(num_classes):
+    model = create_multi_exit('resnet18', exits=2, num_classes=5)
+    model.freeze_backbone()
+    model.reset_classifier(num_classes)
+    trains = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
+    assert trains == ({'fc.weight', 'fc.bias'} if num_classes else set())  # the new one is untrained
+    model.freeze_backbone(False)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     'flags, words',
     [

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from scripts import PREDICT_FLAGS as FLAGS
 from scripts import rows_of, run
 
@@ -186,3 +187,23 @@ def test_every_text_is_read_back(tmp_path, ending):
         assert output.done == set(texts) and output.exits == {1: len(texts)}
     rows = rows_of(path)
     assert [row['na\rme'] for row in rows] == [row['label'] for row in rows] == texts
+
+
+def test_class_names_with_bytes_that_are_no_text(adaptive_run, images, tmp_path):
+    """A folder of a Latin-1 archive has such a name."""
+    checkpoint = torch.load(adaptive_run / 'model_best.pth.tar', weights_only=True)
+    checkpoint['class_names'] = [os.fsdecode(b'caf\xe9'), 'green', 'red']
+    path = tmp_path / 'other.pth.tar'
+    torch.save(checkpoint, path)
+    for ending in ('.csv', '.jsonl', '.parquet'):
+        output = tmp_path / f'a{ending}'
+        assert run(predict.main, [path, images, '--output', output, '--no-policy', '--topk', 3, *FLAGS]) == 0
+        found = {value for row in rows_of(output) for value in str(row).replace("'", '"').split('"')}
+        assert any(name.replace('\\\\', '\\') == r'caf\udce9' for name in found), ending
+
+
+def test_digits_that_are_no_numbers(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(images)
+    for name in ('2\u00b23.png', '10.png', '9.png', '\u0663.png'):  # a superscript, and an Arabic 3
+        shutil.copy(images / 'red' / '0.png', name)
+    assert find_images(['*.png']) == ['2\u00b23.png', '\u0663.png', '9.png', '10.png']

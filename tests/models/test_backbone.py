@@ -336,10 +336,23 @@ def test_weights_go_from_plain_to_multi_exit_and_back(tmp_path):
             for target in (make(), timm.create_model('resnet18', num_classes=7, channels=(8, 16, 24, 32))):
                 load_backbone(target, weights)
                 assert torch.equal(target.eval()(x), plain(x))
+    averaged = {name: t * 2 for name, t in plain.state_dict().items()}
+    torch.save(dict(state_dict=plain.state_dict(), state_dict_ema=averaged), path)
+    for use_ema, weights in ((False, plain.state_dict()), (True, averaged)):
+        load_backbone(target, path, use_ema=use_ema)
+        assert torch.equal(target.state_dict()['fc.weight'], weights['fc.weight'])
     with pytest.raises(ValueError, match='weights do not fit the backbone'):
         load_backbone(make('resnet50'), plain.state_dict())
     with pytest.raises(ValueError, match='cannot be read as weights'):
         load_backbone(plain, tmp_path / 'nothing.pth')
+
+
+@pytest.mark.parametrize('value', ['false', 0, None])
+def test_small_input_is_true_or_false(value):
+    plain = timm.create_model('resnet18', channels=(8, 8, 8, 8))
+    with pytest.raises(ValueError, match='expected True or False'):
+        create_multi_exit(plain, exits=2, small_input=value)
+    create_multi_exit(plain, exits=2)  # unchanged by the try
 
 
 def test_too_small_images_are_named():

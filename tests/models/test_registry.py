@@ -67,3 +67,9 @@ def test_weights_of_a_folder_for_another_number_of_classes(tmp_path):
     fresh = ('fc.weight', 'fc.bias')
     state = model.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in again.state_dict().items() if not n.endswith(fresh))
+
+
+def test_other_readers_of_features():
+    with pytest.raises(ValueError, match="feature_cls='fx': expected getter"):
+        timm.create_model('mlcsd_resnet18', features_only=True, feature_cls='fx')
+    assert len(timm.create_model('mlcsd_resnet18', features_only=True, feature_cls='getter').feature_info) == 5

@@ -111,6 +111,28 @@ CHANGES += [
 ]
 
 
+class PadsOddImages(timm.models.resnet.ResNet):
+    """Does more than its chain for images of some sizes."""
+
+    def forward_features(self, x):
+        padding = -x.shape[-1] % 32
+        return super().forward_features(torch.nn.functional.pad(x, (0, padding), value=1) if padding else x)
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_a_forward_that_depends_on_the_size(training):
+    backbone = timm.create_model('resnet18', num_classes=3, channels=(8, 8, 8, 8))
+    backbone.__class__ = PadsOddImages
+    model = create_multi_exit(backbone, exits=3, img_size=64).eval()
+    same, odd = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 70)
+    assert model.resumable
+    assert torch.equal(model.forward_exits(same).logits[-1], model(same))
+    for module in model.modules():
+        module.training = training and not isinstance(module, nn.BatchNorm2d)
+    assert torch.equal(model.forward_exits(odd).logits[-1], backbone(odd))
+    assert not model.resumable and 'differs' in model.why_not_resumable
+
+
 def check_runs_as_whole(model, reason):
     images = torch.randn(2, 3, 64, 64)
     model.eval()

@@ -8,7 +8,7 @@ from torch.export.passes import move_to_device_pass
 from torch.fx.graph import CodeGen
 
 from ..cost import ExitCost
-from ..file_checks import check_manifest, read_json
+from ..file_checks import check_graphs, check_manifest, read_json
 from .policy import ExitPolicy
 
 __all__ = ['MANIFEST', 'ExportedModel', 'read_manifest']
@@ -66,6 +66,7 @@ class ExportedModel:
                 f'{str(directory)!r}: exported programs can run code when they are loaded; pass trusted=True if you '
                 f'trust the author.'
             )
+        check_graphs(directory, manifest)
         stages = manifest['stages']
         self.num_exits: int = len(stages)
         self.exit_names: List[str] = [stage['exit'] for stage in stages]

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
@@ -91,7 +92,9 @@ def push(args: argparse.Namespace) -> str:
             owner_and_name = place.partition('/commit/')[0].split('/')[-2:]
             source = f'hf-hub:{"/".join(owner_and_name)}' + (f'@{args.revision}' if args.revision else '')
     print(printable(place))
-    print(printable(f'load it with timm_mlcsd.from_pretrained({source!r}), or: mlcsd-predict {source} IMAGE'))
+    print(
+        printable(f'load it with timm_mlcsd.from_pretrained({source!r}), or: mlcsd-predict {shlex.quote(source)} IMAGE')
+    )
     return place
 
 

@@ -10,6 +10,7 @@ from .config import TrainConfig
 from .data_config import DataConfig
 from .loaders import AugmentConfig
 from .optimizer import SchedulerConfig
+from .setting_checks import check_settings
 
 __all__ = ['check_combinations', 'check_cuda_graphs', 'check_fsdp', 'check_input']
 
@@ -41,11 +42,12 @@ _OPTIMIZER_FLAGS = dict(
 
 
 def check_combinations(config: TrainConfig) -> None:
-    """Refuse contradictions among the settings of a training.
+    """Refuse settings of a training outside of their ranges, and contradictions among them.
 
     Raises:
         UserError: There is one.
     """
+    check_settings(config)
     check_input(config.data)
     _check_own_flags('--model-kwargs', config.model.model_kwargs, _MODEL_FLAGS)
     _check_own_flags('--opt-kwargs', config.optimizer.opt_args, _OPTIMIZER_FLAGS)

@@ -56,6 +56,13 @@ def check_policy_flags(config: ValidateConfig) -> None:
         raise UserError(f'{", ".join(named[: len(goals)])}: give one of them.')
     if config.policy and goals:
         raise UserError(f'{named[0]} fits a policy, --policy names one: give one of the two.')
+    _check_goals(config, goals)
+    if config.calibration_images:
+        _check_unlabelled(config)
+
+
+def _check_goals(config: ValidateConfig, goals: Sequence[str]) -> None:
+    """Refuse settings of a fit without a policy to fit, and goals that are no numbers."""
     if not goals and (config.score or config.aggregate or config.method):
         raise UserError(
             '--score, --aggregate and --method are of a policy to fit; give --budget, --latency-budget or --max-drop.'
@@ -66,8 +73,12 @@ def check_policy_flags(config: ValidateConfig) -> None:
         raise UserError(f'--latency-budget {config.latency_budget} must be a positive number of milliseconds.')
     if config.risk != 'drop' and config.max_drop is None:
         raise UserError(f'--risk {config.risk}: expected --max-drop P, the limit of the risk.')
-    if config.calibration_images:
-        _check_unlabelled(config)
+    if config.confidence != ValidateConfig.confidence and config.max_drop is None:
+        raise UserError('--confidence: expected --max-drop P, the limit that it is for.')
+    if config.calibration_split and not goals:
+        raise UserError(
+            '--calibration-split: no policy is fitted to it; give --budget, --latency-budget or --max-drop.'
+        )
     if config.max_drop is not None and not math.isfinite(config.max_drop):
         raise UserError(f'--max-drop {config.max_drop} must be a number of points.')
     if config.budget is not None:

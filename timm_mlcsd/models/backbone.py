@@ -124,6 +124,8 @@ class MultiExitBackbone(BackboneContract):
         super().__init__()
         backbone = _checked_backbone(backbone)
         check_kinds(exit_head, exit_pool)
+        if not isinstance(small_input, bool):  # any text would count as True
+            raise ValueError(f'small_input={small_input!r}: expected True or False.')
         self.backbone = backbone
         self.pretrained_cfg = self.default_cfg = without_weights(backbone.default_cfg)
         self.pretrained_model_args: Dict[str, Any] = {}
@@ -234,15 +236,18 @@ class MultiExitBackbone(BackboneContract):
         """Freeze the backbone, so that only the heads train and the last exit stays bit for bit the same.
 
         The parameters of the backbone get no gradients. It stays in evaluation mode in either mode of the network, so
-        BatchNorm statistics do not change and dropout is off.
+        BatchNorm statistics do not change and dropout is off. A classifier that `reset_classifier` makes afterwards
+        trains, because it is untrained.
 
         Args:
             freeze: Whether to freeze; False trains the backbone again. Default True.
         """
         if freeze and self.frozen is None:
             self.frozen = [name for name, p in self.backbone.named_parameters() if p.requires_grad]
+        parameters = dict(self.backbone.named_parameters())
         for name in self.frozen or ():
-            self.backbone.get_parameter(name).requires_grad_(not freeze)
+            if name in parameters:  # not a classifier that was removed since
+                parameters[name].requires_grad_(not freeze)
         if not freeze:
             self.frozen = None
         self.train(self.training)

@@ -73,6 +73,11 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
         # multi-exit weights include those of the backbone
         if pretrained:
             kwargs.pop('pretrained_backbone', None)
+        if kwargs.get('feature_cls') not in (None, 'getter'):
+            raise ValueError(
+                f'feature_cls={kwargs["feature_cls"]!r}: expected getter, which reads the features of a backbone with '
+                f'exits; leave it out, or take the plain {arch}.'
+            )
         indices: Dict[str, Any] = {}
         if kwargs.get('features_only') and 'out_indices' not in kwargs:
             with torch.device('meta'):

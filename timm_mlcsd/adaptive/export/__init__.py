@@ -21,7 +21,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...cost import exit_costs
 from ...errors import install_hint, one_line
-from ...file_checks import MANIFEST_FORMAT, SUFFIXES, VERSION, check_class_names, check_data_config, check_manifest
+from ...file_checks import (
+    MANIFEST_FORMAT,
+    SUFFIXES,
+    VERSION,
+    check_class_names,
+    check_data_config,
+    check_manifest,
+    graph_digest,
+)
 from ...models import MultiExitModel, eval_mode, weights_digest
 from ...version import __version__
 from ..exported import MANIFEST, read_manifest
@@ -228,6 +236,7 @@ def _write_stages(
         stages.append(
             dict(
                 file=file,
+                digest=graph_digest(folder / file),
                 exit=model.exit_names[k],
                 answers=policy.is_on(k),
                 inputs=inputs,

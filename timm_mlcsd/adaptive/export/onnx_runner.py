@@ -9,6 +9,7 @@ or, in a terminal: python runner.py photo.jpg
 
 import argparse
 import functools
+import hashlib
 import json
 import math
 import os
@@ -120,6 +121,7 @@ class AdaptiveModel:
         if self.manifest['kind'] != 'onnx':
             raise ValueError(f'{source}: the stages are for {self.manifest["kind"]}, not for ONNX Runtime.')
         self.stages = self.manifest['stages']
+        check_graphs(folder, self.manifest)
         self.policy = check_policy(self.manifest['policy'] if policy is None else policy, 'policy')
         self._check_fit()
         self.thresholds = [*self.policy['thresholds'], -math.inf]
@@ -142,7 +144,7 @@ class AdaptiveModel:
         _register_shared_memory()
         options.add_session_config_entry('session.use_env_allocators', '1')
         self.sessions = [
-            onnxruntime.InferenceSession(str(folder / Path(stage['file']).name), options, providers=list(providers))
+            onnxruntime.InferenceSession(str(folder / stage['file']), options, providers=list(providers))
             for stage in self.stages
         ]
         for k, (session, stage) in enumerate(zip(self.sessions, self.stages)):
@@ -665,6 +667,37 @@ def check_manifest(manifest: Any, source: str) -> None:
         raise ValueError(f'{source}: policy: weights_digest: it was fitted to other weights than those in the folder.')
 
 
+def check_graphs(folder: Any, manifest: Dict[str, Any]) -> None:
+    """Check that the graphs of an exported folder are those of its manifest; older folders have no digests.
+
+    Args:
+        folder: Folder.
+        manifest: Content of its manifest.json, checked by `check_manifest`.
+
+    Raises:
+        ValueError: A graph is missing or belongs to another export.
+    """
+    for stage in manifest['stages']:
+        path = Path(folder) / stage['file']
+        try:
+            found = graph_digest(path)
+        except OSError as e:
+            raise ValueError(f'{str(path)!r} cannot be read: {e.strerror}; export the network again.') from None
+        if stage.get('digest') not in (None, found):
+            raise ValueError(f'{str(path)!r} belongs to another export than manifest.json; export the network again.')
+
+
+def graph_digest(path: Path) -> str:
+    """Digest of a graph, with the file of its weights if they are stored beside it: ``sha256:`` and 64 digits."""
+    digest = hashlib.sha256()
+    beside = path.with_name(f'{path.name}.data')
+    for file in [path] + [beside] * beside.is_file():
+        with open(file, 'rb') as content:
+            while block := content.read(2**20):
+                digest.update(block)
+    return f'sha256:{digest.hexdigest()}'
+
+
 def _check_stage(stage: Any, source: str, file: str, inputs: List[str]) -> List[str]:
     """Check one stage of a manifest and return the names of its state outputs."""
     needed = ('file', 'exit', 'answers', 'inputs', 'outputs', 'macs', 'params', 'stage_macs', 'head_macs', 'depth')
@@ -673,6 +706,7 @@ def _check_stage(stage: Any, source: str, file: str, inputs: List[str]) -> List[
         raise ValueError(f'{source} is broken: it has no {", ".join(missing)}.')
     _check_choice(f'{source}.file', stage['file'], (file,))
     _check_text(f'{source}.exit', stage['exit'])
+    _check_digest(f'{source}.digest', stage.get('digest'))
     for name in needed[5:]:
         _check_integer(f'{source}.{name}', stage[name], 0, 10**18)
     if not isinstance(stage['answers'], bool):

@@ -95,7 +95,9 @@ def labels(network: Network, asked: Optional[str] = None) -> Optional[List[str]]
     if kind == 'none':
         return None
     if kind == 'name':
-        return [class_label(network.class_names, index) for index in range(network.model.num_classes)]
+        names = [class_label(network.class_names, index) for index in range(network.model.num_classes)]
+        # a folder's name may have bytes that are no text, as those of image files
+        return [name.encode('utf-8', 'backslashreplace').decode() for name in names]
     return _descriptions(network.class_names, infer_imagenet_subset(network.model), kind)
 
 

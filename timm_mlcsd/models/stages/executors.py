@@ -78,14 +78,21 @@ class ChainExecutor:
 
     def unsupported_reason(self, model: StagedModel) -> Optional[str]:
         """Explain why the stages cannot run one by one; None if they can."""
-        return self._obstacle(model.backbone) or self._difference(model)
+        found = self._obstacle(model.backbone) or self._difference(model, model.probe_size)
+        return found or next(filter(None, self.difference.values()), None)
 
     def runs_in_stages(self, model: StagedModel, images: Optional[torch.Tensor] = None) -> bool:
         """Whether ``forward_exits(images)`` runs stage by stage."""
         # a tracer recognises timm's leaf functions only inside a call of the backbone
         if self.has_methods and isinstance(images, torch.fx.Proxy):
             return False
-        return self._obstacle(model.backbone) is None and not any(self.difference.values())
+        if self._obstacle(model.backbone) is not None or any(self.difference.values()):
+            return False
+        # timm's backbones do the same at any size, other code may not
+        is_timm = type(model.backbone).forward_features.__module__.startswith('timm')
+        if is_timm or images is None or isinstance(images, torch.fx.Proxy) or torch.compiler.is_compiling():
+            return True
+        return self._difference(model, images.shape[1:]) is None
 
     def prepare(self, model: StagedModel, input_size: Sequence[int]) -> None:
         """Do nothing: a chain needs no preparation for an input size."""
@@ -106,17 +113,17 @@ class ChainExecutor:
                 return f'{name!r} has other modules than when the exits were placed; wrap a new backbone'
         return None
 
-    def _difference(self, model: StagedModel) -> Optional[str]:
-        """Describe how the stages in sequence differ from the backbone, computed once per dtype and device."""
+    def _difference(self, model: StagedModel, input_size: Sequence[int]) -> Optional[str]:
+        """Describe how the stages in sequence differ from the backbone, computed once per size, dtype and device."""
         weight = next(model.backbone.parameters())
-        key = (weight.dtype, weight.device)
+        key = (*input_size, weight.dtype, weight.device)
         if weight.device.type == 'meta':
             return None
         if key not in self.difference:
             backbone = copy_sharing_weights(model.backbone, None)[0]
             steps = [partial(self._run_stage, backbone, k) for k in range(len(self.stages))]
             try:
-                verify([*steps, partial(self._run_end, backbone)], backbone, model.probe_size)
+                verify([*steps, partial(self._run_end, backbone)], backbone, input_size)
                 self.difference[key] = None
             except PartitionError as e:
                 self.difference[key] = str(e)
@@ -144,7 +151,7 @@ class ChainExecutor:
         Raises:
             PartitionError: The stages cannot run one by one.
         """
-        if k == 0 and not self.runs_in_stages(model):
+        if k == 0 and not self.runs_in_stages(model, state):
             raise PartitionError(f'stages cannot run one by one: {self.unsupported_reason(model)}; use forward_exits.')
         return self._run_stage(model.backbone, k, state, self.grad_checkpointing and model.training)
 

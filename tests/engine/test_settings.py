@@ -1,0 +1,56 @@
+"""Settings that a script or a YAML file gives to the engine have the ranges of the flags."""
+
+import math
+
+import pytest
+
+from timm_mlcsd import engine
+from timm_mlcsd.cli import train
+from timm_mlcsd.engine.combinations import check_combinations
+from timm_mlcsd.engine.setting_checks import RANGES, check_settings
+from timm_mlcsd.errors import UserError
+
+# just outside of each range
+OUTSIDE = {'above 0': 0, 'at least 0': -1, 'at least 1': 0, 'from 0 to 1': 1.5, 'from 0 to below 1': 1}
+LENGTHS = dict(mean=3, std=3, input_size=3, scale=2, ratio=2, cutmix_minmax=2, exit_weights=8, decay_milestones=2)
+
+
+@pytest.mark.parametrize('name', sorted(RANGES))
+def test_the_engine_refuses_what_the_flags_refuse(name):
+    number, count = OUTSIDE[RANGES[name][0]], LENGTHS.get(name)
+    config = engine.TrainConfig.from_dict({name: [number] * count if count else number})
+    with pytest.raises(UserError, match=r'=.*: expected (a number|numbers) '):
+        check_settings(config)
+    flag = f'--{name.replace("_", "-")}'
+    with pytest.raises((UserError, SystemExit)):
+        check_combinations(train.read_config(['images', flag, *[str(number)] * (count or 1)]))
+
+
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(lr='1e-3'), "lr='1e-3': expected a number or None"),
+        (dict(epochs=True), 'epochs=True: expected an integer'),
+        (dict(epochs=1.5), r'epochs=1.5: expected an integer'),
+        (dict(amp='false'), "amp='false': expected True or False"),
+        (dict(small_input='false'), "small_input='false': expected True or False"),
+        (dict(clip_grad=-1.0), r'clip_grad=-1.0: expected a number above 0'),
+        (dict(warmup_lr=math.nan), r'warmup_lr=nan: expected a number at least 0'),
+        (dict(beta=math.inf), r'beta=inf: expected a number at least 0'),
+        (dict(mean=[0.5, 'x', 0.5]), r'mean=.*: expected List\[float\] or None'),
+        (dict(std=[0.5, 0.0, 0.5]), r'std=.*: expected numbers above 0'),
+        (dict(opt=3), 'opt=3: expected a text'),
+        (dict(model_kwargs=[1]), r'model_kwargs=\[1\]: expected Dict'),
+    ],
+)
+def test_types_and_ranges(settings, message):
+    with pytest.raises(UserError, match=message):
+        engine.train(engine.TrainConfig.from_dict(settings))
+
+
+def test_what_is_right_passes():
+    check_settings(engine.TrainConfig())
+    given = dict(
+        exits=['layer1', 'layer2'], heads_only=True, pretrained_backbone='a1_in1k', epoch_repeats=1, mean=(0, 1)
+    )
+    check_settings(engine.TrainConfig.from_dict(given))
