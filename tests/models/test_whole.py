@@ -116,7 +116,7 @@ class PadsOddImages(timm.models.resnet.ResNet):
 
     def forward_features(self, x):
         padding = -x.shape[-1] % 32
-        return super().forward_features(torch.nn.functional.pad(x, (0, padding), value=1) if padding else x)
+        return super().forward_features(torch.nn.functional.pad(x, (padding, 0)) if padding else x)
 
 
 @pytest.mark.parametrize('training', [False, True])
