@@ -5,8 +5,8 @@ import math
 import pytest
 
 from timm_mlcsd import engine
-from timm_mlcsd.cli import train
-from timm_mlcsd.engine.combinations import check_combinations
+from timm_mlcsd.cli.config_file import parse_args
+from timm_mlcsd.cli.flags import train_parser
 from timm_mlcsd.engine.setting_checks import RANGES, check_settings
 from timm_mlcsd.errors import UserError
 
@@ -23,7 +23,20 @@ def test_the_engine_refuses_what_the_flags_refuse(name):
         check_settings(config)
     flag = f'--{name.replace("_", "-")}'
     with pytest.raises((UserError, SystemExit)):
-        check_combinations(train.read_config(['images', flag, *[str(number)] * (count or 1)]))
+        parse_args(train_parser(), ['images', flag, *[str(number)] * (count or 1)])
+
+
+@pytest.mark.parametrize('name', sorted(RANGES))
+def test_the_engine_accepts_what_the_flags_accept(name):
+    flag, accepted = f'--{name.replace("_", "-")}', 0
+    for number in ('0', '0.5', '1', '2', '64'):
+        try:
+            args = parse_args(train_parser(), ['images', flag, *[number] * LENGTHS.get(name, 1)])
+        except (UserError, SystemExit):
+            continue
+        check_settings(engine.TrainConfig.from_dict(vars(args)))
+        accepted += 1
+    assert accepted
 
 
 @pytest.mark.parametrize(

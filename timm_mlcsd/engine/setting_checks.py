@@ -17,11 +17,11 @@ _FROM_1: _Range = ('at least 1', lambda v: v >= 1)
 _PROBABILITY: _Range = ('from 0 to 1', lambda v: 0 <= v <= 1)
 _FRACTION: _Range = ('from 0 to below 1', lambda v: 0 <= v < 1)
 _NAMES: Dict[_Range, str] = {
-    _ABOVE_0: 'clip_grad lr lr_base temperature opt_eps layer_decay exit_lr_mult decay_epochs decay_rate lr_noise_std '
+    _ABOVE_0: 'clip_grad lr_base temperature opt_eps layer_decay exit_lr_mult decay_epochs decay_rate lr_noise_std '
     'lr_k_decay crop_pct std scale ratio',
     _FROM_1: 'epochs batch_size validation_batch_size grad_accum_steps lr_base_size lr_cycle_limit lr_cycle_mul '
     'recount img_size in_chans input_size train_num_samples',
-    _FROM_0: 'workers max_bad_samples epoch_repeats val_seed seed color_jitter mixup cutmix alpha beta gamma '
+    _FROM_0: 'workers lr max_bad_samples epoch_repeats val_seed seed color_jitter mixup cutmix alpha beta gamma '
     'distill_warmup_epochs weight_decay warmup_lr min_lr warmup_epochs cooldown_epochs mixup_off_epoch skip_nonfinite '
     'checkpoint_every_steps exit_weights decay_milestones',
     _PROBABILITY: 'hflip vflip color_jitter_prob grayscale_prob gaussian_blur_prob reprob mixup_prob mixup_switch_prob '
