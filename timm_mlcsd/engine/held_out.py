@@ -138,14 +138,14 @@ def check_unlabelled(
     Raises:
         UserError: One of the files is among them.
     """
-    calibration = _files_of(images)
-    if not _files_of(reported):
+    calibration, reported_files = _files_of(images), _files_of(reported)
+    if not reported_files:
         _logger.warning(
             f'--calibration-images: {split} has no files, so whether the images are among those that the policy is '
             f'reported on, or the network was trained on, cannot be checked.'
         )
     groups = {
-        f'is one of the images of {split} that the policy is reported on': _files_of(reported),
+        f'is one of the images of {split} that the policy is reported on': reported_files,
         'was trained on': _trained_files(config, checkpoint),
     }
     for what, files in groups.items():

@@ -41,7 +41,7 @@ def check_settings(config: FlatConfig) -> None:
         UserError: A setting has another type than its field, is not finite, or is outside of its range.
     """
     for part in vars(config).values():
-        if is_dataclass(part) and not isinstance(part, type):
+        if is_dataclass(part):
             hints = get_type_hints(type(part))
             for field in fields(part):
                 _check(field.name, getattr(part, field.name), hints[field.name])
@@ -53,11 +53,9 @@ def _check(name: str, value: Any, hint: Any) -> None:
         expected = ' or '.join(_kind_name(kind) for kind in kinds)
         raise UserError(f'{name}={value!r}: expected {expected}.')
     text, is_in_range = RANGES.get(name, ('finite', math.isfinite))
-    for number in _numbers(value):
-        if not math.isfinite(number) or not is_in_range(number):
-            raise UserError(
-                f'{name}={value!r}: expected {"numbers" if isinstance(value, (list, tuple)) else "a number"} {text}.'
-            )
+    if not all(math.isfinite(number) and is_in_range(number) for number in _numbers(value)):
+        what = 'numbers' if isinstance(value, (list, tuple)) else 'a number'
+        raise UserError(f'{name}={value!r}: expected {what} {text}.')
 
 
 def _is_of(value: Any, kind: Type) -> bool:

@@ -89,7 +89,7 @@ class ChainExecutor:
         if self._obstacle(model.backbone) is not None or any(self.difference.values()):
             return False
         # timm's backbones do the same at any size, other code may not
-        is_timm = type(model.backbone).forward_features.__module__.startswith('timm')
+        is_timm = type(model.backbone).forward_features.__module__.partition('.')[0] in ('timm', 'timm_mlcsd')
         if is_timm or images is None or isinstance(images, torch.fx.Proxy) or torch.compiler.is_compiling():
             return True
         return self._difference(model, images.shape[1:]) is None
