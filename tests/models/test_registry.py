@@ -3,8 +3,10 @@
 import pytest
 import timm
 import torch
+from timm.data import resolve_data_config
 from timm.models import save_for_hf
 
+from timm_mlcsd import from_pretrained, save_pretrained
 from timm_mlcsd.models import create_model
 
 
@@ -73,3 +75,27 @@ def test_other_readers_of_features():
     with pytest.raises(ValueError, match="feature_cls='fx': expected getter"):
         timm.create_model('mlcsd_resnet18', features_only=True, feature_cls='fx')
     assert len(timm.create_model('mlcsd_resnet18', features_only=True, feature_cls='getter').feature_info) == 5
+
+
+@pytest.mark.parametrize('name', ['mlcsd_resnet18', 'mlcsd_test_vit', 'mlcsd_msdnet'])
+def test_the_image_size_of_the_configuration_is_that_of_the_network(name, tmp_path):
+    size = (3, 64, 64)
+    model = timm.create_model(name, num_classes=3, pretrained_cfg_overlay=dict(input_size=size))
+    assert model.probe_size == size
+    save_pretrained(model, tmp_path / 'a')
+    again = from_pretrained(tmp_path / 'a')
+    assert again.probe_size == size
+    save_pretrained(again, tmp_path / 'b')
+    assert resolve_data_config(model=from_pretrained(tmp_path / 'b'))['input_size'] == size
+
+
+def test_a_tag_brings_its_preprocessing(monkeypatch):
+    monkeypatch.setattr('timm.models._builder.load_pretrained', lambda *args, **kwargs: None)
+    plain = timm.create_model('vit_small_patch16_224.dino', pretrained=True)
+    default = timm.create_model('mlcsd_vit_small_patch16_224', exits=2)
+    model = timm.create_model('mlcsd_vit_small_patch16_224', exits=2, pretrained_backbone='dino')
+    config = resolve_data_config(model=model)
+    assert config == resolve_data_config(model=plain) != resolve_data_config(model=default)
+    assert model.num_classes == plain.num_classes
+    with pytest.raises(ValueError, match='Invalid pretrained tag'):
+        create_model('mlcsd_resnet18', pretrained_backbone='nowhere')

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar
 
 import torch
 import torch.nn as nn
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, get_model_input_config
 from torch.utils.checkpoint import checkpoint
 
 from .._timm import feature_take_indices
@@ -376,6 +376,7 @@ def create_native(cls: Callable[..., NetworkT], name: str, pretrained: bool, **k
         **kwargs,
     )
     if isinstance(model, NativeMultiExit):
+        model.probe_size = get_model_input_config(model)['input_size']
         model.default_cfg['classifier'] = f'heads.{model.num_exits - 1}.fc'
     return model
 

@@ -8,7 +8,14 @@ from typing import Any, Callable, Dict
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_model_input_config,
+    get_pretrained_cfg,
+    register_model,
+)
 
 # imported for registration: shufflenetv2 before its architectures get exits, msdnet and ranet with their own exits
 from . import msdnet, ranet, shufflenetv2  # noqa: F401
@@ -78,12 +85,16 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
                 f'feature_cls={kwargs["feature_cls"]!r}: expected getter, which reads the features of a backbone with '
                 f'exits; leave it out, or take the plain {arch}.'
             )
+        weights = kwargs.get('pretrained_backbone')
+        if isinstance(weights, str) and not kwargs.get('pretrained_cfg'):
+            # the preprocessing and the classes of these weights, which may not be those of the default tag
+            kwargs['pretrained_cfg'] = _multi_exit_cfg(f'{arch}.{weights}')
         indices: Dict[str, Any] = {}
         if kwargs.get('features_only') and 'out_indices' not in kwargs:
             with torch.device('meta'):
                 plain: Any = timm.create_model(arch, features_only=True)
             indices['out_indices'] = tuple(plain.feature_info.out_indices)
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             partial(create_multi_exit, arch),
             PREFIX + arch,
             pretrained,
@@ -91,6 +102,9 @@ def _entrypoint(arch: str) -> Callable[..., MultiExitBackbone]:
             feature_cfg=dict(feature_cls=FeatureGetter, **indices),
             **kwargs,
         )
+        if isinstance(model, MultiExitModel):  # not with features_only
+            model.probe_size = get_model_input_config(model)['input_size']
+        return model
 
     create.__name__ = create.__qualname__ = PREFIX + arch
     create.__doc__ = f'Create {arch} with exits; takes the arguments of `create_multi_exit` and of {arch}.'
