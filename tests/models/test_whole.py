@@ -261,3 +261,36 @@ def test_checkpointing_of_a_whole_changes_no_gradient():
         gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
+
+
+class DropsInTraining(ResNet):
+    def forward_features(self, x):
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        x = self.layer1(x)
+        x = x * 0 if self.training else x
+        return self.layer4(self.layer3(self.layer2(x)))
+
+
+class StageThatDrops(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x * 0 if self.training else x)
+
+
+def stage_that_drops():
+    backbone = make_backbone()
+    backbone.layer2.__class__ = StageThatDrops
+    return backbone
+
+
+@pytest.mark.parametrize('make', [lambda: make_backbone(DropsInTraining), stage_that_drops])
+def test_what_other_code_does_in_training_only(make):
+    model = create_multi_exit(randomise(make()), exits=3).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert model.resumable and torch.equal(model.forward_exits(x).logits[-1], model.backbone(x))
+        model.train()
+        output = model(x)
+        assert torch.equal(output.logits[-1], model.backbone(x))
+        assert torch.equal(output.logits[-1][0], output.logits[-1][1])  # nothing of the images is left
+        with pytest.raises(RuntimeError, match=r'may do something else in training mode.*call model.eval'):
+            model.run_stage(0, x)

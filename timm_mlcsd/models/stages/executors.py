@@ -88,11 +88,19 @@ class ChainExecutor:
             return False
         if self._obstacle(model.backbone) is not None or any(self.difference.values()):
             return False
-        # timm's backbones do the same at any size, other code may not
-        is_timm = type(model.backbone).forward_features.__module__.partition('.')[0] in ('timm', 'timm_mlcsd')
-        if is_timm or images is None or isinstance(images, torch.fx.Proxy) or torch.compiler.is_compiling():
+        # timm's backbones do the same at any size and in both modes, other code may not
+        if self._is_timm(model.backbone):
+            return True
+        if model.training:
+            return False
+        if images is None or isinstance(images, torch.fx.Proxy) or torch.compiler.is_compiling():
             return True
         return self._difference(model, images.shape[1:]) is None
+
+    def _is_timm(self, backbone: TimmModel) -> bool:
+        """Whether the code that the stages replace is that of timm and torch."""
+        forwards = [type(backbone).forward_features, *(type(backbone.get_submodule(p)).forward for p in self.parents)]
+        return all(f.__module__.partition('.')[0] in ('timm', 'timm_mlcsd', 'torch') for f in forwards)
 
     def prepare(self, model: StagedModel, input_size: Sequence[int]) -> None:
         """Do nothing: a chain needs no preparation for an input size."""
@@ -136,7 +144,7 @@ class ChainExecutor:
     def set_grad_checkpointing(self, model: StagedModel, enable: bool) -> None:
         """Recompute the blocks in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
-        if not self.runs_in_stages(model):
+        if not (self._is_timm(model.backbone) and self.runs_in_stages(model)):
             model.backbone.set_grad_checkpointing(enable)
 
     def run_whole(self, model: StagedModel, images: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
@@ -149,9 +157,12 @@ class ChainExecutor:
         """Run stage k on the state of stage k-1, or on images [B, C, H, W] for stage 0.
 
         Raises:
+            RuntimeError: The model is in training mode, in which code that is not timm's runs as a whole.
             PartitionError: The stages cannot run one by one.
         """
         if k == 0 and not self.runs_in_stages(model, state):
+            if model.training and not self._is_timm(model.backbone):
+                raise _needs_evaluation(model, 'may do something else in training mode')
             raise PartitionError(f'stages cannot run one by one: {self.unsupported_reason(model)}; use forward_exits.')
         return self._run_stage(model.backbone, k, state, self.grad_checkpointing and model.training)
 
@@ -297,10 +308,7 @@ class GraphExecutor:
             PartitionError: The backbone cannot be cut.
         """
         if model.training:
-            raise RuntimeError(
-                f'{type(model.backbone).__name__} is not a chain of modules, so its stages run one by one only in '
-                f'evaluation mode; call model.eval(), or forward_exits in training mode.'
-            )
+            raise _needs_evaluation(model, 'is not a chain of modules')
         size: Sequence[int]
         if k == 0:
             state, size = (state,), tuple(state.shape[1:])
@@ -324,6 +332,13 @@ class GraphExecutor:
     def _size_of(self, model: StagedModel, k: int, state: Tuple[torch.Tensor, ...]) -> Sequence[int]:
         """Look up the (C, H, W) of the images that led to a state; the probe size for a state of another process."""
         return self.sizes.get(_signature(k, state), model.probe_size)
+
+
+def _needs_evaluation(model: StagedModel, reason: str) -> RuntimeError:
+    return RuntimeError(
+        f'{type(model.backbone).__name__} {reason}, so its stages run one by one only in evaluation mode; call '
+        f'model.eval(), or forward_exits in training mode.'
+    )
 
 
 def _signature(k: int, state: Tuple[torch.Tensor, ...]) -> Tuple:
