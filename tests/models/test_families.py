@@ -2,10 +2,12 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import timm
 import torch
+from torch.nn.utils.prune import l1_unstructured
 
 from timm_mlcsd import MLCSDLoss, create_multi_exit
 from timm_mlcsd.cost import exit_costs
@@ -15,11 +17,13 @@ CHAINS += ['pvt_v2_b0', 'test_vit', 'deit_tiny_distilled_patch16_224']
 # rotary positions, tuples, several streams, windows: cut out of the exported graph
 GRAPHS = ['vit_tiny_patch16_dinov3_qkvb', 'xcit_nano_12_p8_224', 'tnt_s_legacy_patch16_224', 'hiera_tiny_224']
 GRAPHS += ['levit_128s', 'cspresnet50', 'selecsls42', 'crossvit_tiny_240', 'test_vit_relpos']
+# as many blocks as a test needs, because the export takes time for each
+FEW_BLOCKS = {name: dict(depth=4) for name in GRAPHS[:3]}
 
 
 def make(name, **kwargs):
     torch.manual_seed(0)
-    model = create_multi_exit(name, num_classes=5, **kwargs).eval()
+    model = create_multi_exit(name, num_classes=5, **FEW_BLOCKS.get(name, {}), **kwargs).eval()
     return model, torch.randn(3, *model.probe_size)
 
 
@@ -287,3 +291,44 @@ def test_every_exit_compiles_and_exports(name):
         program = torch.export.export(Exits(), (images,), strict=False)
         for z, y in zip(program.module()(images), expected):
             torch.testing.assert_close(z, y)
+
+
+def set_act(backbone):
+    backbone.blocks[0].mlp.act = torch.nn.ReLU()
+
+
+def set_eps(backbone):
+    backbone.blocks[1].norm1.eps = 10.0
+
+
+@pytest.mark.parametrize('change', [set_act, set_eps])
+def test_changes_that_leave_the_weights_are_in_the_stages(change):
+    model, images = make('test_vit_relpos', exits=2)
+    for name, p in model.backbone.named_parameters():
+        torch.nn.init.ones_(p) if name.endswith('gamma') else p.data.mul_(3)
+    with torch.no_grad():
+        before = model(images)
+        assert torch.equal([z for _, z in model.iter_exits(images)][-1], before)
+        change(model.backbone)
+        after = model(images)
+        assert (after - before).abs().max() > 0.01
+        assert torch.equal([z for _, z in model.iter_exits(images)][-1], after)
+
+
+@pytest.mark.parametrize('name, place', [('test_resnet', 'layer2.0.conv1'), ('test_vit_relpos', 'blocks.1.mlp.fc1')])
+@pytest.mark.parametrize('change', [torch.nn.utils.weight_norm, partial(l1_unstructured, name='weight', amount=0.5)])
+def test_weights_that_are_computed(name, place, change):
+    """Pruning and weight normalisation leave a tensor that is no parameter, which cannot be copied."""
+    model, images = make(name, exits=2)
+    change(model.backbone.get_submodule(place))
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal([z for _, z in model.iter_exits(images)][-1], model(images))
+            next(p for n, p in model.backbone.get_submodule(place).named_parameters() if n != 'bias').mul_(3)
+    assert model.resumable
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'eva02_tiny_patch14_224', 'hiera_tiny_224'])
+def test_dropped_patches_leave_no_map(name):
+    with pytest.raises(ValueError, match=r'patch_drop_rate=0\.75: expected 0'):
+        create_multi_exit(name, patch_drop_rate=0.75)

@@ -328,6 +328,13 @@ def _checked_backbone(backbone: nn.Module) -> TimmModel:
             f'the first two downsamplings of this {kind} have already been removed (small_input=True); pass a new '
             f'backbone from timm.create_model.'
         )
+    # at the backbone of Hiera, at a module of its own in ViTs
+    rate = getattr(backbone, 'patch_drop_rate', 0) or getattr(getattr(backbone, 'patch_drop', None), 'prob', 0)
+    if rate:
+        raise ValueError(
+            f'patch_drop_rate={rate}: expected 0 for a network with exits, because the patches that are left in '
+            f'training form no map for the exits to read; leave it out.'
+        )
     return cast(TimmModel, backbone)
 
 

@@ -16,7 +16,7 @@ import torch.fx as fx
 import torch.nn as nn
 
 from ...errors import one_line
-from .hooks import count_hooks
+from .hooks import ModuleState
 from .taps import Taps
 from .verify import PartitionError, default_mode, verify
 
@@ -56,7 +56,10 @@ class _TappedBackbone(nn.Module):
 
 def copy_sharing_weights(backbone: ModuleT, taps: TapsT) -> Tuple[ModuleT, TapsT]:
     """Copy a backbone and its taps for tracing, in evaluation mode, without copying parameters and buffers."""
-    tensors = (*backbone.parameters(), *backbone.buffers())
+    # pruning and weight normalisation keep what they compute from the parameters as an attribute
+    attributes: List[Any] = [value for module in backbone.modules() for value in vars(module).values()]
+    computed: List[torch.Tensor] = [value for value in attributes if isinstance(value, torch.Tensor)]
+    tensors = (*backbone.parameters(), *backbone.buffers(), *computed)
     backbone, taps = copy.deepcopy((backbone, taps), {id(t): t for t in tensors})
     # training mode clears values that a backbone caches for evaluation (attention biases of LeViT)
     return backbone.train().eval(), taps
@@ -117,18 +120,11 @@ class PartitionedGraph:
     ):
         self.pieces = _Partitioner(program, backbone, num_taps, device).pieces()
         self.backbone = backbone
-        self.modules = list(backbone.modules())
-        self.num_hooks = count_hooks(self.modules)
+        self.states = [ModuleState(module) for module in backbone.modules()]
 
     def is_current(self) -> bool:
-        """Whether the backbone still has the modules that own the weights, and as many hooks as at the export."""
-        if count_hooks(self.modules) != self.num_hooks:
-            return False
-        weights = {path: owner for piece in self.pieces for path, owner, _ in piece.weights}
-        try:
-            return all(self.backbone.get_submodule(path) is owner for path, owner in weights.items())
-        except AttributeError:
-            return False
+        """Whether the backbone still has the modules, their settings and hooks of the export."""
+        return all(state.is_current() for state in self.states)
 
     def run(self, index: int, state: Tuple[torch.Tensor, ...]) -> Tuple[torch.Tensor, ...]:
         """Run one piece.

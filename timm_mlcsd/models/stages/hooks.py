@@ -1,10 +1,10 @@
 """Detect hooks and replaced forwards, which a call of a module runs and calls of its children alone would skip."""
 
-from typing import Optional, Sequence
+from typing import Any, List, Optional, Tuple
 
 import torch.nn as nn
 
-__all__ = ['count_hooks', 'find_call_override']
+__all__ = ['ModuleState', 'find_call_override']
 
 
 def find_call_override(module: nn.Module) -> Optional[str]:
@@ -25,6 +25,34 @@ def find_call_override(module: nn.Module) -> Optional[str]:
     return None
 
 
-def count_hooks(modules: Sequence[nn.Module]) -> int:
-    """Count the forward hooks and replaced forwards of modules, their children not included."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ('forward' in m.__dict__) for m in modules)
+class ModuleState:
+    """What the forward of a module depends on apart from its weights, at the time when this was made.
+
+    Args:
+        module: Module to watch; the children of its children are not watched.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.children = [*module._modules.values()]
+        self.calls = self._calls()
+        self.names = [name for name, value in vars(module).items() if _is_setting(value) and name != 'training']
+        self.values = self._values()
+
+    def _calls(self) -> Tuple[Any, ...]:
+        """Number of forward hooks, and the forward of the instance if it has one."""
+        module = self.module
+        return len(module._forward_hooks) + len(module._forward_pre_hooks), module.__dict__.get('forward')
+
+    def _values(self) -> List[Any]:
+        return [self.module.__dict__.get(name) for name in self.names]
+
+    def is_current(self) -> bool:
+        """Whether children, hooks, forward, numbers and texts, such as ``eps`` and ``stride``, are still the same."""
+        children = [*self.module._modules.values()]
+        return children == self.children and self._calls() == self.calls and self._values() == self.values
+
+
+def _is_setting(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, (bool, int, float, str)) for part in parts)
