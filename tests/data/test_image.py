@@ -1,6 +1,7 @@
 """One reading of an image, whatever its file is like."""
 
 import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -75,3 +76,14 @@ def test_every_mode_can_be_asked_for(mode):
     for source in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16'):
         image = read_image(file_of(Image.new(source, (4, 4))), mode)
         assert image.mode == mode and np.asarray(image).dtype == np.uint8
+
+
+def test_a_compressed_tiff_of_a_tar_file_is_read(tmp_path):
+    """Pillow asks for a file descriptor, which a member of a tar file has not."""
+    image = Image.effect_noise((16, 16), 90)
+    for compression in ('tiff_lzw', 'tiff_adobe_deflate'):
+        image.save(tmp_path / 'a.tif', compression=compression)
+        with tarfile.open(tmp_path / 'a.tar', 'w') as tar:
+            tar.add(tmp_path / 'a.tif', 'a.tif')
+        with tarfile.open(tmp_path / 'a.tar') as tar:
+            assert read_image(tar.extractfile('a.tif')).tobytes() == image.convert('RGB').tobytes()

@@ -151,6 +151,51 @@ def test_hidden_files_are_left_out(mine, tmp_path, caplog):
         assert 'left out 50 hidden (._*, .*, __MACOSX)' in caplog.text
 
 
+def test_links_in_a_tar_file_are_refused(mine, small, tmp_path, capsys):
+    """timm reads regular members only, and tar stores every further name of a file as a link."""
+    (mine / 'train' / 'wasp').mkdir()
+    for i in range(4):
+        os.link(mine / 'train' / 'red' / f'{i}.png', mine / 'train' / 'wasp' / f'{i}.png')
+    os.symlink('wasp', mine / 'train' / 'yellow')
+    os.symlink('notes', mine / 'train' / 'README.txt')
+    for name, links in (('hard', 4), ('soft', 5)):
+        with tarfile.open(tmp_path / f'{name}.tar', 'w') as tar:
+            for path in sorted((mine / 'train').iterdir()):
+                if name == 'soft' or not path.is_symlink():
+                    tar.add(path, path.name)
+        assert run(train.main, [tmp_path / f'{name}.tar', *small[1:]]) == 2
+        error = capsys.readouterr().err
+        assert f"{name}.tar' has {links} images or folders as links" in error
+        assert 'tar --dereference --hard-dereference' in error
+    with tarfile.open(tmp_path / 'outer.tar', 'w') as tar:
+        tar.add(tmp_path / 'hard.tar', 'hard.tar')
+    assert run(train.main, [tmp_path / 'outer.tar', *small[1:]]) == 2
+    assert 'outer.tar\' has 4 images or folders as links' in capsys.readouterr().err
+
+
+def test_a_tar_file_that_was_appended_to(mine, small, tmp_path, capsys):
+    with tarfile.open(tmp_path / 'mine.tar', 'w') as tar:
+        tar.add(mine / 'train', '.')
+        tar.add(mine / 'test' / 'red' / '0.png', 'red/0.png')
+    assert run(train.main, [tmp_path / 'mine.tar', *small[1:]]) == 2
+    assert 'mine.tar\' has 1 images twice (red/0.png first), as after tar --append' in capsys.readouterr().err
+
+
+def test_folders_of_one_name_are_one_class(mine, caplog):
+    for i, place in enumerate(('cars', 'dogs')):
+        for name in ('small', 'big'):
+            (mine / 'train' / place / name).mkdir(parents=True)
+            shutil.copy(mine / 'train' / 'red' / f'{i}.png', mine / 'train' / place / name / f'{i}.png')
+    assert class_names(load(mine)) == ['big', 'blue', 'green', 'red', 'small']
+    assert 'folders of one name are one class, wherever they lie: big, small' in caplog.text
+
+
+def test_a_class_map_with_a_class_too_many(mine, tmp_path, caplog):
+    (tmp_path / 'map.txt').write_text('# classes\nred\ngreen\nblue\n')
+    load(mine, '--class-map', tmp_path / 'map.txt')
+    assert 'map.txt has 1 classes without images: # classes' in caplog.text
+
+
 def test_classes_that_look_alike_are_refused(mine, small, capsys):
     (mine / 'train' / 'green').rename(mine / 'train' / '\ufeffred')
     assert run(train.main, [mine, *small[1:]]) == 2

@@ -80,10 +80,11 @@ def exclude_non_images(reader: Any, class_map: bool = False) -> None:
         class_map: Whether the class indices come from a class map and are kept; default False.
 
     Raises:
-        UserError: Images are outside of class folders, a class folder has no readable image, or the names of two
-            classes look the same.
+        UserError: Images are outside of class folders, a class folder has no readable image, the names of two
+            classes look the same, or a tar file has images twice or as links.
     """
     paths = _image_paths(reader)
+    _check_twice(paths, reader)
     keep = [not is_hidden(path) for path in paths]
     _keep_samples(reader, keep, class_map)
     files = [path for path in _all_files(reader) if not is_hidden(path)]
@@ -161,8 +162,40 @@ def _all_files(reader: Any) -> List[str]:
     if hasattr(reader, 'class_to_idx'):
         return _walk(str(reader.root))
     with tarfile.open(reader.root) as tar:
-        found = [os.path.normpath(member.name).lstrip('/') for member in tar if member.isfile()]
+        members = [member for member in _members(tar) if not is_hidden(member.name)]
+    links = [m.name for m in members if (m.issym() or m.islnk()) and _may_be_images(m.name)]
+    if links:
+        raise UserError(
+            f'{printable(str(reader.root))!r} has {len(links)} images or folders as links ({printable(links[0])} '
+            f'first), which would be missing; pack the files themselves (tar --dereference --hard-dereference).'
+        )
+    found = [os.path.normpath(member.name).lstrip('/') for member in members if member.isfile()]
     return [path for path in found if not path.endswith('.tar')]
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar file, and the links in the tar files inside it."""
+    for member in tar:
+        yield member
+        inner = tar.extractfile(member) if member.isfile() and member.name.endswith('.tar') else None
+        if inner is not None:
+            with tarfile.open(fileobj=inner) as child:
+                yield from (m for m in child if m.issym() or m.islnk())
+
+
+def _may_be_images(link: str) -> bool:
+    """Whether a link is to an image or a folder, by its ending."""
+    return os.path.splitext(link)[1].lower() in ('', *IMAGE_ENDINGS)
+
+
+def _check_twice(paths: Sequence[str], reader: Any) -> None:
+    """Refuse a tar file with a path twice, as after ``tar --append``: both images would be read."""
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise UserError(
+            f'{printable(str(reader.root))!r} has {len(twice)} images twice ({printable(twice[0])} first), as after '
+            f'tar --append; unpack it, which keeps the newer ones, and pack the folder again.'
+        )
 
 
 def _walk(root: str) -> List[str]:
@@ -324,12 +357,26 @@ def check_class_folders(reader: Any, class_map: str) -> None:
             else 'unpack it, or make one tar file per split'
         )
         raise UserError(f'{reader.root!r} has images in {", ".join(mixed)}, which would be mixed; {advice}.')
+    merged = sorted(name for name, count in Counter(map(os.path.basename, folders)).items() if count > 1)
+    if merged:
+        _logger.warning(
+            f'{printable(str(reader.root))}: folders of one name are one class, wherever they lie: {_few(merged)}'
+        )
     if class_map and os.path.isdir(reader.root) and hasattr(reader, 'class_to_idx'):
-        left_out = sorted(_folders_with_images(reader.root) - reader.class_to_idx.keys())
+        found = _folders_with_images(reader.root)
+        left_out, unused = (
+            sorted(found - reader.class_to_idx.keys()),
+            sorted(map(str, reader.class_to_idx.keys() - found)),
+        )
         if left_out:
             check_look_alikes([*left_out, *map(str, reader.class_to_idx)], f'--class-map {class_map!r} and the folders')
-            few = printable(f'{", ".join(left_out[:5])}{", ..." if len(left_out) > 5 else ""}')
-            _logger.warning(f'--class-map {class_map} leaves out {len(left_out)} classes: {few}')
+            _logger.warning(f'--class-map {class_map} leaves out {len(left_out)} classes: {_few(left_out)}')
+        if unused:
+            _logger.warning(f'--class-map {class_map} has {len(unused)} classes without images: {_few(unused)}')
+
+
+def _few(names: Sequence[str]) -> str:
+    return printable(f'{", ".join(names[:5])}{", ..." if len(names) > 5 else ""}')
 
 
 def _class_folders(reader: Any) -> Set[str]:

@@ -1,5 +1,7 @@
 """Decode image files in the same way for training, evaluation, prediction and exported networks."""
 
+import io
+import tarfile
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,8 @@ def read_image(file: Any, mode: str = 'RGB') -> Image.Image:
         ValueError: The range of the pixel values is unknown, or the aspect ratio exceeds `MAX_ASPECT_RATIO`.
         OSError: The file cannot be decoded; Pillow's decoders may raise other errors too.
     """
+    if isinstance(file, tarfile.ExFileObject):
+        file = io.BytesIO(file.read())  # Pillow asks for the descriptor of a compressed TIFF file
     with Image.open(file) as image:
         return convert_image(image, mode)
 
