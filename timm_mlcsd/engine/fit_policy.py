@@ -1,6 +1,8 @@
 """The exit policy of a validation: read from a file, or fitted to calibration images."""
 
+import logging
 import math
+import os
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -12,10 +14,11 @@ from ..cost import ExitCost, stage_times
 from ..data import IMAGE_MODE, has_split_folders, num_images
 from ..errors import UserError, as_user_error, printable
 from ..network import Network, policy_path
+from .calibration_data import check_calibration_split, check_not_fitted_to, check_unlabelled
 from .datasets import check_classes, class_names, load_dataset, same_split
 from .evaluator import Evaluator, LabelledLogits
 from .flat_config import as_lists
-from .held_out import check_unlabelled, halves_of, held_out, is_data_of, is_same_data, is_trained_on
+from .held_out import halves_of, held_out, is_data_of, is_trained_on
 from .prediction.images import NumberedImages, load_images
 from .validate_config import ValidateConfig
 
@@ -29,6 +32,8 @@ __all__ = [
     'saved_policy_path',
     'reports_on_half',
 ]
+
+_logger = logging.getLogger(__name__)
 
 # kinds of risk in sentences
 RISK_NAMES = {'drop': 'drop', 'selective': 'share of wrong early answers', 'disagreement': 'disagreement'}
@@ -138,6 +143,11 @@ def load_calibration(config: ValidateConfig, checkpoint: Dict[str, Any]) -> Tupl
         )
     if same_split(split, config.split) and not config.held_out:
         raise UserError(f'the policy would be fitted to split {split!r} and reported on it; name another --split.')
+    if 'train_split' not in checkpoint and same_split(split, 'train'):
+        _logger.warning(
+            f'--calibration-split {split}: the weights have no record of what they were trained on. If it was these '
+            f'images, the policy promises too much.'
+        )
     dataset = load_dataset(config.data, split, needs_folder=True)
     if is_data_of(dataset, checkpoint):
         raise UserError(
@@ -239,20 +249,6 @@ def _fits_a_policy(config: ValidateConfig) -> bool:
     return config.adaptive and (any(goal is not None for goal in goals) or bool(config.report))
 
 
-def _check_not_fitted_to(policy: ExitPolicy, path: Path, config: ValidateConfig, checkpoint: Dict[str, Any]) -> None:
-    """Refuse to report on the images that a policy was fitted to."""
-    name = policy.calibration_data
-    if name is None or not is_same_data(config.data, checkpoint):
-        return
-    held = f'the held-out part of {checkpoint.get("train_split")}'
-    reported = name in (held, f'one half of {held}') if config.held_out else same_split(name, config.split)
-    if reported:
-        raise UserError(
-            f'{path} was fitted to {name}, so a report on these images would promise too much; report on others, or '
-            f'fit a policy with --budget, --latency-budget or --max-drop.'
-        )
-
-
 def _other_preprocessing(network: Network, evaluator: Evaluator) -> str:
     """Names of the settings in which the preprocessing is not that of the network; empty if there are none."""
     own = network.checkpoint.get('data_config') or network.data_config
@@ -336,7 +332,7 @@ def fit_or_load_policy(
         path = _policy_file(config, network)
         with as_user_error(f'--policy {str(path)!r}'):
             policy = ExitPolicy.load_for(path, network.model)
-        _check_not_fitted_to(policy, path, config, network.checkpoint)
+        check_not_fitted_to(policy, path, config, network, reported)
         if others := _other_preprocessing(network, evaluator):
             raise UserError(
                 f'--policy {str(path)!r}: expected images with the preprocessing of the network, which the policy was '
@@ -355,6 +351,7 @@ def fit_or_load_policy(
     else:
         dataset, data = load_calibration(config, network.checkpoint)
         check_classes(class_names(dataset), network.class_names or class_names(reported), data)
+        check_calibration_split(dataset, data, config.data, network.checkpoint, reported, split)
     loader = evaluator.loader(dataset, has_labels=not config.calibration_images)
     val = evaluator.logits(loader)
     if not goal:
@@ -372,5 +369,7 @@ def _unlabelled(
     first, *others = config.calibration_images
     images = load_images(config.data, [first, *others], '', evaluator.data_config, config.data.max_bad_samples).dataset
     check_unlabelled(images, config.data, network.checkpoint, reported, split)
-    name = printable(first)[-200:] + (f' and {len(others)} more' if others else '')
+    # a separator tells a path from the name of a split
+    place = first if os.sep in first else os.path.join(os.curdir, first)
+    name = printable(place)[-200:] + (f' and {len(others)} more' if others else '')
     return NumberedImages(images, range(num_images(images))), name

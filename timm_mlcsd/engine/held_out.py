@@ -1,17 +1,13 @@
 """The images that a training held out, and whether data is the training data of a checkpoint."""
 
-import hashlib
 import logging
 import os
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from ..data import ConvertedImages, TransformSubset, hold_out, image_name, probe_keys, sample_keys
+from ..data import TransformSubset, hold_out, image_name, probe_keys, sample_keys
 from ..errors import UserError, printable
 from ..network import load_checkpoint
 from .data_config import DataConfig, TrainDataConfig
@@ -19,31 +15,17 @@ from .datasets import load_dataset, num_images, same_split
 
 __all__ = [
     'check_held_out',
-    'check_unlabelled',
     'halves_of',
     'held_out',
     'is_data_of',
     'is_same_data',
     'is_same_place',
     'is_trained_on',
+    'load_if_there',
     'warn_of_seen_images',
 ]
 
 _logger = logging.getLogger(__name__)
-
-
-class _File(NamedTuple):
-    """An image file, or a member of a tar file: its size in bytes, and a function that reads it."""
-
-    size: int
-    read: Callable[[], bytes]
-
-    def content(self) -> bytes:
-        """Digest of the file."""
-        return hashlib.sha256(self.read()).digest()
-
-
-_Files = Dict[str, _File]
 
 
 def held_out(config: DataConfig, checkpoint: Dict[str, Any]) -> Tuple[TransformSubset, str]:
@@ -123,100 +105,12 @@ def halves_of(dataset: TransformSubset) -> Tuple[TransformSubset, TransformSubse
     return fit, report
 
 
-def check_unlabelled(
-    images: Dataset, config: DataConfig, checkpoint: Dict[str, Any], reported: Dataset, split: str
-) -> None:
-    """Refuse calibration images that are reported on, or that the checkpoint was trained on.
-
-    Args:
-        images: Calibration images.
-        config: Data that is reported on.
-        checkpoint: Checkpoint of the network.
-        reported: Images that are reported on.
-        split: Their name.
-
-    Raises:
-        UserError: One of the files is among them.
-    """
-    calibration, reported_files = _files_of(images), _files_of(reported)
-    if not reported_files:
-        _logger.warning(
-            f'--calibration-images: {split} has no files, so whether the images are among those that the policy is '
-            f'reported on, or the network was trained on, cannot be checked.'
-        )
-    groups = {
-        f'is one of the images of {split} that the policy is reported on': reported_files,
-        'was trained on': _trained_files(config, checkpoint),
-    }
-    for what, files in groups.items():
-        if both := _files_among(calibration, files):
-            raise UserError(
-                f'--calibration-images: {printable(min(both))} {what}, so the policy would promise too much; name '
-                f'others.'
-            )
-
-
-def _trained_files(config: DataConfig, checkpoint: Dict[str, Any]) -> _Files:
-    """The files that a checkpoint was trained on, if they are still there, or copies of them are."""
-    trained = checkpoint.get('args', {})
-    files: _Files = {}
-    # other sources have no files
-    if 'train_split' not in checkpoint or (trained.get('dataset') or 'torch/').partition('/')[0] != 'torch':
-        return files
-    for data_dir in {config.data_dir, trained.get('data_dir')} - {None}:
-        data = replace(config, dataset=trained.get('dataset') or '', data_dir=data_dir)
-        data.class_map = trained.get('class_map') or ''
-        whole = _load_if_there(data, checkpoint['train_split']) if is_same_data(data, checkpoint) else None
-        if whole is not None:
-            is_unchanged = num_images(whole) == checkpoint.get('train_size')  # else the indices are of other files
-            held = checkpoint['val_indices'].tolist() if is_unchanged and 'val_indices' in checkpoint else []
-            held_files = _files_of(whole, held)
-            files.update({name: file for name, file in _files_of(whole).items() if name not in held_files})
-    return files
-
-
-def _load_if_there(config: DataConfig, split: str) -> Optional[Dataset]:
-    """A split of a data set; None where there is none."""
+def load_if_there(config: DataConfig, split: str) -> Optional[Dataset]:
+    """Load a split of a data set; None where there is none."""
     try:
         return load_dataset(config, split)
     except UserError:
         return None
-
-
-def _files_among(files: _Files, others: _Files) -> List[str]:
-    """Names of those files that are among the others, themselves or as copies."""
-    sizes = {file.size for file in files.values()}
-    contents = {file.content() for file in others.values() if file.size in sizes}  # the other sizes need no reading
-    return [name for name, file in files.items() if name in others or (contents and file.content() in contents)]
-
-
-def _files_of(dataset: Any, indices: Optional[Iterable[int]] = None) -> _Files:
-    """The files of a data set by their real paths, of all or of some indices; none for data sets without files."""
-    if isinstance(dataset, TransformSubset):
-        return _files_of(dataset.dataset, dataset.indices)
-    if isinstance(dataset, ConvertedImages):
-        return _files_of(dataset.dataset, indices)
-    # timm's folders and tar files have a reader, torchvision's folders the list of their files
-    reader: Any = getattr(dataset, 'reader', dataset)
-    if not hasattr(reader, 'samples'):
-        return {}
-    chosen = range(len(reader.samples)) if indices is None else indices
-    if not hasattr(reader, 'class_name_to_idx'):
-        is_timm = hasattr(reader, 'filename')
-        paths = [reader.filename(i, absolute=True) if is_timm else reader.samples[i][0] for i in chosen]
-        return {path: _File(os.path.getsize(path), Path(path).read_bytes) for path in map(os.path.realpath, paths)}
-    members = [(i, *reader.samples[i]) for i in chosen]
-    return {
-        f'{os.path.realpath(reader.root)}/{parent or ""}/{child.name if child else ""}/{info.path}': _File(
-            info.size, partial(_read_member, reader, i)
-        )
-        for i, info, parent, child in members
-    }
-
-
-def _read_member(reader: Any, index: int) -> bytes:
-    content: bytes = reader[index][0].read()
-    return content
 
 
 def warn_of_seen_images(initial_checkpoint: str, config: TrainDataConfig, record: Dict[str, Any]) -> None:
@@ -270,7 +164,7 @@ def is_same_data(config: DataConfig, checkpoint: Dict[str, Any]) -> bool:
         return True
     if not _is_same_set(config, checkpoint) or not config.data_dir or 'train_probe' not in checkpoint:
         return False
-    copy = _load_if_there(config, checkpoint['train_split'])
+    copy = load_if_there(config, checkpoint['train_split'])
     return copy is not None and is_data_of(copy, checkpoint)
 
 

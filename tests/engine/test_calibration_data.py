@@ -1,0 +1,71 @@
+"""A policy is not reported on the images that it was fitted to, nor fitted to those of training."""
+
+import os
+import shutil
+
+import pytest
+from PIL import Image
+from scripts import run
+
+from timm_mlcsd.cli import push, validate
+
+
+@pytest.fixture
+def data(folder, tmp_path):
+    """The folder of colours with splits that hold its images under other names, and one of other images."""
+    root = shutil.copytree(folder, tmp_path / 'data')
+    shutil.copytree(root / 'test', root / 'copies')
+    os.symlink('test', root / 'link')
+    shutil.copytree(root / 'train', root / 'nearly')
+    (root / 'nearly' / 'red' / '3.png').unlink()
+    for path in sorted((root / 'test').glob('*/*.png')):
+        other = root / 'others' / path.parent.name / path.name
+        other.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).rotate(90).save(other)
+    return root
+
+
+@pytest.fixture
+def flags(trained, data, tmp_path):
+    path = shutil.copytree(trained, tmp_path / 'run')
+    return [data, '--checkpoint', path, '--device', 'cpu', '-j', 0, '-b', 16, '--adaptive', '--split', 'test']
+
+
+@pytest.mark.parametrize(
+    'split, message',
+    [
+        ('copies', 'half of the images of copies or more are images of test, which the policy is reported on'),
+        ('link', 'half of the images of link or more are images of test'),
+        ('nearly', 'half of the images of nearly or more were trained on'),
+        ('others', None),
+    ],
+)
+def test_the_same_images_in_another_split(flags, split, message, capsys):
+    argv = [*flags, '--calibration-split', split, '--budget', '100%']
+    assert run(validate.main, argv) == (2 if message else 0)
+    error = capsys.readouterr().err
+    assert message is None or (message in error and error.count('\n') == 1)
+
+
+def test_a_policy_that_was_fitted_without_labels(flags, data, monkeypatch, tmp_path, capsys, caplog):
+    goal = ['--max-drop', 90, '--risk', 'disagreement', '--confidence', 'none', '--save-policy']
+    monkeypatch.chdir(data)  # a folder without a separator in its name
+    assert run(validate.main, [*flags, *goal, '--calibration-images', 'others']) == 0
+    assert run(validate.main, flags) == 0 and 'promises too much' not in caplog.text
+    assert run(validate.main, [*flags[:-1], 'others']) == 2
+    assert 'was fitted to ./others, so a report on these images would promise too much' in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert run(validate.main, [*flags[:-1], 'others']) == 0
+    assert 'fitted to 12 images of ./others; whether they are reported on cannot be checked' in caplog.text
+
+
+def test_a_folder_that_has_no_record_of_its_training(flags, data, tmp_path, capsys, caplog):
+    goal = ['--budget', '100%', '--calibration-split', 'others']
+    assert run(validate.main, [*flags, *goal, '--save-policy']) == 0
+    assert run(push.main, [flags[2], tmp_path / 'shared']) == 0
+    shared = [data, '--model', f'local-dir:{tmp_path / "shared"}', *flags[3:]]
+    assert run(validate.main, shared) == 0 and 'cannot be checked' not in caplog.text
+    assert run(validate.main, [*shared[:-1], 'others']) == 0
+    assert 'was fitted to 12 images of others; whether they are reported on cannot be checked' in caplog.text
+    assert run(validate.main, [*shared, '--calibration-split', 'train', '--budget', '100%']) == 0
+    assert 'the weights have no record of what they were trained on' in caplog.text
