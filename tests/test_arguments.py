@@ -187,3 +187,24 @@ def test_exits():
     for text in ('0', '-1', '\u0663', '1' * 400):
         with pytest.raises(argparse.ArgumentTypeError, match='expected an integer from 1 to 1000'):
             exits(text)
+
+
+@pytest.mark.parametrize(
+    'argv, images',
+    [
+        ('net --threshold .9 a.jpg b.jpg', ['a.jpg', 'b.jpg']),
+        ('--amp net a.jpg --topk 2 b.jpg', ['a.jpg', 'b.jpg']),
+        ('net --amp -- -a.jpg --b.jpg', ['-a.jpg', '--b.jpg']),
+        ('net a.jpg --amp -- -b.jpg', ['a.jpg', '-b.jpg']),
+        ('net --dataset digits', []),
+    ],
+)
+def test_inputs_may_follow_flags(argv, images):
+    args = predict_parser().parse_args(argv.split())
+    assert (args.network, args.images) == ('net', images)
+    assert predict_parser().get_default('images') == []
+
+
+def test_an_unknown_flag_is_no_input():
+    with pytest.raises(UserError, match=r'unknown flag --thresold: did you mean --threshold'):
+        predict_parser().parse_args('net --thresold .9 a.jpg'.split())

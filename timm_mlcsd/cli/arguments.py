@@ -62,10 +62,16 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ScriptParser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one line."""
+    """An argument parser whose mistakes are one line.
 
-    def __init__(self, **kwargs: Any):
+    Args:
+        inputs: Name of the list that arguments after flags belong to; default empty: they are errors.
+        **kwargs: Arguments of ``argparse.ArgumentParser``.
+    """
+
+    def __init__(self, *, inputs: str = '', **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+        self.inputs = inputs
 
     def parse_known_args(  # type: ignore[override]  # the stub has overloads for classes other than Namespace
         self, args: Optional[Sequence[str]] = None, namespace: Optional[argparse.Namespace] = None
@@ -106,7 +112,10 @@ class ScriptParser(argparse.ArgumentParser):
         """
         args = sys.argv[1:] if args is None else list(args)
         namespace, rest = self.parse_known_args(args, namespace)
-        if rest:
+        if rest and self.inputs and not self._unknown_flags(args, rest):
+            # argparse ends a list at the first flag
+            setattr(namespace, self.inputs, [*getattr(namespace, self.inputs), *(arg for arg in rest if arg != '--')])
+        elif rest:
             self.error(self._about_unknown(args, rest, namespace))
         return namespace
 
@@ -118,14 +127,19 @@ class ScriptParser(argparse.ArgumentParser):
             rest: What is left of it.
             namespace: What was parsed, with the name of a subcommand.
         """
-        # what follows -- is never a flag, nor is a negative number
-        before = args[: args.index('--')] if '--' in args else args
-        unknown = [arg for arg in rest if arg in before and re.fullmatch(r'--?[^\W\d][^\s=]*(=.*)?', arg, re.DOTALL)]
+        unknown = self._unknown_flags(args, rest)
         if not unknown:
             return f'unrecognized arguments: {" ".join(rest)}'
         name, flags = unknown[0].partition('=')[0], self._long_flags(namespace)
         near = difflib.get_close_matches(_plain(name), flags, n=1)
         return f'unknown flag {name}' + (f': did you mean {flags[near[0]]}?' if near else '')
+
+    @staticmethod
+    def _unknown_flags(args: List[str], rest: List[str]) -> List[str]:
+        """Those of the remaining arguments that look like flags."""
+        # what follows -- is never a flag, nor is a negative number
+        before = args[: args.index('--')] if '--' in args else args
+        return [arg for arg in rest if arg in before and re.fullmatch(r'--?[^\W\d][^\s=]*(=.*)?', arg, re.DOTALL)]
 
     def _long_flags(self, namespace: argparse.Namespace) -> Dict[str, str]:
         """The flags of this parser and of the subcommand, by their plain names."""

@@ -52,7 +52,7 @@ class Answer(NamedTuple):
 
 def predict_parser() -> ScriptParser:
     """The flags of mlcsd-predict."""
-    parser = ScriptParser(prog='mlcsd-predict', description='Label images with a multi-exit network')
+    parser = ScriptParser(inputs='images', prog='mlcsd-predict', description='Label images with a multi-exit network')
     parser.add_argument('network', help='checkpoint of train.py, folder of a run, saved folder, or hf-hub:REPO')
     parser.add_argument(
         'images',
