@@ -7,6 +7,8 @@ import pytest
 from timm_mlcsd import engine
 from timm_mlcsd.cli.config_file import parse_args
 from timm_mlcsd.cli.flags import train_parser
+from timm_mlcsd.cli.train import read_config
+from timm_mlcsd.engine.combinations import warn_of_idle_settings
 from timm_mlcsd.engine.setting_checks import RANGES, check_settings
 from timm_mlcsd.errors import UserError
 
@@ -67,3 +69,23 @@ def test_what_is_right_passes():
         exits=['layer1', 'layer2'], heads_only=True, pretrained_backbone='a1_in1k', epoch_repeats=1, mean=(0, 1)
     )
     check_settings(engine.TrainConfig.from_dict(given))
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        ('--decay-milestones 1 2', 'Without effect: --decay-milestones with --sched cosine.'),
+        ('--sched step --lr-cycle-mul 2 --min-lr .1', '--min-lr with --sched step'),
+        ('--clip-mode value', 'Without effect: --clip-mode value without --clip-grad.'),
+        ('--lr-noise-std .5', '--lr-noise-std without --lr-noise'),
+        ('--epochs 3', '--warmup-epochs 5: the training of 3 epochs ends before the learning rate is reached'),
+        ('--sched multistep --decay-milestones 1 2', None),
+        ('--clip-mode value --clip-grad 1', None),
+        ('--lr-noise .5 --lr-noise-std .5', None),
+        ('--epochs 3 --warmup-prefix', None),
+        ('', None),
+    ],
+)
+def test_settings_without_effect_are_told(argv, message, caplog):
+    warn_of_idle_settings(read_config(['--dataset', 'digits', *argv.split()]))
+    assert message in caplog.text if message else caplog.text == ''

@@ -1,6 +1,7 @@
 """Checks of settings that are valid each, but contradict each other."""
 
-from typing import Any, Dict, Sequence
+import logging
+from typing import Any, Dict, List, Sequence
 
 import torch
 
@@ -12,7 +13,22 @@ from .loaders import AugmentConfig
 from .optimizer import SchedulerConfig
 from .setting_checks import check_settings
 
-__all__ = ['check_combinations', 'check_cuda_graphs', 'check_fsdp', 'check_input']
+__all__ = ['check_combinations', 'check_cuda_graphs', 'check_fsdp', 'check_input', 'warn_of_idle_settings']
+
+_logger = logging.getLogger(__name__)
+
+_CYCLIC = ('cosine', 'tanh', 'poly')
+# settings that only some of timm's schedules read
+_SCHEDULES = dict(
+    decay_milestones=('multistep',),
+    decay_epochs=('step', 'wsd', 'rsqrt'),
+    decay_rate=('step', 'multistep', 'poly'),
+    lr_k_decay=('cosine', 'poly'),
+    min_lr=(*_CYCLIC, 'wsd', 'rsqrt'),
+    lr_cycle_mul=_CYCLIC,
+    lr_cycle_decay=_CYCLIC,
+    lr_cycle_limit=_CYCLIC,
+)
 
 # arguments of the network and of the optimizer that have flags of their own
 _MODEL_FLAGS = dict(
@@ -54,6 +70,28 @@ def check_combinations(config: TrainConfig) -> None:
     _check_loss(config)
     _check_schedule(config.scheduler)
     _check_augmentation(config.augment)
+
+
+def warn_of_idle_settings(config: TrainConfig) -> None:
+    """Log the settings that have no effect because of others."""
+    schedule, default = config.scheduler, SchedulerConfig()
+    idle: List[str] = [
+        f'--{name.replace("_", "-")} with --sched {schedule.sched}'
+        for name, schedules in _SCHEDULES.items()
+        if getattr(schedule, name) != getattr(default, name) and schedule.sched not in schedules
+    ]
+    if config.loop.clip_mode != 'norm' and config.loop.clip_grad is None:
+        idle.append(f'--clip-mode {config.loop.clip_mode} without --clip-grad')
+    if not schedule.lr_noise:
+        names = [name for name in ('lr_noise_pct', 'lr_noise_std') if getattr(schedule, name) != getattr(default, name)]
+        idle += [f'--{name.replace("_", "-")} without --lr-noise' for name in names]
+    if idle:
+        _logger.warning(f'Without effect: {", ".join(idle)}.')
+    if schedule.warmup_epochs >= schedule.epochs and not schedule.warmup_prefix and schedule.sched != 'none':
+        _logger.warning(
+            f'--warmup-epochs {schedule.warmup_epochs}: the training of {schedule.epochs} epochs ends before the '
+            f'learning rate is reached; give fewer.'
+        )
 
 
 def _check_loss(config: TrainConfig) -> None:

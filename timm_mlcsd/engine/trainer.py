@@ -25,7 +25,7 @@ from .build import (
     resolve_data_config,
     synchronize_norms,
 )
-from .combinations import check_combinations, check_cuda_graphs, check_fsdp
+from .combinations import check_combinations, check_cuda_graphs, check_fsdp, warn_of_idle_settings
 from .config import TrainConfig
 from .datasets import class_names, num_images, train_and_val_datasets
 from .device import compile_forward, make_autocast
@@ -87,6 +87,7 @@ class Trainer:
         weights_only: bool = False,
     ):
         check_combinations(config)
+        warn_of_idle_settings(config)
         if config.loop.cuda_graphs:
             check_cuda_graphs(config, device)
         self.config, self.device, self.dist_context = config, device, dist_context
