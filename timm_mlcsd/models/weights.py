@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Dict, Tuple, Union
@@ -16,6 +17,8 @@ from .multi_exit import MultiExitModel
 
 __all__ = ['drop_unfit_classifiers', 'fit_weights', 'load_backbone', 'weights_digest']
 
+_logger = logging.getLogger(__name__)
+
 _PREFIX = 'backbone.'
 
 
@@ -24,7 +27,8 @@ def load_backbone(
 ) -> None:
     """Load the weights of a backbone, including its classifier, into a multi-exit network or a plain timm model.
 
-    Weights for another image size are resampled with timm's filter.
+    Weights for another image size are resampled with timm's filter. The heads of the exits stay as they are; a network
+    with its heads is loaded with ``timm.create_model(name, checkpoint_path=...)`` or `from_pretrained`.
 
     Args:
         model: A multi-exit network with a backbone, or a plain timm model.
@@ -47,7 +51,14 @@ def load_backbone(
             source = load_state_dict(str(source), use_ema=use_ema)
         except Exception as e:  # damaged files raise errors of any type
             raise ValueError(f'{str(source)!r} cannot be read as weights: {one_line(e)}') from e
-    source = _split(source)[0] or source
+    of_backbone, others = _split(source)
+    heads = sum(name.startswith('heads.') for name in others)
+    if of_backbone and heads and isinstance(model, MultiExitModel) and model.num_exits > 1:
+        _logger.warning(
+            f'load_backbone left {heads} weights of exit heads out, so the heads stay as they are; to load them too, '
+            f'use timm.create_model(name, checkpoint_path=...), from_pretrained or load_state_dict.'
+        )
+    source = of_backbone or source
     backbone = model.get_submodule('backbone') if isinstance(model, MultiExitModel) else model
     try:
         own = backbone.state_dict()
