@@ -402,5 +402,6 @@ def test_mistakes():
     adaptive = AdaptiveModel(model, ExitPolicy([0.5] * 7), COSTS)
     with pytest.raises(ValueError, match=r'shape \(0, 3, 32, 32\); expected'):
         adaptive.predict(torch.empty(0, 3, 32, 32))
-    with pytest.raises(ValueError, match='deadline_s=nan'):
-        adaptive.predict_anytime(images_for(model, 1), float('nan'))
+    for deadline, message in ((float('nan'), 'deadline_s=nan'), (None, 'deadline_s=None'), ('1', "deadline_s='1'")):
+        with pytest.raises(ValueError, match=f'{message}: expected a number of seconds'):
+            adaptive.predict_anytime(images_for(model, 1), deadline)

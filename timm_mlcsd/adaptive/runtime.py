@@ -1,5 +1,6 @@
 """Early-exit inference: run a multi-exit network so that each sample stops at the first exit that is sure of it."""
 
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -141,8 +142,8 @@ class AdaptiveModel:
                 batch is empty.
             RuntimeError: The network, or a part of it, is in training mode.
         """
-        if deadline_s != deadline_s:
-            raise ValueError(f'deadline_s={deadline_s}: expected a number of seconds.')
+        if not isinstance(deadline_s, (int, float)) or math.isnan(deadline_s):
+            raise ValueError(f'deadline_s={deadline_s!r}: expected a number of seconds.')
         return self._run(x, time.perf_counter() + deadline_s)
 
     def predict_stream(

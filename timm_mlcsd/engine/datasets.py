@@ -164,10 +164,13 @@ def class_names(dataset: Dataset) -> Optional[ClassNames]:
 def check_classes(names: Optional[ClassNames], expected: Optional[ClassNames], what: str) -> None:
     """Refuse data whose class names, and so indices, differ from those of training."""
     if names and expected and not same_names(names, expected):
-        ours, theirs = (', '.join(class_label(some, i) for i in range(min(len(some), 5))) for some in (names, expected))
+        ours, theirs = (
+            ', '.join([*(class_label(some, i) for i in range(min(len(some), 5))), *(['...'] if len(some) > 5 else [])])
+            for some in (names, expected)
+        )
         raise UserError(
-            f'the classes of {what} ({printable(ours)}, ...) are not those that are trained on '
-            f'({printable(theirs)}, ...); --class-map FILE gives classes their indices.'
+            f'the classes of {what} ({printable(ours)}) are not those that are trained on ({printable(theirs)}); '
+            f'--class-map FILE gives classes their indices.'
         )
 
 
