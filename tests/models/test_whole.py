@@ -130,7 +130,8 @@ def test_a_forward_that_depends_on_the_size(training):
     for module in model.modules():
         module.training = training and not isinstance(module, nn.BatchNorm2d)
     assert torch.equal(model.forward_exits(odd).logits[-1], backbone(odd))
-    assert not model.resumable and 'differs' in model.why_not_resumable
+    # training runs such a backbone as a whole, whatever the size
+    assert model.resumable if training else 'differs' in model.why_not_resumable
 
 
 def check_runs_as_whole(model, reason):
@@ -294,3 +295,27 @@ def test_what_other_code_does_in_training_only(make):
         assert torch.equal(output.logits[-1][0], output.logits[-1][1])  # nothing of the images is left
         with pytest.raises(RuntimeError, match=r'may do something else in training mode.*call model.eval'):
             model.run_stage(0, x)
+
+
+class StageThatDoubles(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def double_by_class(backbone):
+    backbone.layer2.__class__ = StageThatDoubles
+
+
+def double_by_module(backbone):
+    backbone.layer2 = StageThatDoubles(*backbone.layer2)
+
+
+@pytest.mark.parametrize('change', [double_by_class, double_by_module])
+def test_a_stage_that_is_replaced_after_the_comparison(change):
+    model = create_multi_exit(randomise(make_backbone()), exits=3).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert model.resumable and torch.equal(model.forward_exits(x).logits[-1], model.backbone(x))
+        change(model.backbone)
+        assert torch.equal(model.forward_exits(x).logits[-1], model.backbone(x))
+        assert not model.resumable

@@ -12,7 +12,7 @@ from timm.models import checkpoint_seq
 from ...errors import one_line
 from ..module_types import TimmModel
 from .graph import PartitionedGraph, copy_sharing_weights, export_backbone
-from .hooks import find_call_override
+from .hooks import ModuleState, find_call_override
 from .plan import Plan
 from .probe import TRACED_METHODS, find_step
 from .taps import Taps
@@ -70,6 +70,7 @@ class ChainExecutor:
     def invalidate(self) -> None:
         """Forget the comparison with the backbone after a change of it; modules are looked up by name at each run."""
         self.difference: Dict[Tuple, Optional[str]] = {}
+        self.states: List[ModuleState] = []
 
     def release(self, backbone: nn.Module) -> None:
         """Remove the hooks of this executor from the backbone."""
@@ -78,6 +79,8 @@ class ChainExecutor:
 
     def unsupported_reason(self, model: StagedModel) -> Optional[str]:
         """Explain why the stages cannot run one by one; None if they can."""
+        if not all(state.is_current() for state in self.states):
+            self.invalidate()
         found = self._obstacle(model.backbone) or self._difference(model, model.probe_size)
         return found or next(filter(None, self.difference.values()), None)
 
@@ -86,6 +89,9 @@ class ChainExecutor:
         # a tracer recognises timm's leaf functions only inside a call of the backbone
         if self.has_methods and isinstance(images, torch.fx.Proxy):
             return False
+        is_traced = isinstance(images, torch.fx.Proxy) or torch.compiler.is_compiling()
+        if not is_traced and not all(state.is_current() for state in self.states):
+            self.invalidate()
         if self._obstacle(model.backbone) is not None or any(self.difference.values()):
             return False
         # timm's backbones do the same at any size and in both modes, other code may not
@@ -93,7 +99,7 @@ class ChainExecutor:
             return True
         if model.training:
             return False
-        if images is None or isinstance(images, torch.fx.Proxy) or torch.compiler.is_compiling():
+        if images is None or is_traced:
             return True
         return self._difference(model, images.shape[1:]) is None
 
@@ -128,6 +134,7 @@ class ChainExecutor:
         if weight.device.type == 'meta':
             return None
         if key not in self.difference:
+            self.states = [ModuleState(model.backbone.get_submodule(name)) for name in ('', *self.parents)]
             backbone = copy_sharing_weights(model.backbone, None)[0]
             steps = [partial(self._run_stage, backbone, k) for k in range(len(self.stages))]
             try:

@@ -40,9 +40,10 @@ class ModuleState:
         self.values = self._values()
 
     def _calls(self) -> Tuple[Any, ...]:
-        """Number of forward hooks, and the forward of the instance if it has one."""
+        """The class, the number of forward hooks, and the forward of the instance if it has one."""
         module = self.module
-        return len(module._forward_hooks) + len(module._forward_pre_hooks), module.__dict__.get('forward')
+        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        return type(module), hooks, module.__dict__.get('forward')
 
     def _values(self) -> List[Any]:
         return [self.module.__dict__.get(name) for name in self.names]
