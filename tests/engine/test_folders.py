@@ -178,7 +178,7 @@ def test_a_tar_file_that_was_appended_to(mine, small, tmp_path, capsys):
         tar.add(mine / 'train', '.')
         tar.add(mine / 'test' / 'red' / '0.png', 'red/0.png')
     assert run(train.main, [tmp_path / 'mine.tar', *small[1:]]) == 2
-    assert 'mine.tar\' has 1 images twice (red/0.png first), as after tar --append' in capsys.readouterr().err
+    assert 'mine.tar\' has images twice (1, red/0.png first), as after tar --append' in capsys.readouterr().err
 
 
 def test_folders_of_one_name_are_one_class(mine, caplog):

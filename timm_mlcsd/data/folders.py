@@ -193,8 +193,8 @@ def _check_twice(paths: Sequence[str], reader: Any) -> None:
     twice = [path for path, count in Counter(paths).items() if count > 1]
     if twice:
         raise UserError(
-            f'{printable(str(reader.root))!r} has {len(twice)} images twice ({printable(twice[0])} first), as after '
-            f'tar --append; unpack it, which keeps the newer ones, and pack the folder again.'
+            f'{printable(str(reader.root))!r} has images twice ({len(twice)}, {printable(twice[0])} first), as '
+            f'after tar --append; unpack it, which keeps the newer ones, and pack the folder again.'
         )
 
 
@@ -364,10 +364,8 @@ def check_class_folders(reader: Any, class_map: str) -> None:
         )
     if class_map and os.path.isdir(reader.root) and hasattr(reader, 'class_to_idx'):
         found = _folders_with_images(reader.root)
-        left_out, unused = (
-            sorted(found - reader.class_to_idx.keys()),
-            sorted(map(str, reader.class_to_idx.keys() - found)),
-        )
+        left_out = sorted(found - reader.class_to_idx.keys())
+        unused = sorted(map(str, reader.class_to_idx.keys() - found))
         if left_out:
             check_look_alikes([*left_out, *map(str, reader.class_to_idx)], f'--class-map {class_map!r} and the folders')
             _logger.warning(f'--class-map {class_map} leaves out {len(left_out)} classes: {_few(left_out)}')

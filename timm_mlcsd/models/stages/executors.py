@@ -72,6 +72,11 @@ class ChainExecutor:
         self.difference: Dict[Tuple, Optional[str]] = {}
         self.states: List[ModuleState] = []
 
+    def _forget_if_changed(self) -> None:
+        """Forget the comparison if a module that the stages replace is no longer as it was then."""
+        if not all(state.is_current() for state in self.states):
+            self.invalidate()
+
     def release(self, backbone: nn.Module) -> None:
         """Remove the hooks of this executor from the backbone."""
         if self.taps is not None:
@@ -79,8 +84,7 @@ class ChainExecutor:
 
     def unsupported_reason(self, model: StagedModel) -> Optional[str]:
         """Explain why the stages cannot run one by one; None if they can."""
-        if not all(state.is_current() for state in self.states):
-            self.invalidate()
+        self._forget_if_changed()
         found = self._obstacle(model.backbone) or self._difference(model, model.probe_size)
         return found or next(filter(None, self.difference.values()), None)
 
@@ -90,8 +94,8 @@ class ChainExecutor:
         if self.has_methods and isinstance(images, torch.fx.Proxy):
             return False
         is_traced = isinstance(images, torch.fx.Proxy) or torch.compiler.is_compiling()
-        if not is_traced and not all(state.is_current() for state in self.states):
-            self.invalidate()
+        if not is_traced:
+            self._forget_if_changed()
         if self._obstacle(model.backbone) is not None or any(self.difference.values()):
             return False
         # timm's backbones do the same at any size and in both modes, other code may not
