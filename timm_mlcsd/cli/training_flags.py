@@ -1,6 +1,7 @@
 """Flags of how to train: optimizer, schedule, augmentation, averaging, all under timm's names.
 
-Their defaults are those of the configurations in `timm_mlcsd.engine`; `cli/flags.py` sets them.
+Their defaults are those of the configurations in `timm_mlcsd.engine` (`engine/optimizer.py`: learning rate, schedule;
+`engine/loaders.py`: augmentation; `engine/config.py` lists all); `cli/flags.py` sets them.
 """
 
 import argparse
