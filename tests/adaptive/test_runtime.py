@@ -405,3 +405,4 @@ def test_mistakes():
     for deadline, message in ((float('nan'), 'deadline_s=nan'), (None, 'deadline_s=None'), ('1', "deadline_s='1'")):
         with pytest.raises(ValueError, match=f'{message}: expected a number of seconds'):
             adaptive.predict_anytime(images_for(model, 1), deadline)
+    assert len(adaptive.predict_anytime(images_for(model, 1), np.float32(60)).logits) == 1

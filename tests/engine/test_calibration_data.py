@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import tarfile
 
 import pytest
 from PIL import Image
 from scripts import run
 
-from timm_mlcsd.cli import push, validate
+from timm_mlcsd.cli import push, train, validate
+from timm_mlcsd.engine.calibration_data import check_calibration_split
+from timm_mlcsd.engine.datasets import load_dataset
+from timm_mlcsd.errors import UserError
 
 
 @pytest.fixture
@@ -57,6 +61,12 @@ def test_a_policy_that_was_fitted_without_labels(flags, data, monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     assert run(validate.main, [*flags[:-1], 'others']) == 0
     assert 'fitted to 12 images of ./others; whether they are reported on cannot be checked' in caplog.text
+    # of several places the first is known
+    caplog.clear()
+    places = ['--calibration-images', data / 'others' / 'red', data / 'others' / 'blue']
+    assert run(validate.main, [*flags, *goal, *places]) == 0
+    assert run(validate.main, flags) == 0
+    assert 'others/red and 1 more; whether they are reported on cannot be checked' in caplog.text
 
 
 def test_a_folder_that_has_no_record_of_its_training(flags, data, tmp_path, capsys, caplog):
@@ -69,3 +79,16 @@ def test_a_folder_that_has_no_record_of_its_training(flags, data, tmp_path, caps
     assert 'was fitted to 12 images of others; whether they are reported on cannot be checked' in caplog.text
     assert run(validate.main, [*shared, '--calibration-split', 'train', '--budget', '100%']) == 0
     assert 'the weights have no record of what they were trained on' in caplog.text
+
+
+def test_the_check_leaves_no_tar_file_open(data, tmp_path):
+    """The processes of a loader would share the position in it."""
+    splits = {}
+    for name in ('test', 'copies'):
+        with tarfile.open(tmp_path / f'{name}.tar', 'w') as tar:
+            tar.add(data / name, '.')
+        config = train.read_config([str(tmp_path / f'{name}.tar')]).data
+        splits[name] = load_dataset(config, 'test')
+    with pytest.raises(UserError, match='half of the images of copies or more are images of test'):
+        check_calibration_split(splits['copies'], 'copies', config, {}, splits['test'], 'test')
+    assert [split.reader.tar_state.tf for split in splits.values()] == [None, None]

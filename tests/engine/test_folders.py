@@ -158,7 +158,8 @@ def test_links_in_a_tar_file_are_refused(mine, small, tmp_path, capsys):
         os.link(mine / 'train' / 'red' / f'{i}.png', mine / 'train' / 'wasp' / f'{i}.png')
     os.symlink('wasp', mine / 'train' / 'yellow')
     os.symlink('notes', mine / 'train' / 'README.txt')
-    for name, links in (('hard', 4), ('soft', 5)):
+    os.symlink(mine / 'test' / 'red', mine / 'train' / 'outside')
+    for name, links in (('hard', 4), ('soft', 6)):
         with tarfile.open(tmp_path / f'{name}.tar', 'w') as tar:
             for path in sorted((mine / 'train').iterdir()):
                 if name == 'soft' or not path.is_symlink():
@@ -167,10 +168,17 @@ def test_links_in_a_tar_file_are_refused(mine, small, tmp_path, capsys):
         error = capsys.readouterr().err
         assert f"{name}.tar' has {links} images or folders as links" in error
         assert 'tar --dereference --hard-dereference' in error
-    with tarfile.open(tmp_path / 'outer.tar', 'w') as tar:
-        tar.add(tmp_path / 'hard.tar', 'hard.tar')
-    assert run(train.main, [tmp_path / 'outer.tar', *small[1:]]) == 2
-    assert 'outer.tar\' has 4 images or folders as links' in capsys.readouterr().err
+
+
+def test_links_that_lose_no_image(mine, tmp_path):
+    """An alias of a class that is in the tar file, and a text: as before, they are no data."""
+    (mine / 'train' / 'docs').mkdir()
+    (mine / 'train' / 'docs' / 'notes.md').write_text('blurred: 3')
+    os.symlink('docs/notes.md', mine / 'train' / 'README')
+    os.symlink('red', mine / 'train' / 'latest')
+    with tarfile.open(tmp_path / 'mine.tar', 'w') as tar:
+        tar.add(mine / 'train', '.')
+    assert class_names(load(tmp_path / 'mine.tar')) == ['blue', 'green', 'red']
 
 
 def test_a_tar_file_that_was_appended_to(mine, small, tmp_path, capsys):

@@ -312,6 +312,7 @@ def test_changes_that_leave_the_weights_are_in_the_stages(change):
         change(model.backbone)
         after = model(images)
         assert (after - before).abs().max() > 0.01
+        model.executor.prepare(model, model.probe_size)  # cuts anew
         assert torch.equal([z for _, z in model.iter_exits(images)][-1], after)
 
 
@@ -332,3 +333,19 @@ def test_weights_that_are_computed(name, place, change):
 def test_dropped_patches_leave_no_map(name):
     with pytest.raises(ValueError, match=r'patch_drop_rate=0\.75: expected 0'):
         create_multi_exit(name, patch_drop_rate=0.75)
+
+
+class Random(torch.nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+def test_a_module_that_prevents_stages_may_come_and_go():
+    model, images = make('test_vit_relpos', exits=2)
+    mlp = model.backbone.blocks[1].mlp
+    for act, works in ((Random(), False), (torch.nn.GELU(), True), (Random(), False)):
+        mlp.act = act
+        assert model.resumable == works
+    with torch.no_grad():
+        mlp.act = torch.nn.ReLU()
+        assert torch.equal([z for _, z in model.iter_exits(images)][-1], model(images))

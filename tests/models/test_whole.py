@@ -319,3 +319,16 @@ def test_a_stage_that_is_replaced_after_the_comparison(change):
         change(model.backbone)
         assert torch.equal(model.forward_exits(x).logits[-1], model.backbone(x))
         assert not model.resumable
+
+
+def test_a_verdict_is_repeated_after_a_change():
+    backbone = randomise(make_backbone())
+    model = create_multi_exit(backbone, exits=3).eval()
+    double_by_class(backbone)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for _ in range(2):
+            assert not model.resumable
+            assert torch.equal(model.forward_exits(x).logits[-1], backbone(x))
+            backbone.drop_rate += 0.1  # a setting without effect in evaluation
+            assert torch.equal(model.forward_exits(x).logits[-1], backbone(x))

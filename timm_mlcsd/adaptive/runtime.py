@@ -3,6 +3,7 @@
 import math
 import time
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
@@ -142,7 +143,7 @@ class AdaptiveModel:
                 batch is empty.
             RuntimeError: The network, or a part of it, is in training mode.
         """
-        if not isinstance(deadline_s, (int, float)) or math.isnan(deadline_s):
+        if not isinstance(deadline_s, Real) or math.isnan(deadline_s):
             raise ValueError(f'deadline_s={deadline_s!r}: expected a number of seconds.')
         return self._run(x, time.perf_counter() + deadline_s)
 

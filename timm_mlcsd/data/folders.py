@@ -162,30 +162,26 @@ def _all_files(reader: Any) -> List[str]:
     if hasattr(reader, 'class_to_idx'):
         return _walk(str(reader.root))
     with tarfile.open(reader.root) as tar:
-        members = [member for member in _members(tar) if not is_hidden(member.name)]
-    links = [m.name for m in members if (m.issym() or m.islnk()) and _may_be_images(m.name)]
-    if links:
-        raise UserError(
-            f'{printable(str(reader.root))!r} has {len(links)} images or folders as links ({printable(links[0])} '
-            f'first), which would be missing; pack the files themselves (tar --dereference --hard-dereference).'
-        )
+        members = [member for member in tar if not is_hidden(member.name)]
     found = [os.path.normpath(member.name).lstrip('/') for member in members if member.isfile()]
+    _check_links([member for member in members if member.issym() or member.islnk()], found, reader)
     return [path for path in found if not path.endswith('.tar')]
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of a tar file, and the links in the tar files inside it."""
-    for member in tar:
-        yield member
-        inner = tar.extractfile(member) if member.isfile() and member.name.endswith('.tar') else None
-        if inner is not None:
-            with tarfile.open(fileobj=inner) as child:
-                yield from (m for m in child if m.issym() or m.islnk())
-
-
-def _may_be_images(link: str) -> bool:
-    """Whether a link is to an image or a folder, by its ending."""
-    return os.path.splitext(link)[1].lower() in ('', *IMAGE_ENDINGS)
+def _check_links(links: Sequence[tarfile.TarInfo], files: Sequence[str], reader: Any) -> None:
+    """Refuse links to images in a tar file, which timm skips, and links to folders outside of it."""
+    present = {*files, *(str(folder) for file in files for folder in Path(file).parents)}
+    missing = []
+    for link in links:
+        ending = os.path.splitext(link.name)[1].lower()
+        target = os.path.normpath(os.path.join(os.path.dirname(link.name), link.linkname)).lstrip('/')
+        if ending in IMAGE_ENDINGS or (link.issym() and ending not in _TEXT_ENDINGS and target not in present):
+            missing.append(link.name)
+    if missing:
+        raise UserError(
+            f'{printable(str(reader.root))!r} has {len(missing)} images or folders as links ({printable(missing[0])} '
+            f'first), which would be missing; pack the files themselves (tar --dereference --hard-dereference).'
+        )
 
 
 def _check_twice(paths: Sequence[str], reader: Any) -> None:

@@ -1,5 +1,6 @@
 """Checks of the images that a policy is fitted to: not those that it is reported on, nor those of training."""
 
+import copy
 import hashlib
 import logging
 import os
@@ -37,7 +38,7 @@ class _File(NamedTuple):
 
 
 _Files = Dict[str, _File]
-# images of a split that are looked for among others: all would be read again and again in a large data set
+# images of a split that are looked for among others, so that few of those have the same size and must be read
 _SAMPLE = 64
 
 
@@ -116,7 +117,8 @@ def _trained_files(config: DataConfig, checkpoint: Dict[str, Any]) -> _Files:
     # other sources have no files
     if 'train_split' not in checkpoint or (trained.get('dataset') or 'torch/').partition('/')[0] != 'torch':
         return files
-    for data_dir in {config.data_dir, trained.get('data_dir')} - {None}:
+    places = {os.path.realpath(place): place for place in (config.data_dir, trained.get('data_dir')) if place}
+    for data_dir in places.values():
         data = replace(config, dataset=trained.get('dataset') or '', data_dir=data_dir)
         data.class_map = trained.get('class_map') or ''
         whole = load_if_there(data, checkpoint['train_split']) if is_same_data(data, checkpoint) else None
@@ -150,20 +152,23 @@ def check_not_fitted_to(
     name, checkpoint = policy.calibration_data, network.checkpoint
     if name is None:
         return
-    if os.sep in name:  # images without labels
+    if name in _held_out_names(checkpoint) if config.held_out else same_split(name, config.split):
+        has_record = 'train_split' in checkpoint
+        is_known, is_open = has_record and is_same_data(config.data, checkpoint), not has_record
+    elif os.sep in name:  # images without labels
         # compared by place, because a name from a policy's file must not make us read what it names
-        place = os.path.realpath(re.sub(r' and \d+ more$', '', name))
+        first = re.sub(r' and \d+ more$', '', name)
+        place = os.path.realpath(first)
         is_known = any(file == place or file.startswith(place + os.sep) for file in _files_of(reported))
-        is_reported = is_known or not os.path.exists(place)
+        is_open = first != name or not os.path.exists(place)
     else:
-        is_reported = name in _held_out_names(checkpoint) if config.held_out else same_split(name, config.split)
-        is_known = is_same_data(config.data, checkpoint)
-    if is_reported and is_known:
+        return
+    if is_known:
         raise UserError(
             f'{path} was fitted to {name}, so a report on these images would promise too much; report on others, or '
             f'fit a policy with --budget, --latency-budget or --max-drop.'
         )
-    if is_reported:
+    if is_open:
         _logger.warning(
             f'{path} was fitted to {policy.calibration_images} images of {name}; whether they are reported on cannot '
             f'be checked. If they are, the report promises too much.'
@@ -198,6 +203,9 @@ def _files_of(dataset: Any, indices: Optional[Iterable[int]] = None) -> _Files:
         is_timm = hasattr(reader, 'filename')
         paths = [reader.filename(i, absolute=True) if is_timm else reader.samples[i][0] for i in chosen]
         return {path: _File(os.path.getsize(path), Path(path).read_bytes) for path in map(os.path.realpath, paths)}
+    # an open tar file would be shared by the loader's processes, which would move each other's position in it
+    reader = copy.copy(reader)
+    reader.cache_tarfiles = False
     members = [(i, *reader.samples[i]) for i in chosen]
     return {
         f'{os.path.realpath(reader.root)}/{parent or ""}/{child.name if child else ""}/{info.path}': _File(

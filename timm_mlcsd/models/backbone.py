@@ -93,10 +93,10 @@ class MultiExitBackbone(BackboneContract):
     """A timm model divided into stages, with an exit head after every stage but the last.
 
     In evaluation mode the network behaves like the timm model: bit for bit the same output, and the same methods
-    (`BackboneContract`). A backbone that is a chain of modules runs stage by stage in training too. Any other backbone
-    runs in one forward pass in training, in which the exits read the outputs of the tapped modules; its stages for
-    evaluation are cut from its exported graph at their first use. In both cases the stages in sequence are compared
-    with the backbone when `resumable` is first read.
+    (`BackboneContract`). A backbone that is a chain of modules runs stage by stage, in training only if its forward is
+    timm's own code, because another may do more there. Any other backbone runs in one forward pass in training, in
+    which the exits read the outputs of the tapped modules; its stages for evaluation are cut from its exported graph at
+    their first use. In both cases the stages in sequence are compared with the backbone when `resumable` is first read.
 
     Args:
         backbone: A timm model.
@@ -199,7 +199,8 @@ class MultiExitBackbone(BackboneContract):
 
         Raises:
             ValueError: The stages cannot run one by one (`why_not_resumable`).
-            RuntimeError: The backbone is not a chain of modules, and the network is in training mode.
+            RuntimeError: The backbone is not a chain of modules with timm's own forward, and the network is in training
+                mode.
         """
         return self.executor.run_stage(self, k, state)
 

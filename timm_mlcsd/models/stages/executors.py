@@ -72,10 +72,14 @@ class ChainExecutor:
         self.difference: Dict[Tuple, Optional[str]] = {}
         self.states: List[ModuleState] = []
 
-    def _forget_if_changed(self) -> None:
-        """Forget the comparison if a module that the stages replace is no longer as it was then."""
-        if not all(state.is_current() for state in self.states):
-            self.invalidate()
+    def _compare_again_if_changed(self, model: StagedModel) -> None:
+        """Forget the comparison if a module that the stages replace is no longer as it was; repeat one that failed."""
+        if all(state.is_current() for state in self.states):
+            return
+        failed = [key[:3] for key, found in self.difference.items() if found]
+        self.invalidate()
+        for input_size in failed:
+            self._difference(model, input_size)
 
     def release(self, backbone: nn.Module) -> None:
         """Remove the hooks of this executor from the backbone."""
@@ -84,7 +88,7 @@ class ChainExecutor:
 
     def unsupported_reason(self, model: StagedModel) -> Optional[str]:
         """Explain why the stages cannot run one by one; None if they can."""
-        self._forget_if_changed()
+        self._compare_again_if_changed(model)
         found = self._obstacle(model.backbone) or self._difference(model, model.probe_size)
         return found or next(filter(None, self.difference.values()), None)
 
@@ -95,7 +99,7 @@ class ChainExecutor:
             return False
         is_traced = isinstance(images, torch.fx.Proxy) or torch.compiler.is_compiling()
         if not is_traced:
-            self._forget_if_changed()
+            self._compare_again_if_changed(model)
         if self._obstacle(model.backbone) is not None or any(self.difference.values()):
             return False
         # timm's backbones do the same at any size and in both modes, other code may not
@@ -155,7 +159,8 @@ class ChainExecutor:
     def set_grad_checkpointing(self, model: StagedModel, enable: bool) -> None:
         """Recompute the blocks in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
-        if not (self._is_timm(model.backbone) and self.runs_in_stages(model)):
+        in_stages = self._is_timm(model.backbone) and self.runs_in_stages(model)
+        if not in_stages and (enable or hasattr(model.backbone, 'set_grad_checkpointing')):
             model.backbone.set_grad_checkpointing(enable)
 
     def run_whole(self, model: StagedModel, images: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
@@ -220,15 +225,14 @@ class GraphExecutor:
     """
 
     def __init__(self, backbone: nn.Module, plan: Plan):
-        self.taps = Taps(backbone, plan.tapped)
-        self.invalidate()
+        self.__setstate__({'taps': Taps(backbone, plan.tapped)})
 
     def invalidate(self) -> None:
         """Forget the exported graphs and their pieces after a change of the backbone."""
         self.exports: Dict[Tuple, Union[torch.export.ExportedProgram, PartitionError]] = {}
+        self.states: List[ModuleState] = []
         self.cuts: Dict[Tuple, PartitionedGraph] = {}
         self.sizes: Dict[Tuple, Sequence[int]] = {}
-        self.lock = threading.RLock()
 
     def release(self, backbone: nn.Module) -> None:
         """Remove the hooks of this executor from the backbone."""
@@ -246,7 +250,8 @@ class GraphExecutor:
         return {'taps': self.taps}  # a copy of the model exports and cuts its own backbone
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.taps: Taps = state['taps']
+        self.lock = threading.RLock()
         self.invalidate()
 
     def unsupported_reason(self, model: StagedModel) -> Optional[str]:
@@ -266,7 +271,7 @@ class GraphExecutor:
         return self.taps.run(model.backbone, images)
 
     def cut(self, model: StagedModel, input_size: Sequence[int]) -> PartitionedGraph:
-        """Return the partitioned graph for one input size, made at the first use.
+        """Return the partitioned graph for one input size, made at the first use and after a change of a module.
 
         Args:
             model: Model that owns this executor.
@@ -278,6 +283,12 @@ class GraphExecutor:
         Raises:
             PartitionError: The backbone cannot be cut.
         """
+        with self.lock:
+            if not all(state.is_current() for state in self.states):
+                self.invalidate()
+            return self._cut(model, input_size)
+
+    def _cut(self, model: StagedModel, input_size: Sequence[int]) -> PartitionedGraph:
         weight = next(model.backbone.parameters())
         key = (*input_size, weight.dtype, weight.device)
         with self.lock:
@@ -289,6 +300,7 @@ class GraphExecutor:
         *input_size, dtype, device = key
         exported = (*input_size, dtype)
         if exported not in self.exports:
+            self.states = self.states or [ModuleState(module) for module in model.backbone.modules()]
             try:
                 # export a copy, because other threads may be running the backbone itself
                 self.exports[exported] = export_backbone(*copy_sharing_weights(model.backbone, self.taps), input_size)
@@ -323,11 +335,11 @@ class GraphExecutor:
         size: Sequence[int]
         if k == 0:
             state, size = (state,), tuple(state.shape[1:])
-            if not self.cut(model, size).is_current():
-                self.invalidate()
+            graph = self.cut(model, size)
         else:
             size = self._size_of(model, k - 1, state)
-        after = self.cut(model, size).run(k, state)
+            graph = self._cut(model, size)
+        after = graph.run(k, state)
         self.sizes[_signature(k, after)] = size
         return after
 
@@ -338,7 +350,7 @@ class GraphExecutor:
     def run_end(self, model: StagedModel, state: Tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Compute the logits [B, C] of the backbone from the state of the last stage."""
         size = self._size_of(model, model.num_exits - 1, state)
-        return self.cut(model, size).run(-1, state)[0]
+        return self._cut(model, size).run(-1, state)[0]
 
     def _size_of(self, model: StagedModel, k: int, state: Tuple[torch.Tensor, ...]) -> Sequence[int]:
         """Look up the (C, H, W) of the images that led to a state; the probe size for a state of another process."""

@@ -16,7 +16,6 @@ import torch.fx as fx
 import torch.nn as nn
 
 from ...errors import one_line
-from .hooks import ModuleState
 from .taps import Taps
 from .verify import PartitionError, default_mode, verify
 
@@ -119,12 +118,6 @@ class PartitionedGraph:
         device: torch.device,
     ):
         self.pieces = _Partitioner(program, backbone, num_taps, device).pieces()
-        self.backbone = backbone
-        self.states = [ModuleState(module) for module in backbone.modules()]
-
-    def is_current(self) -> bool:
-        """Whether the backbone still has the modules, their settings and hooks of the export."""
-        return all(state.is_current() for state in self.states)
 
     def run(self, index: int, state: Tuple[torch.Tensor, ...]) -> Tuple[torch.Tensor, ...]:
         """Run one piece.

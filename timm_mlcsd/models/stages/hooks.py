@@ -26,7 +26,7 @@ def find_call_override(module: nn.Module) -> Optional[str]:
 
 
 class ModuleState:
-    """What the forward of a module depends on apart from its weights, at the time when this was made.
+    """The class, children, hooks, numbers, texts and functions of a module at the time when this was made.
 
     Args:
         module: Module to watch; the children of its children are not watched.
@@ -40,20 +40,23 @@ class ModuleState:
         self.values = self._values()
 
     def _calls(self) -> Tuple[Any, ...]:
-        """The class, the number of forward hooks, and the forward of the instance if it has one."""
+        """The class, the forward hooks, and the forward of the instance if it has one."""
         module = self.module
-        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
         return type(module), hooks, module.__dict__.get('forward')
 
     def _values(self) -> List[Any]:
         return [self.module.__dict__.get(name) for name in self.names]
 
     def is_current(self) -> bool:
-        """Whether children, hooks, forward, numbers and texts, such as ``eps`` and ``stride``, are still the same."""
+        """Whether all of it is still the same."""
         children = [*self.module._modules.values()]
-        return children == self.children and self._calls() == self.calls and self._values() == self.values
+        try:
+            return children == self.children and self._calls() == self.calls and self._values() == self.values
+        except RuntimeError:  # a number was replaced by a tensor of several
+            return False
 
 
 def _is_setting(value: Any) -> bool:
     parts = value if isinstance(value, tuple) else (value,)
-    return all(isinstance(part, (bool, int, float, str)) for part in parts)
+    return all(part is None or callable(part) or isinstance(part, (bool, int, float, str)) for part in parts)
