@@ -5,11 +5,11 @@ import errno
 import logging
 import os
 import sys
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 from timm.utils import setup_default_logging
 
-__all__ = ['UserError', 'as_user_error', 'install_hint', 'printable', 'run_script', 'one_line']
+__all__ = ['UserError', 'as_user_error', 'first_few', 'install_hint', 'printable', 'run_script', 'one_line']
 
 # a write that fails names no file: the disk, the quota or the largest file is full, or the device fails
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -37,6 +37,11 @@ def one_line(error: BaseException, length: int = 300) -> str:
 def printable(text: str) -> str:
     """Escape control characters, so that text from a file is safe to print to a terminal."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def first_few(names: Sequence[str]) -> str:
+    """List the first five names for a message, with an ellipsis if there are more."""
+    return printable(f'{", ".join(names[:5])}{", ..." if len(names) > 5 else ""}')
 
 
 def install_hint(extra: str) -> str:

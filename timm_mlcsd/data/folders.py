@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .._timm import get_img_extensions, set_img_extensions
-from ..errors import UserError, printable
+from ..errors import UserError, first_few, printable
 from .class_names import check_look_alikes
 
 __all__ = [
@@ -356,7 +356,7 @@ def check_class_folders(reader: Any, class_map: str) -> None:
     merged = sorted(name for name, count in Counter(map(os.path.basename, folders)).items() if count > 1)
     if merged:
         _logger.warning(
-            f'{printable(str(reader.root))}: folders of one name are one class, wherever they lie: {_few(merged)}'
+            f'{printable(str(reader.root))}: folders of one name are one class, wherever they lie: {first_few(merged)}'
         )
     if class_map and os.path.isdir(reader.root) and hasattr(reader, 'class_to_idx'):
         found = _folders_with_images(reader.root)
@@ -364,13 +364,9 @@ def check_class_folders(reader: Any, class_map: str) -> None:
         unused = sorted(map(str, reader.class_to_idx.keys() - found))
         if left_out:
             check_look_alikes([*left_out, *map(str, reader.class_to_idx)], f'--class-map {class_map!r} and the folders')
-            _logger.warning(f'--class-map {class_map} leaves out {len(left_out)} classes: {_few(left_out)}')
+            _logger.warning(f'--class-map {class_map} leaves out {len(left_out)} classes: {first_few(left_out)}')
         if unused:
-            _logger.warning(f'--class-map {class_map} has {len(unused)} classes without images: {_few(unused)}')
-
-
-def _few(names: Sequence[str]) -> str:
-    return printable(f'{", ".join(names[:5])}{", ..." if len(names) > 5 else ""}')
+            _logger.warning(f'--class-map {class_map} has {len(unused)} classes without images: {first_few(unused)}')
 
 
 def _class_folders(reader: Any) -> Set[str]:

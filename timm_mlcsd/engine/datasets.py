@@ -31,7 +31,7 @@ from ..data import (
     same_names,
     sample_keys,
 )
-from ..errors import UserError, as_user_error, printable
+from ..errors import UserError, as_user_error, first_few
 from .data_config import DataConfig, TrainDataConfig
 from .sources import SOURCES, STREAMS, check_source, read_class_map
 
@@ -164,12 +164,9 @@ def class_names(dataset: Dataset) -> Optional[ClassNames]:
 def check_classes(names: Optional[ClassNames], expected: Optional[ClassNames], what: str) -> None:
     """Refuse data whose class names, and so indices, differ from those of training."""
     if names and expected and not same_names(names, expected):
-        ours, theirs = (
-            ', '.join([*(class_label(some, i) for i in range(min(len(some), 5))), *(['...'] if len(some) > 5 else [])])
-            for some in (names, expected)
-        )
+        ours, theirs = (first_few([class_label(some, i) for i in range(len(some))]) for some in (names, expected))
         raise UserError(
-            f'the classes of {what} ({printable(ours)}) are not those that are trained on ({printable(theirs)}); '
+            f'the classes of {what} ({ours}) are not those that are trained on ({theirs}); '
             f'--class-map FILE gives classes their indices.'
         )
 
