@@ -184,6 +184,10 @@ def test_links_that_lose_no_image(mine, tmp_path):
 def test_a_tar_file_that_was_appended_to(mine, small, tmp_path, capsys):
     with tarfile.open(tmp_path / 'mine.tar', 'w') as tar:
         tar.add(mine / 'train', '.')
+        for _ in range(2):  # a hidden file is no image
+            tar.add(mine / 'test' / 'red' / '0.png', 'red/._0.png')
+    assert len(load(tmp_path / 'mine.tar')) == 48
+    with tarfile.open(tmp_path / 'mine.tar', 'a') as tar:
         tar.add(mine / 'test' / 'red' / '0.png', 'red/0.png')
     assert run(train.main, [tmp_path / 'mine.tar', *small[1:]]) == 2
     assert 'mine.tar\' has images twice (1, red/0.png first), as after tar --append' in capsys.readouterr().err

@@ -84,8 +84,8 @@ def exclude_non_images(reader: Any, class_map: bool = False) -> None:
             classes look the same, or a tar file has images twice or as links.
     """
     paths = _image_paths(reader)
-    _check_twice(paths, reader)
     keep = [not is_hidden(path) for path in paths]
+    _check_twice([path for path, kept in zip(paths, keep) if kept], reader)
     _keep_samples(reader, keep, class_map)
     files = [path for path in _all_files(reader) if not is_hidden(path)]
     unread = [path for path in files if os.path.splitext(path)[1].lower() not in IMAGE_ENDINGS]

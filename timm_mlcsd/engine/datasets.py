@@ -127,6 +127,9 @@ def _with_checked_images(
 ) -> Dataset:
     """The data set with our reading of images, which counts and names the ones that are broken."""
     if isinstance(dataset, ImageDataset):
+        if hasattr(dataset.reader, 'cache_tarfiles'):
+            # the loader's processes would share an open tar file, and move each other's position in it
+            dataset.reader.cache_tarfiles = False
         return CheckedImages(dataset.reader, image_mode, config.max_bad_samples)
     if isinstance(dataset, IterableImageDataset):
         if not is_training:
