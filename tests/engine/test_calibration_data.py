@@ -1,16 +1,18 @@
 """A policy is not reported on the images that it was fitted to, nor fitted to those of training."""
 
 import os
+import pickle
 import shutil
 import tarfile
 
 import pytest
+import torch
 from PIL import Image
 from scripts import run
 
 from timm_mlcsd.cli import push, train, validate
 from timm_mlcsd.engine.calibration_data import check_calibration_split
-from timm_mlcsd.engine.datasets import load_dataset
+from timm_mlcsd.engine.datasets import load_dataset, train_and_val_datasets
 from timm_mlcsd.errors import UserError
 
 
@@ -81,14 +83,37 @@ def test_a_folder_that_has_no_record_of_its_training(flags, data, tmp_path, caps
     assert 'the weights have no record of what they were trained on' in caplog.text
 
 
-def test_the_check_leaves_no_tar_file_open(data, tmp_path):
-    """The processes of a loader would share the position in it."""
-    splits = {}
-    for name in ('test', 'copies'):
-        with tarfile.open(tmp_path / f'{name}.tar', 'w') as tar:
-            tar.add(data / name, '.')
-        config = train.read_config([str(tmp_path / f'{name}.tar')]).data
-        splits[name] = load_dataset(config, 'test')
-    with pytest.raises(UserError, match='half of the images of copies or more are images of test'):
-        check_calibration_split(splits['copies'], 'copies', config, {}, splits['test'], 'test')
-    assert [split.reader.tar_state.tf for split in splits.values()] == [None, None]
+def test_a_validation_split_that_copies_training_images(flags, capsys):
+    path = flags[2] / 'model_best.pth.tar'
+    torch.save({**torch.load(path, weights_only=True), 'val_split': 'nearly'}, path)
+    assert run(validate.main, [*flags, '--calibration-split', 'nearly', '--budget', '100%']) == 2
+    assert 'half of the images of nearly or more were trained on' in capsys.readouterr().err
+
+
+def test_a_link_to_nothing_is_a_broken_image(flags, data, caplog):
+    os.symlink('nothing.png', data / 'test' / 'red' / '9.png')
+    argv = [*flags, '--calibration-split', 'others', '--budget', '100%', '--max-bad-samples', 1]
+    assert run(validate.main, argv) == 0
+    assert caplog.text.count('test/red/9.png') == 1
+
+
+@pytest.mark.parametrize('nested', [False, True])
+def test_no_tar_file_is_left_open(data, tmp_path, nested):
+    """The processes of a loader would share the position in it, and read each other's bytes."""
+    with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
+        for name in ('red', 'green', 'blue'):
+            path = data / 'train' / name
+            if nested:
+                path = tmp_path / f'{name}.tar'
+                with tarfile.open(path, 'w') as inner:
+                    inner.add(data / 'train' / name, name)
+            tar.add(path, path.name)
+    config = train.read_config([str(tmp_path / 'train.tar')]).data
+    images, _, record = train_and_val_datasets(config)
+    reader = images.dataset.reader
+    with pytest.raises(UserError, match='half of the images of train or more are images of copies'):
+        check_calibration_split(images, 'train', config, {}, load_dataset(config, 'train'), 'copies')
+    assert len(record['train_probe']) == len(reader) and images[0][0].size == (16, 16)
+    states = [reader.tar_state, *reader.tar_state.children.values()]
+    assert len(states) == (4 if nested else 1) and all(state.tf is None for state in states)
+    assert len(pickle.loads(pickle.dumps(reader))) == len(reader)

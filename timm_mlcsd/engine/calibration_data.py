@@ -1,6 +1,5 @@
 """Checks of the images that a policy is fitted to: not those that it is reported on, nor those of training."""
 
-import copy
 import hashlib
 import logging
 import os
@@ -18,7 +17,7 @@ from ..errors import UserError, printable
 from ..network import Network
 from .data_config import DataConfig
 from .datasets import num_images, same_split
-from .held_out import is_same_data, load_if_there
+from .held_out import held_out_names, is_same_data, load_if_there
 from .validate_config import ValidateConfig
 
 __all__ = ['check_calibration_split', 'check_not_fitted_to', 'check_unlabelled']
@@ -32,9 +31,12 @@ class _File(NamedTuple):
     size: int
     read: Callable[[], bytes]
 
-    def content(self) -> bytes:
-        """Digest of the file."""
-        return hashlib.sha256(self.read()).digest()
+    def content(self) -> Optional[bytes]:
+        """Digest of the file; None if it cannot be read."""
+        try:
+            return hashlib.sha256(self.read()).digest()
+        except OSError:
+            return None
 
 
 _Files = Dict[str, _File]
@@ -93,8 +95,7 @@ def check_calibration_split(
     """
     files = _files_of(images)
     groups = {f'are images of {split}, which the policy is reported on': _files_of(reported)}
-    # training itself saw to it that its own validation images are others
-    if name not in _held_out_names(checkpoint) and not same_split(name, checkpoint.get('val_split') or ''):
+    if name not in held_out_names(checkpoint):  # those were compared one by one
         groups['were trained on'] = _trained_files(config, checkpoint)
     for what, others in groups.items():
         if _is_mostly_among(files, others):
@@ -152,15 +153,15 @@ def check_not_fitted_to(
     name, checkpoint = policy.calibration_data, network.checkpoint
     if name is None:
         return
-    if name in _held_out_names(checkpoint) if config.held_out else same_split(name, config.split):
+    if name in held_out_names(checkpoint) if config.held_out else same_split(name, config.split):
         has_record = 'train_split' in checkpoint
-        is_known, is_open = has_record and is_same_data(config.data, checkpoint), not has_record
+        is_known, is_unknown = has_record and is_same_data(config.data, checkpoint), not has_record
     elif os.sep in name:  # images without labels
         # compared by place, because a name from a policy's file must not make us read what it names
         first = re.sub(r' and \d+ more$', '', name)
         place = os.path.realpath(first)
         is_known = any(file == place or file.startswith(place + os.sep) for file in _files_of(reported))
-        is_open = first != name or not os.path.exists(place)
+        is_unknown = first != name or not os.path.exists(place)
     else:
         return
     if is_known:
@@ -168,23 +169,18 @@ def check_not_fitted_to(
             f'{path} was fitted to {name}, so a report on these images would promise too much; report on others, or '
             f'fit a policy with --budget, --latency-budget or --max-drop.'
         )
-    if is_open:
+    if is_unknown:
         _logger.warning(
             f'{path} was fitted to {policy.calibration_images} images of {name}; whether they are reported on cannot '
             f'be checked. If they are, the report promises too much.'
         )
 
 
-def _held_out_names(checkpoint: Dict[str, Any]) -> List[str]:
-    """What the images that training held out are called, all and one half of them."""
-    name = f'the held-out part of {checkpoint.get("train_split")}'
-    return [name, f'one half of {name}']
-
-
 def _files_among(files: _Files, others: _Files) -> List[str]:
     """Names of those files that are among the others, themselves or as copies."""
     sizes = {file.size for file in files.values()}
     contents = {file.content() for file in others.values() if file.size in sizes}  # the other sizes need no reading
+    contents.discard(None)
     return [name for name, file in files.items() if name in others or (contents and file.content() in contents)]
 
 
@@ -202,10 +198,8 @@ def _files_of(dataset: Any, indices: Optional[Iterable[int]] = None) -> _Files:
     if not hasattr(reader, 'class_name_to_idx'):
         is_timm = hasattr(reader, 'filename')
         paths = [reader.filename(i, absolute=True) if is_timm else reader.samples[i][0] for i in chosen]
-        return {path: _File(os.path.getsize(path), Path(path).read_bytes) for path in map(os.path.realpath, paths)}
-    # an open tar file would be shared by the loader's processes, which would move each other's position in it
-    reader = copy.copy(reader)
-    reader.cache_tarfiles = False
+        files = filter(os.path.isfile, map(os.path.realpath, paths))  # what is not there is counted as broken later
+        return {path: _File(os.path.getsize(path), Path(path).read_bytes) for path in files}
     members = [(i, *reader.samples[i]) for i in chosen]
     return {
         f'{os.path.realpath(reader.root)}/{parent or ""}/{child.name if child else ""}/{info.path}': _File(

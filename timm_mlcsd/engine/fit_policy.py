@@ -18,7 +18,7 @@ from .calibration_data import check_calibration_split, check_not_fitted_to, chec
 from .datasets import check_classes, class_names, load_dataset, same_split
 from .evaluator import Evaluator, LabelledLogits
 from .flat_config import as_lists
-from .held_out import halves_of, held_out, is_data_of, is_trained_on
+from .held_out import halves_of, held_out, held_out_names, is_data_of, is_trained_on
 from .prediction.images import NumberedImages, load_images
 from .validate_config import ValidateConfig
 
@@ -124,7 +124,7 @@ def load_calibration(config: ValidateConfig, checkpoint: Dict[str, Any]) -> Tupl
     if split is None and 'val_indices' in checkpoint:
         images, name = held_out(config.data, checkpoint)
         if reports_on_half(config):
-            return halves_of(images)[0], f'one half of {name}'
+            return halves_of(images)[0], held_out_names(checkpoint)[1]
         if config.held_out or is_trained_on(config.data, checkpoint, config.split):
             flag = '--held-out' if config.held_out else f'--split {config.split}'
             raise UserError(f'{flag}: the policy is fitted to these images; report on others, {_others(config)}.')

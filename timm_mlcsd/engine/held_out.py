@@ -17,6 +17,7 @@ __all__ = [
     'check_held_out',
     'halves_of',
     'held_out',
+    'held_out_names',
     'is_data_of',
     'is_same_data',
     'is_same_place',
@@ -37,7 +38,13 @@ def held_out(config: DataConfig, checkpoint: Dict[str, Any]) -> Tuple[TransformS
     split = checkpoint['train_split']
     dataset = load_dataset(config, split)
     check_held_out(dataset, checkpoint, f'split {split!r}')
-    return TransformSubset(dataset, checkpoint['val_indices'].tolist()), f'the held-out part of {split}'
+    return TransformSubset(dataset, checkpoint['val_indices'].tolist()), held_out_names(checkpoint)[0]
+
+
+def held_out_names(checkpoint: Dict[str, Any]) -> Tuple[str, str]:
+    """Names of the images that training held out, and of one half of them."""
+    name = f'the held-out part of {checkpoint.get("train_split")}'
+    return name, f'one half of {name}'
 
 
 def check_held_out(dataset: Dataset, checkpoint: Dict[str, Any], what: str) -> None:
