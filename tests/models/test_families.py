@@ -4,6 +4,7 @@ import copy
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -301,7 +302,12 @@ def set_eps(backbone):
     backbone.blocks[1].norm1.eps = 10.0
 
 
-@pytest.mark.parametrize('change', [set_act, set_eps])
+def set_array(backbone):
+    set_eps(backbone)
+    backbone.embed_dim = np.array([64, 64])  # no comparison of it has one truth value
+
+
+@pytest.mark.parametrize('change', [set_act, set_eps, set_array])
 def test_changes_that_leave_the_weights_are_in_the_stages(change):
     model, images = make('test_vit_relpos', exits=2)
     for name, p in model.backbone.named_parameters():

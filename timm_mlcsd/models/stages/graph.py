@@ -30,12 +30,12 @@ class _Piece(NamedTuple):
 
     Attributes:
         module: Function of weights, constants and incoming state.
-        weights: Weights read at every run, as (path of the owner, owner, attribute).
+        weights: Weights read at every run, as (owner, attribute).
         constants: Constant tensors of the graph.
     """
 
     module: fx.GraphModule
-    weights: List[Tuple[str, nn.Module, str]]
+    weights: List[Tuple[nn.Module, str]]
     constants: List[torch.Tensor]
 
 
@@ -130,7 +130,7 @@ class PartitionedGraph:
             State of the stage; for the end a tuple of the logits [B, C].
         """
         piece = self.pieces[index]
-        weights = (getattr(owner, name) for _, owner, name in piece.weights)
+        weights = (getattr(owner, name) for owner, name in piece.weights)
         result: Tuple[torch.Tensor, ...] = piece.module(*weights, *piece.constants, *state)
         return result
 
@@ -268,9 +268,9 @@ class _Partitioner:
             [self.constants[n.name] for n in constants],
         )
 
-    def _owner(self, target: str) -> Tuple[str, nn.Module, str]:
+    def _owner(self, target: str) -> Tuple[nn.Module, str]:
         path, _, name = target.removeprefix('backbone.').rpartition('.')
-        return path, self.backbone.get_submodule(path), name
+        return self.backbone.get_submodule(path), name
 
     def _is_size_of_state(self, node: fx.Node) -> bool:
         """Whether a node reads a size of an image-dependent tensor, which is a multiple of the batch size."""

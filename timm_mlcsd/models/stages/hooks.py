@@ -53,7 +53,7 @@ class ModuleState:
         children = [*self.module._modules.values()]
         try:
             return children == self.children and self._calls() == self.calls and self._values() == self.values
-        except RuntimeError:  # a number was replaced by a tensor of several
+        except (RuntimeError, ValueError):  # a number was replaced by a tensor or an array of several
             return False
 
 
