@@ -7,7 +7,7 @@ from typing import Any, Callable, Collection, Dict, NamedTuple, Optional
 
 from .._timm import names_of_reader
 from ..data import check_class_folders, check_folder_has_split, exclude_non_images, load_class_map
-from ..errors import UserError, install_hint, printable
+from ..errors import UserError, first_few, install_hint
 from .data_config import DataConfig
 
 __all__ = ['SOURCES', 'STREAMS', 'Source', 'check_source', 'read_class_map']
@@ -113,7 +113,7 @@ def _check_table(reader: Any, config: DataConfig, split: str, class_map: Optiona
     if missing:
         raise UserError(
             f'--class-map {config.class_map!r}: expected an index for every class of the data, got none for '
-            f'{printable(", ".join(missing[:5]))}; add {"it" if len(missing) == 1 else "them"}.'
+            f'{first_few(missing)}; add {"it" if len(missing) == 1 else "them"}.'
         )
 
 
