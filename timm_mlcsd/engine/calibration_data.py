@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import tarfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ class _File(NamedTuple):
         """Digest of the file; None if it cannot be read."""
         try:
             return hashlib.sha256(self.read()).digest()
-        except OSError:
+        except (OSError, tarfile.TarError):
             return None
 
 
@@ -94,21 +95,23 @@ def check_calibration_split(
         UserError: Half of the images or more are among them.
     """
     files = _files_of(images)
+    if not files:
+        return
     groups = {f'are images of {split}, which the policy is reported on': _files_of(reported)}
-    if name not in held_out_names(checkpoint):  # those were compared one by one
+    if name not in held_out_names(checkpoint):  # those are compared one by one when they are loaded
         groups['were trained on'] = _trained_files(config, checkpoint)
     for what, others in groups.items():
         if _is_mostly_among(files, others):
             raise UserError(
-                f'--calibration-split: half of the images of {name} or more {what}, so the policy would promise too '
-                f'much; name another split.'
+                f'calibration: half of the images of {name} or more {what}, so the policy would promise too much; '
+                f'name another split with --calibration-split.'
             )
 
 
 def _is_mostly_among(files: _Files, others: _Files) -> bool:
     """Whether half of the files or more are among the others, by a sample."""
-    names = [*files][:: max(1, len(files) // _SAMPLE)]
-    return bool(names) and 2 * len(_files_among({name: files[name] for name in names}, others)) >= len(names)
+    names = [*files][:: -(-len(files) // _SAMPLE)]
+    return 2 * len(_files_among({name: files[name] for name in names}, others)) >= len(names)
 
 
 def _trained_files(config: DataConfig, checkpoint: Dict[str, Any]) -> _Files:
