@@ -96,16 +96,7 @@ def save_pretrained(
     if any(directory.glob('*.pth.tar')):
         raise UserError(f'{str(directory)!r} holds checkpoints of train.py; choose another folder.')
     if policy is not None:
-        policy.check(model.num_exits, model.exit_names)
-        policy.check_weights(model)
-        dtype = next(model.parameters()).dtype
-        if dtype != torch.float32:
-            raise ValueError(
-                f'the network is in {dtype} and is loaded in torch.float32, which the policy was not fitted to; call '
-                f'model.float() and fit a policy to it, or save it without one.'
-            )
-        if policy.weights_digest is None:
-            policy = policy.for_weights(model)
+        policy = _bound_policy(policy, model)
     names = label_names(model) if class_names is None else class_list(class_names, model.num_classes)
     check_data_config(data_config or {})
     image_mode = (data_config or {}).get(IMAGE_MODE, model.pretrained_cfg.get(IMAGE_MODE))
@@ -141,6 +132,19 @@ def save_pretrained(
                 policy.save(new / POLICY)
     except (OSError, safetensors.SafetensorError) as e:
         raise UserError(f'{str(directory)!r} cannot be written: {one_line(e)}; nothing in it was changed.') from e
+
+
+def _bound_policy(policy: SavablePolicy, model: MultiExitModel) -> SavablePolicy:
+    """Check that a policy was fitted to a network as it will be loaded, and bind it to the weights."""
+    policy.check(model.num_exits, model.exit_names)
+    policy.check_weights(model)
+    dtype = next(model.parameters()).dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f'the network is in {dtype} and is loaded in torch.float32, which the policy was not fitted to; call '
+            f'model.float() and fit a policy to it, or save it without one.'
+        )
+    return policy.for_weights(model) if policy.weights_digest is None else policy
 
 
 def push_to_hub(
