@@ -247,6 +247,6 @@ def test_code_in_a_checkpoint_never_runs(tmp_path, hub, capsys):
     run = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, timeout=180)
     assert run.returncode != 0 and 'eights' in run.stderr
     assert not trap.exists()
-    # the trap works where somebody does unpickle
+    # the trap works where the file is unpickled
     torch.load(path, weights_only=False)
     assert trap.exists()

@@ -17,7 +17,7 @@ def noise(*shape, dtype=np.uint8):
 
 
 def save_corpus(folder):
-    """Files of all kinds that people have."""
+    """Files of all kinds."""
     colour = Image.fromarray(noise(48, 72, 3))
     for orientation in range(1, 9):
         exif = Image.Exif()

@@ -210,7 +210,7 @@ def test_iter_exits_gives_the_aggregated_answers():
 def test_deadlines():
     model = make()
     images = images_for(model, 4)
-    adaptive = AdaptiveModel(model, ExitPolicy([2.0] * 7), COSTS)  # nobody is ever that sure
+    adaptive = AdaptiveModel(model, ExitPolicy([2.0] * 7), COSTS)  # no score is that high
     slow = adaptive._run_exit
     adaptive._run_exit = [lambda state, run=run: (time.sleep(0.02), run(state))[1] for run in slow]
     assert set(adaptive.predict_anytime(images, 10.0).exit_index.tolist()) == {7}

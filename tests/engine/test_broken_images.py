@@ -20,7 +20,7 @@ from timm_mlcsd.network import load_checkpoint
 KINDS = ('empty', 'text', 'no header', 'cut short', 'bits flipped', 'another format cut short')
 
 
-def spoil(path, kind, rng):
+def damage(path, kind, rng):
     """Make a PNG file unreadable."""
     data = bytearray(path.read_bytes())
     if kind == 'empty':
@@ -42,14 +42,14 @@ def spoil(path, kind, rng):
 
 
 @pytest.fixture
-def spoilt(folder, tmp_path):
+def damaged(folder, tmp_path):
     """The folder of colours, six of its 48 images to train on broken, each in its own way, and one to test."""
     root = tmp_path / 'colours'
     shutil.copytree(folder, root)
     rng = random.Random(0)
     for kind, path in zip(KINDS, rng.sample(sorted((root / 'train').rglob('*.png')), 6)):
-        spoil(path, kind, rng)
-    spoil(sorted((root / 'test').rglob('*.png'))[0], 'cut short', rng)
+        damage(path, kind, rng)
+    damage(sorted((root / 'test').rglob('*.png'))[0], 'cut short', rng)
     return root
 
 
@@ -63,8 +63,8 @@ def spoilt(folder, tmp_path):
         ['--distill-method', 'crd'],
     ],
 )
-def test_they_are_left_out_up_to_a_limit(spoilt, small, tmp_path, capsys, caplog, more):
-    flags = [spoilt, *small[1:], *more]
+def test_they_are_left_out_up_to_a_limit(damaged, small, tmp_path, capsys, caplog, more):
+    flags = [damaged, *small[1:], *more]
     assert run(train.main, [*flags, '--max-bad-samples', 5]) == 2
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and '6 of 48 images cannot be read' in error and '.png (' in error
@@ -76,21 +76,21 @@ def test_they_are_left_out_up_to_a_limit(spoilt, small, tmp_path, capsys, caplog
     assert load_checkpoint(tmp_path / 'run')['epoch'] == 1
 
 
-def test_the_first_stops_a_run_that_allows_none(spoilt, small, tmp_path, capsys):
-    assert run(train.main, [spoilt, *small[1:]]) == 2
+def test_the_first_stops_a_run_that_allows_none(damaged, small, tmp_path, capsys):
+    assert run(train.main, [damaged, *small[1:]]) == 2
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and '--max-bad-samples N' in error and re.search(r'/train/\w+/\d+\.png \(', error)
 
 
-def test_a_script_ends_where_a_process_of_its_loader_fails(spoilt, small):
-    command = [sys.executable, ROOT / 'train.py', spoilt, *small[1:], '--workers', 2]
+def test_a_script_ends_where_a_process_of_its_loader_fails(damaged, small):
+    command = [sys.executable, ROOT / 'train.py', damaged, *small[1:], '--workers', 2]
     # it waited for ever for that process, after its error message
     script = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=100)
     assert script.returncode == 2 and 'cannot be read' in script.stderr and 'Traceback' not in script.stderr
 
 
-def test_evaluation_counts_what_can_be_read(spoilt, trained, tmp_path, capsys):
-    flags = [spoilt, '--checkpoint', trained, '--split', 'test', '--workers', 0, '--device', 'cpu', '-b', 4]
+def test_evaluation_counts_what_can_be_read(damaged, trained, tmp_path, capsys):
+    flags = [damaged, '--checkpoint', trained, '--split', 'test', '--workers', 0, '--device', 'cpu', '-b', 4]
     assert run(validate.main, flags) == 2
     capsys.readouterr()
     # one image to a batch: one batch is empty
@@ -117,7 +117,7 @@ def test_every_kind_is_noticed(kind, folder, tmp_path):
     images = CheckedImages(Reader(), 'RGB', limit=1)
     assert images[0] is not None and not images.broken.any()
     images.check()
-    spoil(path, kind, random.Random(0))
+    damage(path, kind, random.Random(0))
     assert images[0] is None and torch.equal(images.broken, torch.tensor([True]))
     images.check()
     images.limit, images.named = 0, set()

@@ -24,7 +24,7 @@ def jpeg(png, share):
     return buffer.getvalue()[: int(len(buffer.getvalue()) * share)]
 
 
-SPOIL = {
+DAMAGE = {
     (0, 2): lambda data: b'',
     (0, 12): lambda data: b'<html>404</html>' * 20,
     (1, 7): lambda data: bytes(16) + data[16:],
@@ -34,19 +34,19 @@ SPOIL = {
 }
 
 
-def spoilt():
+def damaged():
     """Six of 41 images to train on, each in its own way, and the last two of 13 to test."""
     splits = noise()
-    for (shard, i), spoil in SPOIL.items():
+    for (shard, i), damage in DAMAGE.items():
         name, data, label = splits['train'][shard][i]
-        splits['train'][shard][i] = (name, spoil(data), label)
+        splits['train'][shard][i] = (name, damage(data), label)
     splits['test'][-1][-2:] = [(name, data[:100], label) for name, data, label in splits['test'][-1][-2:]]
     return splits
 
 
 @pytest.fixture(scope='module', params=['hfids', 'wds', 'tfds'])
 def stream(request, tmp_path_factory):
-    return write_stream(request.param, tmp_path_factory.mktemp(request.param), spoilt())
+    return write_stream(request.param, tmp_path_factory.mktemp(request.param), damaged())
 
 
 def read(stream, split, limit, **kwargs):
@@ -67,7 +67,7 @@ def test_they_are_left_out_up_to_a_limit(stream, small, tmp_path, capsys, caplog
     # and the two of the test split
     assert len(named) == 8 and max(named.values()) == 1
     if 'tfds' not in str(stream):  # which gives its samples names of their own
-        assert all(any(re.search(rf'\b{i}_{j}\b', name) for name in named) for i, j in SPOIL)
+        assert all(any(re.search(rf'\b{i}_{j}\b', name) for name in named) for i, j in DAMAGE)
     assert load_checkpoint(tmp_path / 'run')['epoch'] == 1
     results = tmp_path / 'results.json'
     argv = ['--checkpoint', tmp_path / 'run', '--split', 'test', '--results-file', results, '--workers', workers]
@@ -88,7 +88,7 @@ def test_others_take_their_place_in_training(stream):
 def test_what_is_read_is_what_was_written(stream):
     data = read(stream, 'test', 2)
     numbers = [(image.getpixel((0, 0))[0], target) for image, target in data]
-    labels = [label for shard in spoilt()['test'] for _, _, label in shard]
+    labels = [label for shard in damaged()['test'] for _, _, label in shard]
     assert sorted(numbers) == [(i, labels[i]) for i in range(11)]
 
 

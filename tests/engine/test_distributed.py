@@ -138,7 +138,7 @@ class _Wish:
 
 
 def _stop_together(rank):
-    """How many batches this process has had when the second is asked to end, and when nobody is."""
+    """How many batches this process has had when the second is asked to end, and when none is."""
     counts = []
     for when in (2, 99):
         world, had = DistributedContext(rank, 2, rank), []

@@ -1,4 +1,4 @@
-"""Folders of images as people have them: other formats, hidden files, images outside of classes."""
+"""Folders of images with other formats, hidden files, and images outside of classes."""
 
 import os
 import pickle
@@ -218,7 +218,7 @@ def test_classes_that_look_alike_are_refused(mine, small, capsys):
 
 
 def odd_files(folder):
-    """A file of every kind that people have, all in one class folder."""
+    """A file of every kind, all in one class folder."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     rgb = Image.fromarray(torch.randint(256, (40, 56, 3), dtype=torch.uint8).numpy())

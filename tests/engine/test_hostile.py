@@ -1,4 +1,4 @@
-"""Checkpoints and images from other people: refused by name, and nothing before or beside them is lost."""
+"""Checkpoints and images from other sources: refused by name, and nothing before or beside them is lost."""
 
 import socket
 

@@ -84,13 +84,13 @@ def test_nor_do_weights_that_an_update_has_spoilt(small, tmp_path, monkeypatch, 
         optimizer = create_optimizer(config, task, model, *rest)
         updates = itertools.count(1)
 
-        def spoil(*_):
-            # the last one of the first epoch, whose loss nobody sees
+        def damage(*_):
+            # the last one of the first epoch, whose loss is not read again
             if next(updates) == 5:
                 with torch.no_grad():
                     next(model.heads.parameters()).view(-1)[0] = NAN
 
-        optimizer.register_step_post_hook(spoil)
+        optimizer.register_step_post_hook(damage)
         return optimizer
 
     create_optimizer = trainer.create_optimizer
@@ -168,11 +168,11 @@ def test_float16_does_not_skip_updates_for_ever(small, monkeypatch, capsys):
     """Its scaler leaves out every update whose gradients are not finite, and halves the scale, without a word."""
     forward = trainer.MLCSDTask.forward
 
-    def spoilt(self, *args):
+    def damaged(self, *args):
         result = forward(self, *args)
         return dict(result, loss=_Infinite.apply(result['loss']))
 
-    monkeypatch.setattr(trainer.MLCSDTask, 'forward', spoilt)
+    monkeypatch.setattr(trainer.MLCSDTask, 'forward', damaged)
     # 65,536 falls below 0.001 after 27 updates
     assert run(train.main, [*small, '--amp', '--amp-dtype', 'float16', '--epochs', 9]) == 2
     assert 'no gradients are finite in float16' in capsys.readouterr().err

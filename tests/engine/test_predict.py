@@ -1,4 +1,4 @@
-"""From a trained checkpoint to labels for somebody's photo, by way of the Hub or without it."""
+"""From a trained checkpoint to labels for a photo, by way of the Hub or without it."""
 
 import os
 import re

@@ -64,13 +64,13 @@ def test_patterns_leave_out_what_folders_leave_out(images, tmp_path, monkeypatch
 def nan_for_red(load):
     """The loader of a network that answers red images with NaN."""
 
-    def spoil(module, inputs, logits):
+    def damage(module, inputs, logits):
         red, green, blue = inputs[0].mean((2, 3)).unbind(1)
         return logits.masked_fill(((red > green) & (red > blue))[:, None], float('nan'))
 
     def loaded(config):
         network = load(config)
-        network.model.register_forward_hook(spoil)
+        network.model.register_forward_hook(damage)
         return network
 
     return loaded

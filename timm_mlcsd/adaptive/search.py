@@ -118,7 +118,7 @@ class _Search:
 
     def meet(self, goal: Goal) -> Optional[Tuple[ExitPolicy, FitResult]]:
         """The best policy that meets a goal; None if none does."""
-        ascent, cuts, feasible = self.ascent, self.ascent.nobody(), []
+        ascent, cuts, feasible = self.ascent, self.ascent.all_off(), []
         low, high = ascent.max_price * 1e-6, ascent.max_price
         for _ in range(BISECTIONS):
             price = math.sqrt(low * high)
@@ -162,7 +162,7 @@ class _CoordinateAscent:
         steps = np.diff(costs)
         self.max_price = 2 / steps[steps > 0].min() if (steps > 0).any() else 1.0
 
-    def nobody(self) -> List[int]:
+    def all_off(self) -> List[int]:
         """Cuts that no sample reaches."""
         return [len(v) for v in self.values]
 

@@ -130,7 +130,7 @@ class Stream:
         batch = ActiveBatch.merge(self.waiting[k])
         self.waiting[k], self.counts[k] = [], 0
         while not batch.run(k, self.run_exit[k], self.policy):
-            k += 1  # nobody leaves at an exit that is off, so waiting there would gain nothing
+            k += 1  # no sample leaves at an exit that is off, so waiting there would gain nothing
         for number, left in batch.leave(self.policy).by_number():
             self.open[number][1].add(k, left)
         if len(batch):

@@ -252,7 +252,7 @@ class AdaptiveModel:
         if logits is None:
             return (names, state, history), names[:0], np.empty((0, self.manifest['num_classes']), np.float32)
         answer, score, history = self._step(k, logits, history)
-        leaves = score >= self.thresholds[k]  # everybody at the last exit, whose threshold is -inf
+        leaves = score >= self.thresholds[k]  # all at the last exit, whose threshold is -inf
         left = names[leaves], answer[leaves]
         count = len(leaves) - len(left[0])
         # move the last remaining rows to the positions of the rows that left
@@ -392,7 +392,7 @@ class _Stream:
         with np.errstate(over='ignore', invalid='ignore'):  # images without finite logits go to the last exit
             while not self.model.is_on[k]:
                 batch, *_ = self.model._advance(k, batch)
-                k += 1  # nobody leaves at an exit that is off, so waiting there would gain nothing
+                k += 1  # no sample leaves at an exit that is off, so waiting there would gain nothing
             batch, left, answer = self.model._advance(k, batch)
         for number in np.unique(left[:, 0]).tolist():
             own = left[:, 0] == number
