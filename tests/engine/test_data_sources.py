@@ -200,3 +200,18 @@ def _parquet(where, folder, labels, missing=()):
     rows = datasets.Dataset.from_dict(dict(image=images, label=labels)).cast_column('image', datasets.Image())
     where.mkdir()
     rows.to_parquet(where / 'train-00000-of-00001.parquet')
+
+
+def test_parquet_files_that_order_the_classes_differently(small, folder, tmp_path, capsys):
+    datasets = pytest.importorskip('datasets')
+    for split, names in (('train', ['red', 'green', 'blue']), ('test', ['blue', 'red', 'green'])):
+        files = sorted((folder / split).rglob('*.png'))
+        columns = dict(image=[str(f) for f in files], label=[names.index(f.parent.name) for f in files])
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+        (tmp_path / 'data').mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / 'data' / f'{split}-00000-of-00001.parquet')
+    for source in ('hfds', 'hfids'):
+        argv = ['--dataset', f'{source}/{tmp_path / "data"}', '--val-split', 'test', *small[1:]]
+        assert run(train.main, argv) == 2
+        error = capsys.readouterr().err
+        assert 'have other class names or another order of them (blue, red, green and red, green, blue)' in error

@@ -1,13 +1,14 @@
 """The sources of data that timm reads, and the checks that each needs: timm reads wrong data without an error."""
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any, Callable, Collection, Dict, NamedTuple, Optional
 
 from .._timm import names_of_reader
 from ..data import check_class_folders, check_folder_has_split, exclude_non_images, load_class_map
-from ..errors import UserError, first_few, install_hint
+from ..errors import UserError, first_few, install_hint, printable
 from .data_config import DataConfig
 
 __all__ = ['SOURCES', 'STREAMS', 'Source', 'check_source', 'read_class_map']
@@ -96,6 +97,7 @@ def _check_folder(reader: Any, config: DataConfig, split: str, class_map: Option
 
 def _check_table(reader: Any, config: DataConfig, split: str, class_map: Optional[Dict[Any, int]]) -> None:
     """Refuse keys that no sample has, and a class map without a class: each sample of it would seem to be broken."""
+    _check_names_of_files(config)
     if hasattr(reader, 'dataset'):
         # timm has added an empty column of that name
         table = reader.dataset.data
@@ -115,6 +117,27 @@ def _check_table(reader: Any, config: DataConfig, split: str, class_map: Optiona
             f'--class-map {config.class_map!r}: expected an index for every class of the data, got none for '
             f'{first_few(missing)}; add {"it" if len(missing) == 1 else "them"}.'
         )
+
+
+def _check_names_of_files(config: DataConfig) -> None:
+    """Refuse a folder of Parquet files that order the class names differently: one order is used for all files."""
+    prefix, _, place = config.dataset.partition('/')
+    folder = Path(place)
+    if prefix.lower() not in ('hfds', 'hfids') or not folder.is_dir():
+        return
+    from pyarrow import parquet  # a part of the extra hfds
+
+    key, first = config.target_key or 'label', None
+    for path in sorted(folder.rglob('*.parquet')):
+        metadata = parquet.read_schema(path).metadata or {}
+        features = json.loads(metadata.get(b'huggingface', b'{}')).get('info', {}).get('features', {})
+        names = features.get(key, {}).get('names')
+        first = first or (names and (path, names))
+        if first and names and names != first[1]:
+            raise UserError(
+                f'{printable(str(first[0]))!r} and {printable(str(path))!r} have other class names or another order of '
+                f'them ({first_few(first[1])} and {first_few(names)}); write all files with the same classes.'
+            )
 
 
 def _check_hub_stream(reader: Any, config: DataConfig, split: str, class_map: Optional[Dict[Any, int]]) -> None:
