@@ -256,6 +256,12 @@ def test_data_sets(adaptive_run, tmp_path):
         assert float(a.pop('prob')) == pytest.approx(float(b.pop('prob')), abs=1e-4) and a == b
 
 
+def test_a_folder_that_torchvision_reads(adaptive_run, folder, tmp_path):
+    where = ['--data-dir', folder / 'test', '--dataset', 'torch/image_folder', '--split', 'test']
+    assert run(predict.main, [adaptive_run, *where, '--output', tmp_path / 'a.csv', *FLAGS]) == 0
+    assert len(rows_of(tmp_path / 'a.csv')) == 12
+
+
 def test_shards_without_labels(adaptive_run, tmp_path):
     pytest.importorskip('webdataset')
     labelled = noise()

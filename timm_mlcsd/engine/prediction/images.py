@@ -242,7 +242,8 @@ def load_images(
     key = (config.input_key or 'image') if prefix in ('hfds', 'hfids') else None
     config = replace(
         config,
-        max_bad_samples=limit,
+        # torchvision stops at an image that cannot be read
+        max_bad_samples=0 if prefix == 'torch' and limit == NO_LIMIT else limit,
         input_img_mode=mode,
         in_chans=data_config['input_size'][0],
         target_key=config.target_key or key,
