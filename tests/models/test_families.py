@@ -355,3 +355,13 @@ def test_a_module_that_prevents_stages_may_come_and_go():
     with torch.no_grad():
         mlp.act = torch.nn.ReLU()
         assert torch.equal([z for _, z in model.iter_exits(images)][-1], model(images))
+
+
+def test_a_module_in_training_mode_is_not_left_out_of_a_graph():
+    model, images = make('test_vit_relpos', exits=2)
+    assert model.resumable
+    model.backbone.norm.train()
+    with pytest.raises(RuntimeError, match=r"'norm' is in training mode, which the exported graph leaves out"):
+        next(model.iter_exits(images))
+    model.eval()
+    assert len([*model.iter_exits(images)]) == 2

@@ -327,13 +327,19 @@ class GraphExecutor:
         """Run stage k on the state of stage k-1, or on images [B, C, H, W] for stage 0.
 
         Raises:
-            RuntimeError: The model is in training mode.
+            RuntimeError: The model, or a module of its backbone, is in training mode.
             PartitionError: The backbone cannot be cut.
         """
         if model.training:
             raise _needs_evaluation(model, 'is not a chain of modules')
         size: Sequence[int]
         if k == 0:
+            trains = next((name for name, module in model.backbone.named_modules() if module.training), None)
+            if trains is not None:
+                raise RuntimeError(
+                    f'{trains or "the backbone"!r} is in training mode, which the exported graph leaves out; call '
+                    f'model.eval(), or use forward_exits.'
+                )
             state, size = (state,), tuple(state.shape[1:])
             graph = self.cut(model, size)
         else:
