@@ -247,6 +247,11 @@ def test_a_rate_that_follows_from_the_batch_follows_it_when_resumed(small, tmp_p
     assert run(train.main, [*flags, '--resume', tmp_path / 'run', '--lr', 0.01, '--epochs', 3]) == 2
 
 
+def test_more_batches_per_update_than_an_epoch_has(small, caplog):
+    assert run(train.main, [*small, '--grad-accum-steps', 100]) == 0
+    assert '--grad-accum-steps 100: an epoch has 5 batches' in caplog.text
+
+
 def test_initial_checkpoint_of_a_plain_backbone(small, tmp_path):
     plain = timm.create_model('mlcsd_resnet18', num_classes=3, exits=1, small_input=True, channels=(8, 8, 8, 8))
     path = tmp_path / 'plain.pth'

@@ -150,6 +150,11 @@ class EpochLoop:
     ):
         self.task = task
         self.batches = batches
+        if config.grad_accum_steps > len(batches):
+            _logger.warning(
+                f'--grad-accum-steps {config.grad_accum_steps}: an epoch has {len(batches)} batches, so that an update '
+                f'has fewer images than the learning rate is scaled for without --lr.'
+            )
         self.optimizer = optimizer
         self.config = config
         self.scheduler = scheduler
