@@ -1,5 +1,7 @@
 """Exits for a network that already works, and rates of their own for them."""
 
+import shutil
+
 import pytest
 import timm
 import torch
@@ -44,6 +46,19 @@ def test_the_last_exit_stays_bit_for_bit(plain, small, tmp_path, more):
     fresh = create_multi_exit('resnet18', exits=4, exit_head='slic', **ARGS)
     for (name, a), b in zip(trained.heads.named_parameters(), fresh.heads.parameters()):
         assert not torch.equal(a, b), f'{name} has not moved'
+
+
+def test_a_frozen_classifier_of_other_classes(small, folder, tmp_path, capsys, caplog):
+    assert run(train.main, [*small, '--exits', 1, '--distill', 'none', '--epochs', 1]) == 0
+    other = shutil.copytree(folder, tmp_path / 'other')
+    for split in ('train', 'test'):
+        (other / split / 'red').rename(other / split / 'crimson')
+    start = ['--initial-checkpoint', tmp_path / 'run' / 'last.pth.tar', '--experiment', 'exits', '--epochs', 1]
+    assert run(train.main, [other, *small[1:], *start, '--heads-only']) == 2
+    assert 'was trained on the classes blue, green, red, the data has blue, crimson, green: ' in capsys.readouterr().err
+    assert run(train.main, [other, *small[1:], *start]) == 0
+    assert 'the classifier starts with weights of other classes' in caplog.text
+    assert run(train.main, [*small, *start[:2], '--experiment', 'same', '--heads-only', '--epochs', 1]) == 0
 
 
 def test_after_some_epochs_all_trains(plain, small, tmp_path):

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Union
 
 from .._timm import class_map
-from ..errors import UserError, one_line
+from ..errors import UserError, first_few, one_line
 
 __all__ = [
     'ClassNames',
     'check_look_alikes',
     'class_label',
+    'list_classes',
     'load_class_map',
     'names_by_index',
     'pad_names',
@@ -44,6 +45,11 @@ def class_label(names: Optional[Sequence[Optional[str]]], index: int) -> str:
     """Return the name of a class, or its index as text if it has no name."""
     name = names[index] if names is not None and index < len(names) else None
     return str(index) if name is None else name
+
+
+def list_classes(names: ClassNames) -> str:
+    """List the labels of the first five classes for a message."""
+    return first_few([class_label(names, index) for index in range(min(len(names), 6))])
 
 
 def pad_names(names: Optional[ClassNames], num_classes: int) -> Optional[ClassNames]:

@@ -1,20 +1,18 @@
 """Network and loss, from their configuration."""
 
 import logging
-import os
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Union
 
 import torch
 from timm.layers import convert_sync_batchnorm
 from timm.loss import create_classification_loss
-from timm.models import load_state_dict
 
 from .._timm import resolve_input_data_config
 from ..data import IMAGE_MODE, default_image_mode
 from ..errors import UserError, as_user_error
 from ..losses import MLCSDLoss
-from ..models import MultiExitModel, create_model, load_backbone
+from ..models import MultiExitModel, create_model
 from ..task import MLCSDTask
 from .data_config import DataConfig
 from .loaders import AugmentConfig, mixup_active
@@ -27,7 +25,6 @@ __all__ = [
     'check_heads_only',
     'resolve_data_config',
     'model_identity',
-    'load_initial_checkpoint',
     'model_kwargs',
     'synchronize_norms',
 ]
@@ -167,20 +164,6 @@ def resolve_data_config(
         if mode and mode != default_image_mode(config['input_size'][0]):
             config[IMAGE_MODE] = mode
     return config
-
-
-def load_initial_checkpoint(model: MultiExitModel, path: str) -> None:
-    """Load weights of a multi-exit network like this one, or of its plain backbone."""
-    if not os.path.isfile(path):
-        raise UserError(f'--initial-checkpoint {path!r}: there is no such file.')
-    with as_user_error(f'--initial-checkpoint {path!r} cannot be read'):
-        state_dict = load_state_dict(path)
-    with as_user_error(f'--initial-checkpoint {path!r} does not fit the model'):
-        if model.num_exits > 1 and any(name.startswith('heads.') for name in state_dict):
-            model.load_state_dict(state_dict)
-        else:
-            load_backbone(model, state_dict)
-    _logger.info(f'Starting from {path}')
 
 
 def check_heads_only(config: ModelConfig, model: MultiExitModel, resumed: bool) -> None:

@@ -20,10 +20,10 @@ from ..data import (
     ConvertedImages,
     DigitsDataset,
     TransformSubset,
-    class_label,
     exclude_hidden_folders,
     hold_out,
     image_endings,
+    list_classes,
     names_by_index,
     num_images,
     probe_keys,
@@ -31,7 +31,7 @@ from ..data import (
     same_names,
     sample_keys,
 )
-from ..errors import UserError, as_user_error, first_few
+from ..errors import UserError, as_user_error
 from .data_config import DataConfig, TrainDataConfig
 from .sources import SOURCES, STREAMS, check_source, read_class_map
 
@@ -167,10 +167,9 @@ def class_names(dataset: Dataset) -> Optional[ClassNames]:
 def check_classes(names: Optional[ClassNames], expected: Optional[ClassNames], what: str) -> None:
     """Refuse data whose class names, and so indices, differ from those of training."""
     if names and expected and not same_names(names, expected):
-        ours, theirs = (first_few([class_label(some, i) for i in range(len(some))]) for some in (names, expected))
         raise UserError(
-            f'the classes of {what} ({ours}) are not those that are trained on ({theirs}); '
-            f'--class-map FILE gives classes their indices.'
+            f'the classes of {what} ({list_classes(names)}) are not those that are trained on '
+            f'({list_classes(expected)}); --class-map FILE gives classes their indices.'
         )
 
 

@@ -9,8 +9,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..data import TransformSubset, hold_out, image_name, probe_keys, sample_keys
 from ..errors import UserError, printable
-from ..network import load_checkpoint
-from .data_config import DataConfig, TrainDataConfig
+from .data_config import DataConfig
 from .datasets import load_dataset, num_images, same_split
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     'is_same_place',
     'is_trained_on',
     'load_if_there',
-    'warn_of_seen_images',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -112,37 +110,12 @@ def halves_of(dataset: TransformSubset) -> Tuple[TransformSubset, TransformSubse
     return fit, report
 
 
-def load_if_there(config: DataConfig, split: str) -> Optional[Dataset]:
+def load_if_there(config: DataConfig, split: str, needs_folder: bool = False) -> Optional[Dataset]:
     """Load a split of a data set; None where there is none."""
     try:
-        return load_dataset(config, split)
+        return load_dataset(config, split, needs_folder=needs_folder)
     except UserError:
         return None
-
-
-def warn_of_seen_images(initial_checkpoint: str, config: TrainDataConfig, record: Dict[str, Any]) -> None:
-    """Warn where ``--initial-checkpoint`` was trained on images that are held out now.
-
-    Args:
-        initial_checkpoint: Path of the checkpoint.
-        config: Data of this training.
-        record: The record that `train_and_val_datasets` returned.
-    """
-    try:
-        checkpoint = load_checkpoint(initial_checkpoint)
-    except UserError:
-        return  # a file of weights has no record
-    if 'val_keys' not in record or 'val_keys' not in checkpoint:
-        return
-    if not same_split(checkpoint['train_split'], config.train_split) or not is_same_data(config, checkpoint):
-        return
-    seen = int((~torch.isin(record['val_keys'], checkpoint['val_keys'])).sum())
-    if seen:
-        _logger.warning(
-            f'--initial-checkpoint {initial_checkpoint} was trained on {seen} of the {len(record["val_keys"])} '
-            f'images that are held out now, so accuracy on them promises too much: give the --val-fraction and '
-            f'--val-seed of that training.'
-        )
 
 
 def is_data_of(dataset: Dataset, checkpoint: Dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ import torch
 from timm.utils import NativeScaler
 from torch.utils.data import Dataset
 
-from ..data import ClassNames, class_label, image_name, same_names
+from ..data import image_name, list_classes, same_names
 from ..distributed import SINGLE_PROCESS, DistributedContext
 from ..errors import UserError, as_user_error, printable
 from ..network import stored_names
@@ -176,8 +176,8 @@ def check_same_model_and_data(
             if weights_only or before is None or value is None or same_names(before, value):
                 continue
             raise UserError(
-                f'--resume: the run was trained on the classes {_some(before)}, not {_some(value)}; --no-resume-opt '
-                f'takes its weights alone.'
+                f'--resume: the run was trained on the classes {list_classes(before)}, not {list_classes(value)}; '
+                f'--no-resume-opt takes its weights alone.'
             )
         else:
             same = as_lists(before) == as_lists(value)
@@ -200,11 +200,6 @@ def _other_held_out(before: Any, now: torch.Tensor, val_data: Dataset) -> str:
         f'were added, removed, renamed or moved, or --val-fraction or --val-seed is another; put the data back as it '
         f'was, or train anew.'
     )
-
-
-def _some(names: ClassNames) -> str:
-    few = ', '.join(class_label(names, index) for index in range(min(len(names), 3)))
-    return printable(f'{few}{f" and {len(names) - 3} more" if len(names) > 3 else ""}')
 
 
 def resume(

@@ -19,7 +19,6 @@ from .build import (
     build_criterion,
     build_model,
     check_heads_only,
-    load_initial_checkpoint,
     model_identity,
     model_kwargs,
     resolve_data_config,
@@ -33,10 +32,12 @@ from .epoch import EpochLoop, Progress, mean_losses
 from .evaluator import Evaluation, Evaluator, accumulate, finalize
 from .fsdp import shard_task, sharded_state
 from .graphs import capture_step
-from .held_out import is_same_data, warn_of_seen_images
+from .held_out import is_same_data
+from .initial_checkpoint import load_initial_checkpoint
 from .loaders import eval_loader, set_epoch, train_loader
 from .optimizer import create_optimizer, create_scheduler, lr_rule, scaled_lr
 from .resume import check_same_model_and_data, resume
+from .seen_images import check_not_moved
 from .signals import SigtermHandler, StopRequested, StopSource, iterate_in_lockstep
 
 __all__ = ['EpochResult', 'Trainer']
@@ -144,8 +145,7 @@ class Trainer:
         self.model = build_model(config.model, **weights, **self.model_args)
         self.data_config = resolve_data_config(data, self.model)
         if config.initial_checkpoint:
-            load_initial_checkpoint(self.model, config.initial_checkpoint)
-            warn_of_seen_images(config.initial_checkpoint, data, self.split_record)
+            load_initial_checkpoint(self.model, config, self.class_names, data, self.split_record, self.val_data)
         if config.heads_only:
             check_heads_only(config, self.model, resumed)
         if config.grad_checkpointing:
@@ -193,9 +193,10 @@ class Trainer:
             check_model_source(self.identity['arch'], self.identity['model_args'], self.data_config)
 
     def _resume(self, checkpoint: Dict[str, Any], weights_only: bool) -> None:
-        same_data = is_same_data(self.config.data, checkpoint)
+        data = self.config.data
         identity = self.identity if weights_only else dict(self.identity, data_config=self.data_config)
-        check_same_model_and_data(checkpoint, identity, self.val_data, weights_only, same_data)
+        check_same_model_and_data(checkpoint, identity, self.val_data, weights_only, is_same_data(data, checkpoint))
+        check_not_moved(self.val_data, data, checkpoint)
         self.start_epoch, self.best, self.progress = resume(
             checkpoint,
             self.task,

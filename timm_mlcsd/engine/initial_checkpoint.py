@@ -1,0 +1,116 @@
+"""Start a training from the weights of another one, with other classes and held-out images or the same."""
+
+import logging
+import os
+from typing import Any, Dict, Optional
+
+import torch
+from timm.models import load_state_dict
+from torch.utils.data import Dataset
+
+from ..data import ClassNames, list_classes, same_names
+from ..errors import UserError, as_user_error
+from ..models import MultiExitModel, load_backbone
+from ..network import load_checkpoint, stored_names
+from .build import ModelConfig
+from .data_config import TrainDataConfig
+from .datasets import same_split
+from .held_out import is_same_data
+from .image_files import files_of, share_among
+from .seen_images import SEEN, trained_files
+
+__all__ = ['load_initial_checkpoint']
+
+_logger = logging.getLogger(__name__)
+
+
+def load_initial_checkpoint(
+    model: MultiExitModel,
+    config: ModelConfig,
+    names: Optional[ClassNames],
+    data: TrainDataConfig,
+    record: Dict[str, Any],
+    held: Dataset,
+) -> None:
+    """Load weights of a multi-exit network like this one, or of its plain backbone.
+
+    Args:
+        model: Network that receives the weights.
+        config: Its configuration, with the file.
+        names: Class names of this training.
+        data: Data of this training.
+        record: The record that `train_and_val_datasets` returned.
+        held: Images that are held out now.
+
+    Raises:
+        UserError: The file does not fit the network, or its classifier of other classes would stay as it is.
+    """
+    path = config.initial_checkpoint
+    _load(model, path)
+    try:
+        checkpoint = load_checkpoint(path)
+    except UserError:
+        return  # a file of weights has no record
+    _check_classes(config, checkpoint, names)
+    _warn_of_seen_images(path, checkpoint, data, record, held)
+
+
+def _load(model: MultiExitModel, path: str) -> None:
+    """Load weights of a multi-exit network like this one, or of its plain backbone."""
+    if not os.path.isfile(path):
+        raise UserError(f'--initial-checkpoint {path!r}: there is no such file.')
+    with as_user_error(f'--initial-checkpoint {path!r} cannot be read'):
+        state_dict = load_state_dict(path)
+    with as_user_error(f'--initial-checkpoint {path!r} does not fit the model'):
+        if model.num_exits > 1 and any(name.startswith('heads.') for name in state_dict):
+            model.load_state_dict(state_dict)
+        else:
+            load_backbone(model, state_dict)
+    _logger.info(f'Starting from {path}')
+
+
+def _check_classes(config: ModelConfig, checkpoint: Dict[str, Any], names: Optional[ClassNames]) -> None:
+    """Refuse to freeze a classifier of other classes, and warn where it is trained further."""
+    path = config.initial_checkpoint
+    with as_user_error(f'--initial-checkpoint {path!r}'):
+        before = stored_names(checkpoint)
+    if before is None or names is None or len(before) != len(names) or same_names(before, names):
+        return
+    text = (
+        f'--initial-checkpoint {path!r} was trained on the classes {list_classes(before)}, the data has '
+        f'{list_classes(names)}'
+    )
+    if config.heads_only:
+        raise UserError(
+            f'--heads-only: {text}: the last exit would keep its answers; --class-map FILE gives classes their '
+            f'indices, or train all of the network.'
+        )
+    _logger.warning(f'{text}: the classifier starts with weights of other classes.')
+
+
+def _warn_of_seen_images(
+    path: str, checkpoint: Dict[str, Any], config: TrainDataConfig, record: Dict[str, Any], held: Dataset
+) -> None:
+    """Warn where ``--initial-checkpoint`` was trained on images that are held out now.
+
+    Args:
+        path: Path of the checkpoint.
+        checkpoint: The checkpoint.
+        config: Data of this training.
+        record: The record that `train_and_val_datasets` returned.
+        held: Images that are held out now.
+    """
+    if 'train_split' not in checkpoint:
+        return
+    keys, text = record.get('val_keys'), ''
+    is_same = same_split(checkpoint['train_split'], config.train_split) and is_same_data(config, checkpoint)
+    if keys is not None and is_same and ('val_keys' in checkpoint or 'val_indices' not in checkpoint):
+        seen = int((~torch.isin(keys, checkpoint.get('val_keys', keys[:0]))).sum())
+        text = f'{seen} of the {len(keys)} images' if seen else ''
+    elif (share := share_among(files_of(held), trained_files(config, checkpoint))) >= SEEN:
+        text = f'about {share:.0%} of the images'
+    if text:
+        _logger.warning(
+            f'--initial-checkpoint {path} was trained on {text} that are held out now, so accuracy on them promises '
+            f'too much: hold out the images that it held out (its --val-split, or --val-fraction and --val-seed).'
+        )

@@ -1,0 +1,95 @@
+"""Whether images that are held out of a training were trained on before."""
+
+import os
+from dataclasses import replace
+from typing import Any, Dict, Iterator
+
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from ..data import sample_keys
+from ..errors import UserError
+from .data_config import DataConfig
+from .datasets import num_images
+from .held_out import is_data_of, is_same_data, load_if_there
+from .image_files import ImageFiles, files_of
+
+__all__ = ['SEEN', 'check_not_moved', 'share_of_moved', 'trained_files', 'training_data']
+
+# smallest share of seen images that is reported: most collections have a few images twice
+SEEN = 0.1
+
+
+def training_data(config: DataConfig, checkpoint: Dict[str, Any]) -> Iterator[DataConfig]:
+    """The places in which the data of a training may be: its own, and that of a configuration.
+
+    Args:
+        config: A configuration of data.
+        checkpoint: Checkpoint of the training.
+
+    Yields:
+        Configurations of the data of the training; none for data without files.
+    """
+    trained = checkpoint.get('args', {})
+    if 'train_split' not in checkpoint or (trained.get('dataset') or 'torch/').partition('/')[0] != 'torch':
+        return
+    places = {os.path.realpath(place): place for place in (config.data_dir, trained.get('data_dir')) if place}
+    for data_dir in places.values():
+        data = replace(config, dataset=trained.get('dataset') or '', data_dir=data_dir)
+        data.class_map = trained.get('class_map') or ''
+        yield data
+
+
+def trained_files(config: DataConfig, checkpoint: Dict[str, Any]) -> ImageFiles:
+    """The files that a checkpoint was trained on, if they are still there, or copies of them are."""
+    files: ImageFiles = {}
+    for data in training_data(config, checkpoint):
+        whole = load_if_there(data, checkpoint['train_split']) if is_same_data(data, checkpoint) else None
+        if whole is not None:
+            is_unchanged = num_images(whole) == checkpoint.get('train_size')  # else the indices are of other files
+            held = checkpoint['val_indices'].tolist() if is_unchanged and 'val_indices' in checkpoint else []
+            held_files = files_of(whole, held)
+            files.update({name: file for name, file in files_of(whole).items() if name not in held_files})
+    return files
+
+
+def share_of_moved(images: Dataset, config: DataConfig, checkpoint: Dict[str, Any]) -> float:
+    """Estimate how many images of a data set were trained on, where the training data has changed since.
+
+    Args:
+        images: Images that should not have been trained on.
+        config: Their configuration.
+        checkpoint: Checkpoint of the training, with the keys of up to 64 of its images.
+
+    Returns:
+        Share of the images, from 0 to 1.
+    """
+    probe = checkpoint.get('train_probe')
+    if not isinstance(probe, torch.Tensor) or not len(probe) or isinstance(images, IterableDataset):
+        return 0.0
+    splits = [load_if_there(data, checkpoint['train_split']) for data in training_data(config, checkpoint)]
+    whole = next((split for split in splits if split is not None), None)
+    if not splits or (whole is not None and is_data_of(whole, checkpoint)):
+        return 0.0
+    count = num_images(images)
+    found = torch.isin(probe, sample_keys(images, range(count), of_content=True)).float().mean().item()
+    return min(1.0, found * (checkpoint.get('train_size') or len(probe)) / max(count, 1))
+
+
+def check_not_moved(images: Dataset, config: DataConfig, checkpoint: Dict[str, Any]) -> None:
+    """Refuse to resume with validation images that the run was trained on before.
+
+    Args:
+        images: Images of the validation split.
+        config: Their configuration.
+        checkpoint: Checkpoint of the run.
+
+    Raises:
+        UserError: A tenth of the images or more were trained on.
+    """
+    share = share_of_moved(images, config, checkpoint)
+    if share >= SEEN:
+        raise UserError(
+            f'--resume: about {share:.0%} of the images that would choose the best epoch were trained on before: files '
+            f'of the data were moved; put the data back as it was, or train anew.'
+        )
