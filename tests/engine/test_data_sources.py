@@ -204,6 +204,9 @@ def _parquet(where, folder, labels, missing=()):
 
 def test_parquet_files_that_order_the_classes_differently(small, folder, tmp_path, capsys):
     datasets = pytest.importorskip('datasets')
+    card = '---\nconfigs:\n- config_name: default\n  data_files:\n'
+    card += '  - {split: train, path: data/train-*}\n  - {split: test, path: data/test-*}\n'
+    card += '- config_name: other\n  data_files: other/*\n---\n'
     for split, names in (('train', ['red', 'green', 'blue']), ('test', ['blue', 'red', 'green'])):
         files = sorted((folder / split).rglob('*.png'))
         columns = dict(image=[str(f) for f in files], label=[names.index(f.parent.name) for f in files])
@@ -215,3 +218,11 @@ def test_parquet_files_that_order_the_classes_differently(small, folder, tmp_pat
         assert run(train.main, argv) == 2
         error = capsys.readouterr().err
         assert 'have other class names or another order of them (blue, red, green and red, green, blue)' in error
+    # files of another configuration are not read
+    (tmp_path / 'card' / 'other').mkdir(parents=True)
+    shutil.move(tmp_path / 'data', tmp_path / 'card' / 'data')
+    (tmp_path / 'card' / 'README.md').write_text(card)
+    test = next((tmp_path / 'card' / 'data').glob('test-*'))
+    shutil.copy(test, tmp_path / 'card' / 'other')
+    shutil.copy(next((tmp_path / 'card' / 'data').glob('train-*')), test)
+    assert run(train.main, ['--dataset', f'hfds/{tmp_path / "card"}', *small[1:]]) == 0

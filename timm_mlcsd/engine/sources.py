@@ -97,7 +97,7 @@ def _check_folder(reader: Any, config: DataConfig, split: str, class_map: Option
 
 def _check_table(reader: Any, config: DataConfig, split: str, class_map: Optional[Dict[Any, int]]) -> None:
     """Refuse keys that no sample has, and a class map without a class: each sample of it would seem to be broken."""
-    _check_names_of_files(config)
+    _check_names_of_files(reader, config)
     if hasattr(reader, 'dataset'):
         # timm has added an empty column of that name
         table = reader.dataset.data
@@ -119,23 +119,25 @@ def _check_table(reader: Any, config: DataConfig, split: str, class_map: Optiona
         )
 
 
-def _check_names_of_files(config: DataConfig) -> None:
+def _check_names_of_files(reader: Any, config: DataConfig) -> None:
     """Refuse a folder of Parquet files that order the class names differently: one order is used for all files."""
     prefix, _, place = config.dataset.partition('/')
-    folder = Path(place)
-    if prefix.lower() not in ('hfds', 'hfids') or not folder.is_dir():
+    if prefix.lower() not in ('hfds', 'hfids') or not os.path.isdir(place):
         return
-    from pyarrow import parquet  # a part of the extra hfds
+    import datasets
+    from pyarrow import parquet
 
+    builder = getattr(reader, 'builder', None) or datasets.load_dataset_builder(place)
+    files = {path for paths in (builder.config.data_files or {}).values() for path in paths}
     key, first = config.target_key or 'label', None
-    for path in sorted(folder.rglob('*.parquet')):
+    for path in sorted(path for path in files if path.endswith('.parquet') and os.path.isfile(path)):
         metadata = parquet.read_schema(path).metadata or {}
         features = json.loads(metadata.get(b'huggingface', b'{}')).get('info', {}).get('features', {})
         names = features.get(key, {}).get('names')
         first = first or (names and (path, names))
         if first and names and names != first[1]:
             raise UserError(
-                f'{printable(str(first[0]))!r} and {printable(str(path))!r} have other class names or another order of '
+                f'{printable(first[0])!r} and {printable(path)!r} have other class names or another order of '
                 f'them ({first_few(first[1])} and {first_few(names)}); write all files with the same classes.'
             )
 
