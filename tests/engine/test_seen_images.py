@@ -61,6 +61,8 @@ def test_training_images_that_moved_to_the_validation_split(data, small_flags, t
 def test_a_training_split_that_grows(data, small_flags, tmp_path):
     folder = train_on(data, 'run', small_flags, tmp_path, '--val-split', 'val')
     Image.new('RGB', (16, 16), 'red').save(data / 'train' / 'red' / 'more.png')
+    # one placeholder in both
+    shutil.copy(data / 'train' / 'red' / '0.png', data / 'val' / 'red' / '0.png')
     resumed = [data, *small_flags, '--val-split', 'val', '--resume', folder, '--epochs', 2]
     assert run(train.main, resumed) == 0
 

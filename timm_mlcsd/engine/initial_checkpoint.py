@@ -51,7 +51,11 @@ def load_initial_checkpoint(
         checkpoint = load_checkpoint(path)
     except UserError:
         return  # a file of weights has no record
-    _check_classes(config, checkpoint, names)
+    with as_user_error(f'--initial-checkpoint {path!r}'):
+        before = stored_names(checkpoint)
+    if before is not None and names is not None and not same_names(before, names):
+        _check_classes(config, before, names)
+        return
     _warn_of_seen_images(path, checkpoint, data, record, held)
 
 
@@ -69,23 +73,22 @@ def _load(model: MultiExitModel, path: str) -> None:
     _logger.info(f'Starting from {path}')
 
 
-def _check_classes(config: ModelConfig, checkpoint: Dict[str, Any], names: Optional[ClassNames]) -> None:
-    """Refuse to freeze a classifier of other classes, and warn where it is trained further."""
-    path = config.initial_checkpoint
-    with as_user_error(f'--initial-checkpoint {path!r}'):
-        before = stored_names(checkpoint)
-    if before is None or names is None or len(before) != len(names) or same_names(before, names):
-        return
+def _check_classes(config: ModelConfig, before: ClassNames, names: ClassNames) -> None:
+    """Refuse to freeze a classifier whose classes have other indices, and warn of a classifier of other classes."""
+    if len(before) != len(names):
+        return  # a new classifier
     text = (
-        f'--initial-checkpoint {path!r} was trained on the classes {list_classes(before)}, the data has '
-        f'{list_classes(names)}'
+        f'--initial-checkpoint {config.initial_checkpoint!r} was trained on the classes {list_classes(before)}, the '
+        f'data has {list_classes(names)}'
     )
-    if config.heads_only:
+    has_moved = any(name is not None and name in before and before[i] != name for i, name in enumerate(names))
+    if config.heads_only is True and has_moved:
         raise UserError(
             f'--heads-only: {text}: the last exit would keep its answers; --class-map FILE gives classes their '
             f'indices, or train all of the network.'
         )
-    _logger.warning(f'{text}: the classifier starts with weights of other classes.')
+    end = 'the last exit keeps them' if config.heads_only is True else 'the classifier starts with weights of those'
+    _logger.warning(f'{text}: {end}.')
 
 
 def _warn_of_seen_images(
@@ -103,12 +106,15 @@ def _warn_of_seen_images(
     if 'train_split' not in checkpoint:
         return
     keys, text = record.get('val_keys'), ''
-    is_same = same_split(checkpoint['train_split'], config.train_split) and is_same_data(config, checkpoint)
-    if keys is not None and is_same and ('val_keys' in checkpoint or 'val_indices' not in checkpoint):
+    split = checkpoint['train_split']
+    is_same = same_split(split, config.train_split) and is_same_data(config, checkpoint)
+    is_whole = split == config.train_split or not any('[' in name for name in (split, config.train_split))
+    if keys is not None and is_same and is_whole and ('val_keys' in checkpoint or 'val_indices' not in checkpoint):
         seen = int((~torch.isin(keys, checkpoint.get('val_keys', keys[:0]))).sum())
         text = f'{seen} of the {len(keys)} images' if seen else ''
-    elif (share := share_among(files_of(held), trained_files(config, checkpoint))) >= SEEN:
-        text = f'about {share:.0%} of the images'
+    elif not is_same or checkpoint.get('val_split') != config.val_split:
+        share = share_among(files_of(held), trained_files(config, checkpoint))
+        text = f'about {share:.0%} of the images' if share >= SEEN else ''
     if text:
         _logger.warning(
             f'--initial-checkpoint {path} was trained on {text} that are held out now, so accuracy on them promises '

@@ -9,15 +9,17 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..data import sample_keys
 from ..errors import UserError
-from .data_config import DataConfig
-from .datasets import num_images
-from .held_out import is_data_of, is_same_data, load_if_there
+from .data_config import DataConfig, TrainDataConfig
+from .datasets import num_images, same_split
+from .held_out import is_data_of, is_same_data, is_same_place, load_if_there
 from .image_files import ImageFiles, files_of
 
 __all__ = ['SEEN', 'check_not_moved', 'share_of_moved', 'trained_files', 'training_data']
 
 # smallest share of seen images that is reported: most collections have a few images twice
 SEEN = 0.1
+# of the remembered images, too few to estimate a share: an image that many collections have, such as a placeholder
+_FEW = 3
 
 
 def training_data(config: DataConfig, checkpoint: Dict[str, Any]) -> Iterator[DataConfig]:
@@ -54,7 +56,7 @@ def trained_files(config: DataConfig, checkpoint: Dict[str, Any]) -> ImageFiles:
 
 
 def share_of_moved(images: Dataset, config: DataConfig, checkpoint: Dict[str, Any]) -> float:
-    """Estimate how many images of a data set were trained on, where the training data has changed since.
+    """Estimate how many images of a data set were trained on, where the training data has changed in its place.
 
     Args:
         images: Images that should not have been trained on.
@@ -67,16 +69,18 @@ def share_of_moved(images: Dataset, config: DataConfig, checkpoint: Dict[str, An
     probe = checkpoint.get('train_probe')
     if not isinstance(probe, torch.Tensor) or not len(probe) or isinstance(images, IterableDataset):
         return 0.0
-    splits = [load_if_there(data, checkpoint['train_split']) for data in training_data(config, checkpoint)]
-    whole = next((split for split in splits if split is not None), None)
-    if not splits or (whole is not None and is_data_of(whole, checkpoint)):
+    whole = load_if_there(config, checkpoint['train_split']) if is_same_place(config, checkpoint) else None
+    if whole is None or is_data_of(whole, checkpoint):
         return 0.0
     count = num_images(images)
-    found = torch.isin(probe, sample_keys(images, range(count), of_content=True)).float().mean().item()
-    return min(1.0, found * (checkpoint.get('train_size') or len(probe)) / max(count, 1))
+    found = int(torch.isin(sample_keys(images, range(count), of_content=True), probe).sum())
+    forgotten = (checkpoint.get('train_size') or len(probe)) / len(probe)
+    if forgotten > 1 and found < _FEW:
+        return 0.0
+    return min(1.0, found * forgotten / max(count, 1))
 
 
-def check_not_moved(images: Dataset, config: DataConfig, checkpoint: Dict[str, Any]) -> None:
+def check_not_moved(images: Dataset, config: TrainDataConfig, checkpoint: Dict[str, Any]) -> None:
     """Refuse to resume with validation images that the run was trained on before.
 
     Args:
@@ -87,6 +91,8 @@ def check_not_moved(images: Dataset, config: DataConfig, checkpoint: Dict[str, A
     Raises:
         UserError: A tenth of the images or more were trained on.
     """
+    if not config.val_split or same_split(config.val_split, config.train_split):
+        return  # held out of the train split, and compared one by one; or trained on anyway
     share = share_of_moved(images, config, checkpoint)
     if share >= SEEN:
         raise UserError(
