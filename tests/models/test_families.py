@@ -360,8 +360,10 @@ def test_a_module_that_prevents_stages_may_come_and_go():
 def test_a_module_in_training_mode_is_not_left_out_of_a_graph():
     model, images = make('test_vit_relpos', exits=2)
     assert model.resumable
-    model.backbone.norm.train()
-    with pytest.raises(RuntimeError, match=r"'norm' is in training mode, which the exported graph leaves out"):
+    model.backbone.blocks[1].mlp.drop1.train()
+    with pytest.raises(
+        RuntimeError, match=r"'blocks.1.mlp.drop1' is in training mode, which the exported graph leaves"
+    ):
         next(model.iter_exits(images))
     model.eval()
     assert len([*model.iter_exits(images)]) == 2

@@ -12,7 +12,7 @@ from timm.models import checkpoint_seq
 from ...errors import one_line
 from ..module_types import TimmModel
 from .graph import PartitionedGraph, copy_sharing_weights, export_backbone
-from .hooks import ModuleState, find_call_override
+from .hooks import ModuleState, find_call_override, find_training
 from .plan import Plan
 from .probe import TRACED_METHODS, find_step
 from .taps import Taps
@@ -327,17 +327,17 @@ class GraphExecutor:
         """Run stage k on the state of stage k-1, or on images [B, C, H, W] for stage 0.
 
         Raises:
-            RuntimeError: The model, or a module of its backbone, is in training mode.
+            RuntimeError: The model is in training mode, or dropout or a BatchNorm of its backbone is.
             PartitionError: The backbone cannot be cut.
         """
         if model.training:
             raise _needs_evaluation(model, 'is not a chain of modules')
         size: Sequence[int]
         if k == 0:
-            trains = next((name for name, module in model.backbone.named_modules() if module.training), None)
+            trains = find_training(model.backbone)
             if trains is not None:
                 raise RuntimeError(
-                    f'{trains or "the backbone"!r} is in training mode, which the exported graph leaves out; call '
+                    f'{trains!r} is in training mode, which the exported graph leaves out; call '
                     f'model.eval(), or use forward_exits.'
                 )
             state, size = (state,), tuple(state.shape[1:])

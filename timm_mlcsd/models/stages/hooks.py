@@ -3,8 +3,14 @@
 from typing import Any, List, Optional, Tuple
 
 import torch.nn as nn
+from timm.layers import DropBlock2d, DropPath, PatchDropout
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
-__all__ = ['ModuleState', 'find_call_override']
+__all__ = ['ModuleState', 'find_call_override', 'find_training']
+
+# modules that compute something else in training mode; any new module is in that mode
+_OTHER_IN_TRAINING = (_BatchNorm, _DropoutNd, DropBlock2d, DropPath, PatchDropout)
 
 
 def find_call_override(module: nn.Module) -> Optional[str]:
@@ -23,6 +29,12 @@ def find_call_override(module: nn.Module) -> Optional[str]:
     if 'forward' in module.__dict__ or 'forward_features' in module.__dict__:
         return 'a replaced forward or forward_features'
     return None
+
+
+def find_training(backbone: nn.Module) -> Optional[str]:
+    """Name a module that is in training mode and computes something else in it; None if there is none."""
+    modules = backbone.named_modules()
+    return next((name for name, m in modules if m.training and isinstance(m, _OTHER_IN_TRAINING)), None)
 
 
 class ModuleState:
