@@ -209,7 +209,9 @@ def test_parquet_files_that_order_the_classes_differently(small, folder, tmp_pat
     card += '- config_name: other\n  data_files: other/*\n---\n'
     for split, names in (('train', ['red', 'green', 'blue']), ('test', ['blue', 'red', 'green'])):
         files = sorted((folder / split).rglob('*.png'))
-        columns = dict(image=[str(f) for f in files], label=[names.index(f.parent.name) for f in files])
+        # bytes, because datasets keeps a copy of the table, which may outlive the files
+        images = [dict(bytes=file.read_bytes(), path=None) for file in files]
+        columns = dict(image=images, label=[names.index(file.parent.name) for file in files])
         features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
         (tmp_path / 'data').mkdir(exist_ok=True)
         datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / 'data' / f'{split}-00000-of-00001.parquet')
