@@ -1,7 +1,6 @@
 """The sources of data that timm reads, and the checks that each needs: timm reads wrong data without an error."""
 
 import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import Any, Callable, Collection, Dict, NamedTuple, Optional
@@ -131,9 +130,8 @@ def _check_names_of_files(reader: Any, config: DataConfig) -> None:
     files = {path for paths in (builder.config.data_files or {}).values() for path in paths}
     key, first = config.target_key or 'label', None
     for path in sorted(path for path in files if path.endswith('.parquet') and os.path.isfile(path)):
-        metadata = parquet.read_schema(path).metadata or {}
-        features = json.loads(metadata.get(b'huggingface', b'{}')).get('info', {}).get('features', {})
-        names = features.get(key, {}).get('names')
+        features = datasets.Features.from_arrow_schema(parquet.read_schema(path))
+        names = getattr(features.get(key), 'names', None)
         first = first or (names and (path, names))
         if first and names and names != first[1]:
             raise UserError(
