@@ -49,7 +49,7 @@ def class_label(names: Optional[Sequence[Optional[str]]], index: int) -> str:
 
 def list_classes(names: ClassNames) -> str:
     """List the labels of the first five classes for a message."""
-    return first_few([class_label(names, index) for index in range(min(len(names), 6))])
+    return first_few([class_label(names, index) for index in range(len(names))])
 
 
 def pad_names(names: Optional[ClassNames], num_classes: int) -> Optional[ClassNames]:
