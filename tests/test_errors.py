@@ -96,7 +96,7 @@ def test_a_full_output_does_not_hide_the_error_of_the_script():
 
 
 @pytest.mark.parametrize('script', ["print('a')", "print('a', flush=True)", "print('a') or exit(0)"])
-def test_who_closes_the_pipe_sees_no_error(script):
+def test_closing_the_pipe_early_is_no_error(script):
     reader, writer = os.pipe()
     os.close(reader)
     try:

@@ -172,10 +172,10 @@ def test_certifying_samples_do_not_fit_anything():
     """Other labels change no temperature and no weight, only the policy of the path that is reached."""
     logits, targets = sampled(400, 5)
     _, fresh = split(400)
-    spoiled = targets.clone()
-    spoiled[fresh] = logits[0, fresh].argmax(-1)
+    changed = targets.clone()
+    changed[fresh] = logits[0, fresh].argmax(-1)
     kwargs = dict(max_drop=3.0, temperatures='fit', weights='fit', aggregate='fitted')
-    found = [calibrate(logits, y, COSTS, **kwargs) for y in (targets, spoiled)]
+    found = [calibrate(logits, y, COSTS, **kwargs) for y in (targets, changed)]
     assert found[0].temperatures == found[1].temperatures and found[0].weights == found[1].weights
     assert found[0].thresholds != found[1].thresholds
 

@@ -155,7 +155,7 @@ def test_answers_come_one_by_one_after_a_first_run_that_is_not_timed(exported, f
     sys.modules.pop('runner', None)
 
 
-def test_who_reads_the_first_lines_only(exported, files):
+def test_reading_the_first_lines_only_is_no_error(exported, files):
     with subprocess.Popen(
         [sys.executable, exported / 'runner.py', *[files / 'good.png'] * 20],
         stdout=subprocess.PIPE,

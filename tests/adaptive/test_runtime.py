@@ -101,7 +101,7 @@ def on_the_edge(logits, policy, same):
     return bool((same | close).all())
 
 
-def test_what_nobody_needs_does_not_run():
+def test_parts_whose_results_are_not_used_do_not_run():
     model = make()
     calls = []
     run_stage, run_head = model.run_stage, model.run_head

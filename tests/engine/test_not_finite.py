@@ -79,8 +79,8 @@ def test_they_never_reach_a_checkpoint(small, tmp_path, monkeypatch, capsys, bad
 
 
 @pytest.mark.parametrize('more', [[], ['--checkpoint-every-steps', 2]])
-def test_nor_do_weights_that_an_update_has_spoilt(small, tmp_path, monkeypatch, capsys, more):
-    def spoiling(config, task, model, *rest):
+def test_weights_that_an_update_made_not_finite_are_not_written(small, tmp_path, monkeypatch, capsys, more):
+    def damaging(config, task, model, *rest):
         optimizer = create_optimizer(config, task, model, *rest)
         updates = itertools.count(1)
 
@@ -94,7 +94,7 @@ def test_nor_do_weights_that_an_update_has_spoilt(small, tmp_path, monkeypatch, 
         return optimizer
 
     create_optimizer = trainer.create_optimizer
-    monkeypatch.setattr(trainer, 'create_optimizer', spoiling)
+    monkeypatch.setattr(trainer, 'create_optimizer', damaging)
     assert run(train.main, [*small, *more]) == 2
     assert 'the weights are not finite at epoch 0, batch 4' in capsys.readouterr().err
     assert (tmp_path / 'run' / 'last.pth.tar').exists() == bool(more)

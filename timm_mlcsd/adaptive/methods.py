@@ -184,7 +184,7 @@ def choose_method(results: Dict[str, HeldOut], price: float) -> Optional[str]:
 
     Args:
         results: Results by method, the default first. Another one must be better by two standard errors, because the
-            best of several results on few samples is often luck.
+            best of several results on few samples is often chance.
         price: Accuracy in points per unit of cost, because methods use a budget differently on other samples.
     """
     values = {method: 100 * held.correct - price * held.costs for method, held in results.items()}
