@@ -1,1 +1,1 @@
-"""The commands, one module each; argparse is used here only."""
+"""The commands, one module each, and their flags; the rest of the package takes configurations."""
