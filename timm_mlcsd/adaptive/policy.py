@@ -331,8 +331,8 @@ def _model_digest(model: Any) -> Optional[str]:
 def score_of(logits: torch.Tensor, score: str) -> torch.Tensor:
     """Compute a score of logits; `_score` in ``adaptive/export/onnx_runner.py`` has the same formulas.
 
-    A score with a state, as ``patience``, is computed in `ExitPolicy.step`, and for stored logits in `CachedLogits`
-    of ``adaptive/evaluate.py``.
+    A score with a state, as ``patience``, is computed in `ExitPolicy.step`; `CachedLogits.key` in
+    ``adaptive/evaluate.py`` says which answers it may share.
 
     Args:
         logits: Logits, [..., C].

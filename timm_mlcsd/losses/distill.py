@@ -85,7 +85,7 @@ class KD(DistillMethod):
     T^2 KL(softmax(t / T) || softmax(z / T)).
 
     Args:
-        temperature: Temperature T; default 4.
+        temperature: Temperature T; default 4. `MLCSDLoss` passes its own.
     """
 
     weight = 5.0

@@ -10,8 +10,9 @@ With logits z_k, features f_k, labels y, K exits, temperature T and weights w_i 
     L_HT  = sum_i w_i MSE(f_i, g_i)                 eq. 6
     L     = gamma L_CLS + alpha L_KD + beta L_HT    eq. 7
 
-No gradient of L_KD and L_HT flows into the logits and features that t_i and g_i are mixed from. `TEACHERS` lists
-alternatives to the CWEM for W_i, `DISTILL_METHODS` alternatives to L_KD.
+No gradient of L_KD and L_HT flows into the logits and features that t_i and g_i are mixed from. The CWEM is
+the paper's classifier weight encoding module; `TEACHERS` lists alternatives to it for W_i, `DISTILL_METHODS`
+alternatives to L_KD.
 """
 
 import math

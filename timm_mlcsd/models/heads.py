@@ -3,6 +3,8 @@
 Every head ends with a feature [B, D, H, W] of the shape of the backbone's last map, a global pool and a linear layer.
 Heads differ in the reduction layers before the feature. ``widths`` are the channels of the backbone at each resolution
 from that of the tap to the last one: n + 1 numbers for a tap with n = log2(size at the tap / size at the end).
+
+The default pool is `DEFAULT_EXIT_POOL` in ``backbone.py``. MSDNet and RANet have heads of their own, in ``native.py``.
 """
 
 from collections import Counter
@@ -96,7 +98,10 @@ def _strided_depthwise(x: torch.Tensor, weight: torch.Tensor, training: bool) ->
 
 
 def _slic(widths: Sequence[int], style: HeadStyle, **dd: Any) -> nn.Sequential:
-    """Make the paper's SLIC (section "Multi-exit network architectures"): n times 3x3 stride-2 conv, then 1x1 conv."""
+    """Make the paper's SLIC, n times a 3x3 stride-2 conv and a 1x1 conv.
+
+    Simple and low-computational intermediate classifier, section "Multi-exit network architectures".
+    """
     layers: List[nn.Module] = []
     for width, next_width in zip(widths, widths[1:]):
         layers += _conv_norm_act(width, width, 3, stride=2, style=style, **dd)

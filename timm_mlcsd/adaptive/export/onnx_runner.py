@@ -292,7 +292,7 @@ class AdaptiveModel:
         return logits, np.where(is_number, new_streak, -np.inf), (log_probs, prediction, new_streak)
 
     def prepare(self, image: Any) -> np.ndarray:
-        """Preprocess one image for `predict`.
+        """Preprocess one image for `predict`, as ``data/preprocess.py`` of the package does.
 
         Args:
             image: Path of an image file, or Pillow image.
