@@ -23,6 +23,10 @@ __all__ = [
     'launched_context',
 ]
 
+# Before 2.8, PyTorch frees a group with Python's lock held and waits for the threads of gloo, which can need that lock
+# to free a tensor; a group that is kept is freed when the process has ended.
+_FINISHED_GROUPS: List[Any] = []
+
 
 class DistributedContext(NamedTuple):
     """Rank of this process and number of processes, with the collectives of the training loop.
@@ -88,6 +92,8 @@ class DistributedContext(NamedTuple):
     def shutdown(self) -> None:
         """Destroy the process group, if there is one."""
         if dist.is_initialized():
+            if torch.__version__ < '2.8':  # compares versions, not text
+                _FINISHED_GROUPS.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 

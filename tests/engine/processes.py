@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from timm_mlcsd.distributed import DistributedContext
+
 
 def in_two_processes(work, tmp_path):
     """What `work(rank)` returns in each; `work` is a function of a module."""
@@ -17,4 +19,4 @@ def _start(rank, store, work, folder):
     torch.save(work(rank), f'{folder}/{rank}.pt')
     # A process that destroys its group while the other still talks can leave that one waiting (seen with PyTorch 2.6).
     dist.barrier()
-    dist.destroy_process_group()
+    DistributedContext(rank, 2).shutdown()

@@ -96,7 +96,7 @@ def test_a_link_to_nothing_is_a_broken_image(flags, data, caplog):
     os.symlink('nothing.png', data / 'test' / 'red' / '9.png')
     argv = [*flags, '--calibration-split', 'others', '--budget', '100%', '--max-bad-samples', 1]
     assert run(validate.main, argv) == 0
-    assert caplog.text.count('test/red/9.png') == 1
+    assert sum('test/red/9.png' in record.getMessage() for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize('nested', [False, True])

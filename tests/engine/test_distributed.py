@@ -124,6 +124,30 @@ def test_sigterm_stops_all_processes_where_they_can_go_on(folder, small_flags, t
     assert_same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
 
 
+def _shut_down_at_once(rank, size, store):
+    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=size)
+    sys.setswitchinterval(100)  # seconds for which a thread of gloo waits for Python's lock
+    context = DistributedContext(rank, size)
+    for _ in range(3):
+        context.any_rank(False)
+    context.shutdown()
+    os._exit(0)
+
+
+def test_a_job_ends_while_gloo_still_frees_tensors(tmp_path):
+    """PyTorch 2.6 waited forever in about half of the processes."""
+    spawn = torch.multiprocessing.get_context('spawn')
+    ranks = [spawn.Process(target=_shut_down_at_once, args=(rank, 3, tmp_path / 'store')) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    assert codes == [0, 0, 0]
+
+
 class _Wish:
     """A process's `SigtermHandler`, which comes before the batch of a number."""
 
