@@ -64,14 +64,14 @@ def filter_checkpoint(
         return filtered
 
 
-def _find_filter(model: nn.Module) -> Optional[Callable]:
+def _find_filter(model: nn.Module) -> Optional[Callable[..., Any]]:
     arch = getattr(model, 'pretrained_cfg', {}).get('architecture')
     modules = [model_entrypoint(arch).__module__] if arch and is_model(arch) else []
     modules += [cls.__module__ for cls in type(model).__mro__]
     for module in modules:
         if module.startswith('timm.models.'):
             for name in _FILTERS:
-                found: Optional[Callable] = getattr(sys.modules[module], name, None)
+                found: Optional[Callable[..., Any]] = getattr(sys.modules[module], name, None)
                 if found is not None:
                     return found
     return None

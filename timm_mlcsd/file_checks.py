@@ -76,7 +76,7 @@ def read_json(path: Any) -> Any:
         ValueError: The file cannot be read, is too large, is not valid JSON, or repeats an entry of an object.
     """
 
-    def reject_duplicates(pairs: List) -> Dict[str, Any]:
+    def reject_duplicates(pairs: List[Any]) -> Dict[str, Any]:
         content = {}
         for name, value in pairs:
             if name in content:

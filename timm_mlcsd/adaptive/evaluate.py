@@ -176,10 +176,10 @@ class CachedLogits:
     def __init__(self, logits: ExitLogits, targets: torch.Tensor):
         self.logits = as_logits(logits)
         self.targets = as_targets(targets, self.logits)
-        self._cache: Dict[Tuple, Tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cache: Dict[Tuple[Any, ...], Tuple[torch.Tensor, torch.Tensor]] = {}
 
     @staticmethod
-    def key(policy: ExitPolicy) -> Tuple:
+    def key(policy: ExitPolicy) -> Tuple[Any, ...]:
         """Key of equal answers: what the policy computes, and which exits take part in it, [K] at the end."""
         # without averaging and patience, an exit's answer does not depend on the other exits
         independent = policy.aggregate == 'last' and policy.score != 'patience'

@@ -34,7 +34,7 @@ class GraphedStage:
 
     def __init__(self, run: Callable[[Any], Tuple[Any, Optional[torch.Tensor]]]):
         self.run = run
-        self.graphs: Dict[Tuple, _Recorded] = {}
+        self.graphs: Dict[Tuple[Any, ...], _Recorded] = {}
         self._lock = threading.Lock()
 
     def __call__(self, state: Any) -> Tuple[Any, Optional[torch.Tensor]]:

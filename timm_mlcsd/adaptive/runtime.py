@@ -69,7 +69,7 @@ class AdaptiveModel:
             partial(model.run_exit, k, answers=policy.is_on(k)) for k in range(model.num_exits)
         ]
         # seconds of the last three runs of a stage, without its first run
-        self._seconds: Dict[Tuple, List[float]] = {}
+        self._seconds: Dict[Tuple[Any, ...], List[float]] = {}
 
     @classmethod
     def from_pretrained(
@@ -281,11 +281,11 @@ class AdaptiveModel:
                     break
         return answers.prediction(self._cost_table)
 
-    def _timing_key(self, k: int, count: int, x: torch.Tensor) -> Tuple:
+    def _timing_key(self, k: int, count: int, x: torch.Tensor) -> Tuple[Any, ...]:
         """Key of the run times of stage k on `count` images like `x`."""
         return (k, count, tuple(x.shape[1:]), x.device)
 
-    def _fits_deadline(self, k: int, key: Tuple, deadline: float) -> bool:
+    def _fits_deadline(self, k: int, key: Tuple[Any, ...], deadline: float) -> bool:
         """Whether the stages from k to the next exit that is on fit the time left."""
         next_exit = next(j for j in range(k, self.policy.num_exits) if self.policy.is_on(j))
         keys = [(j, *key[1:]) for j in range(k, next_exit + 1)]

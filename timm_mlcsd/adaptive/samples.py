@@ -1,6 +1,6 @@
 """Samples that thresholds are fitted to: the scores of all exits, and whether their answers are right."""
 
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class FitSamples:
     def __init__(self, cached: CachedLogits, rows: Optional[np.ndarray] = None):
         self.cached = cached
         self.rows = rows
-        self._outcomes: Dict[Tuple, Outcomes] = {}
+        self._outcomes: Dict[Tuple[Any, ...], Outcomes] = {}
 
     def __len__(self) -> int:
         return len(self.cached.targets) if self.rows is None else len(self.rows)

@@ -56,7 +56,7 @@ class Stream:
         # size and answers of the batches that are not answered in full, by their number in the stream
         self.open: Dict[int, Tuple[int, Answers]] = {}
         self.num_batches = 0
-        self._kind: Optional[Tuple] = None
+        self._kind: Optional[Tuple[Any, ...]] = None
 
     def predictions(self, batches: Iterable[torch.Tensor]) -> Iterator[Prediction]:
         """Yield the answers for each batch, in the order of the batches."""
@@ -160,7 +160,7 @@ class Stream:
         return found
 
 
-def _kind_of(images: torch.Tensor) -> Tuple:
+def _kind_of(images: torch.Tensor) -> Tuple[Any, ...]:
     """What images must have in common to be concatenated, with the autocast under which they run."""
     device = images.device
     autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)

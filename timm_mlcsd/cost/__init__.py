@@ -67,7 +67,7 @@ class _DepthCounter(TorchDispatchMode):
         self.depths = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Tuple = (), kwargs: Optional[Dict[str, Any]] = None
+        self, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Optional[Dict[str, Any]] = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         inputs = [t for t in tree_iter((args, kwargs or {})) if isinstance(t, torch.Tensor)]
@@ -170,7 +170,7 @@ def exit_times(
 
 @torch.inference_mode()
 def stage_times(
-    model: MultiExitModel, images: torch.Tensor, repeats: int = 10, autocast: Optional[ContextManager] = None
+    model: MultiExitModel, images: torch.Tensor, repeats: int = 10, autocast: Optional[ContextManager[Any]] = None
 ) -> List[ExitTime]:
     """Measure the time of every stage and every head separately.
 

@@ -78,7 +78,7 @@ class BrokenSampleTracker:
             _logger.warning(f'Left out, because it cannot be read: {self.describe(broken)}')
 
 
-class CheckedImages(BrokenSampleTracker, Dataset):
+class CheckedImages(BrokenSampleTracker, Dataset[Any]):
     """Images of a timm reader, with None instead of an image that cannot be read.
 
     timm's ``ImageDataset`` instead takes the next image and logs a warning every time, without counting broken images.
@@ -93,7 +93,7 @@ class CheckedImages(BrokenSampleTracker, Dataset):
         self.reader = reader
         self.mode = mode
         self.limit = limit
-        self.transform: Optional[Callable] = None
+        self.transform: Optional[Callable[..., Any]] = None
         # shared with the worker processes of the loader
         self.broken = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
         self.named: Set[int] = set()
@@ -146,16 +146,16 @@ class CheckedImages(BrokenSampleTracker, Dataset):
         return f'of {len(self)} images'
 
 
-class SubstituteBroken(Dataset):
+class SubstituteBroken(Dataset[Any]):
     """Data set for training that returns the next readable image instead of a broken one, so that batches stay full.
 
     Args:
         dataset: Data set of (image, target), with None for a broken image.
     """
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset[Any]):
         self.dataset = dataset
-        self.transform: Optional[Callable] = None
+        self.transform: Optional[Callable[..., Any]] = None
 
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
         for i in range(len(self)):
@@ -179,7 +179,7 @@ class DropBroken:
         channels: Number of channels of an image, for empty batches.
     """
 
-    def __init__(self, collate: Callable, channels: int):
+    def __init__(self, collate: Callable[..., Any], channels: int):
         self.collate = collate
         self.channels = channels
 

@@ -53,7 +53,7 @@ def check_corruptions(input_size: Tuple[int, int, int]) -> None:
         )
 
 
-class CorruptedImages(Dataset):
+class CorruptedImages(Dataset[Any]):
     """Images of a data set, corrupted after the transform: as the network sees them, before they are normalised.
 
     The random numbers of an image depend on its index, the corruption and the severity only, except for
@@ -65,12 +65,12 @@ class CorruptedImages(Dataset):
         severity: Severity, 1 to 5.
     """
 
-    def __init__(self, dataset: Dataset, corruption: str, severity: int):
+    def __init__(self, dataset: Dataset[Any], corruption: str, severity: int):
         self.dataset = dataset
         self.corruption = corruption
         self.severity = severity
         # timm's evaluation transform, which returns uint8 pixels [C, H, W]; set by the loader
-        self.transform: Optional[Callable] = None
+        self.transform: Optional[Callable[..., Any]] = None
 
     def __getitem__(self, index: int) -> Optional[Tuple[Any, Any]]:
         sample = self.dataset[index]

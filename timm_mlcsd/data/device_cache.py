@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 __all__ = ['CachedLoader', 'cache_images']
 
 
-def cache_images(dataset: Dataset, device: torch.device, workers: int = 0) -> Tuple[torch.Tensor, torch.Tensor]:
+def cache_images(dataset: Dataset[Any], device: torch.device, workers: int = 0) -> Tuple[torch.Tensor, torch.Tensor]:
     """Decode all images of a data set.
 
     Args:
@@ -77,10 +77,10 @@ class CachedLoader:
         padding: int = 0,
         hflip: float = 0.0,
         vflip: float = 0.0,
-        erase: Optional[Callable] = None,
+        erase: Optional[Callable[..., Any]] = None,
         mixup: Optional[Mixup] = None,
         channels_last: bool = False,
-        sampler: Optional[Sampler] = None,
+        sampler: Optional[Sampler[int]] = None,
         dtype: torch.dtype = torch.float32,
     ):
         device = images.device

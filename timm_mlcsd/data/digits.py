@@ -1,6 +1,6 @@
 """Data set of the 1,797 handwritten digits included in scikit-learn, available without a download."""
 
-from typing import Callable, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 from PIL import Image
@@ -14,7 +14,7 @@ __all__ = ['DigitsDataset']
 _SPLITS = {'train': (0, 1197), 'validation': (1197, 1437), 'test': (1437, 1797)}
 
 
-class DigitsDataset(Dataset):
+class DigitsDataset(Dataset[Any]):
     """Optical recognition of handwritten digits (Alpaydin and Kaynak, UCI, 1998) as 32x32 images.
 
     Args:
@@ -27,7 +27,7 @@ class DigitsDataset(Dataset):
         ValueError: The split is unknown.
     """
 
-    def __init__(self, split: str = 'train', transform: Optional[Callable] = None, image_mode: str = 'RGB'):
+    def __init__(self, split: str = 'train', transform: Optional[Callable[..., Any]] = None, image_mode: str = 'RGB'):
         try:
             from sklearn.datasets import load_digits
         except ImportError:

@@ -269,7 +269,7 @@ def _check_empty_classes(reader: Any, files: Sequence[str], unread: Sequence[str
     images = _image_endings_of_pillow()
     has_images = {os.path.dirname(path) for path in _image_paths(reader)}
     above = {os.path.dirname(folder) for folder in has_images}
-    lost: Dict[str, Counter] = defaultdict(Counter)
+    lost: Dict[str, Counter[str]] = defaultdict(Counter)
     for path in unread:
         folder, ending = os.path.dirname(path.rstrip('/')), os.path.splitext(path)[1].lower()
         if path.endswith('/'):

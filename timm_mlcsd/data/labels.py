@@ -41,7 +41,7 @@ class CheckedCollate:
         num_classes: Number of classes C.
     """
 
-    def __init__(self, collate: Callable, num_classes: int):
+    def __init__(self, collate: Callable[..., Any], num_classes: int):
         self.collate = collate
         self.num_classes = num_classes
 

@@ -8,7 +8,7 @@ from torch.utils.data import Sampler
 __all__ = ['RecordingSampler']
 
 
-class RecordingSampler(Sampler):
+class RecordingSampler(Sampler[int]):
     """Sampler that returns the indices of another sampler and records them until the next epoch.
 
     Args:
@@ -18,7 +18,7 @@ class RecordingSampler(Sampler):
         drawn: Indices drawn in the current epoch.
     """
 
-    def __init__(self, sampler: Sampler):
+    def __init__(self, sampler: Sampler[int]):
         self.sampler = sampler
         self.drawn = array('q')
 

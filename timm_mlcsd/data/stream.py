@@ -52,7 +52,7 @@ class CheckedStream(BrokenSampleTracker, IterableImageDataset):
         intercept_open(reader, self._open)
 
     def _open(self, open_reader: Callable[[], None]) -> None:
-        prepare: Callable = _PREPARE[self.source]
+        prepare: Callable[..., Any] = _PREPARE[self.source]
         if self.source == 'wds':
             prepare = partial(prepare, needs_labels=self.needs_labels)
         prepare(self.reader, open_reader, self.mode, self._leave_out)
@@ -127,7 +127,13 @@ class _Readable:
     """
 
     def __init__(
-        self, samples: Any, key: str, decode: Callable, name: Callable, leave_out: Callable, most: float = math.inf
+        self,
+        samples: Any,
+        key: str,
+        decode: Callable[..., Any],
+        name: Callable[..., Any],
+        leave_out: Callable[..., Any],
+        most: float = math.inf,
     ):
         self.samples = samples
         self.key = key
@@ -138,7 +144,7 @@ class _Readable:
 
     def __iter__(self) -> Iterator[Dict[str, Any]]:
         in_a_row = 0
-        names: Counter = Counter()
+        names: Counter[str] = Counter()
         for sample in self.samples:
             encoded = get_field(sample, self.key)
             try:
@@ -157,7 +163,7 @@ class _Readable:
         self.samples.set_epoch(epoch)
 
 
-def _prepare_hfids(reader: Any, open_reader: Callable, mode: str, leave_out: Callable) -> None:
+def _prepare_hfids(reader: Any, open_reader: Callable[..., Any], mode: str, leave_out: Callable[..., Any]) -> None:
     import datasets
 
     open_reader()
@@ -175,7 +181,7 @@ def _prepare_hfids(reader: Any, open_reader: Callable, mode: str, leave_out: Cal
             return read_image(encoded['path'], mode)
         return convert_image(decode_example(encoded), mode)  # a path on another machine
 
-    def name(sample: Dict[str, Any], encoded: Any, names: Counter) -> str:
+    def name(sample: Dict[str, Any], encoded: Any, names: Counter[str]) -> str:
         path, data = (
             (encoded['path'], encoded['bytes']) if isinstance(encoded, dict) else (None, repr(encoded).encode())
         )
@@ -187,7 +193,7 @@ def _prepare_hfids(reader: Any, open_reader: Callable, mode: str, leave_out: Cal
     reader.ds = _Readable(reader.ds, reader.input_key, decode, name, leave_out)
 
 
-def _prepare_tfds(reader: Any, open_reader: Callable, mode: str, leave_out: Callable) -> None:
+def _prepare_tfds(reader: Any, open_reader: Callable[..., Any], mode: str, leave_out: Callable[..., Any]) -> None:
     import tensorflow_datasets as tfds
 
     def undecoded(decoders: Any) -> Any:
@@ -213,7 +219,9 @@ def _prepare_tfds(reader: Any, open_reader: Callable, mode: str, leave_out: Call
     )
 
 
-def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Callable, needs_labels: bool = True) -> None:
+def _prepare_wds(
+    reader: Any, open_reader: Callable[..., Any], mode: str, leave_out: Callable[..., Any], needs_labels: bool = True
+) -> None:
     open_reader()
     shards = {os.path.join(reader.root, name) for name in reader.split_info.filenames}
 
@@ -240,9 +248,9 @@ def _prepare_wds(reader: Any, open_reader: Callable, mode: str, leave_out: Calla
 
 def _wds_images(
     reader: Any,
-    decode: Callable,
+    decode: Callable[..., Any],
     mode: str,
-    leave_out: Callable,
+    leave_out: Callable[..., Any],
     label: Dict[str, bytes],
     samples: Iterable[Dict[str, Any]],
 ) -> Iterator[Dict[str, Any]]:

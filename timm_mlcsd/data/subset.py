@@ -10,7 +10,7 @@ from .image import convert_image
 __all__ = ['ConvertedImages', 'IndexedTargets', 'TransformSubset', 'hold_out', 'num_images']
 
 
-class TransformSubset(Dataset):
+class TransformSubset(Dataset[Any]):
     """Samples at `indices` of a data set, with their own transform.
 
     Args:
@@ -18,10 +18,10 @@ class TransformSubset(Dataset):
         indices: Indices of the samples.
     """
 
-    def __init__(self, dataset: Dataset, indices: Sequence[int]):
+    def __init__(self, dataset: Dataset[Any], indices: Sequence[int]):
         self.dataset = dataset
         self.indices = indices
-        self.transform: Optional[Callable] = None
+        self.transform: Optional[Callable[..., Any]] = None
 
     def __getitem__(self, index: int) -> Optional[Tuple[Any, Any]]:
         sample = self.dataset[self.indices[index]]
@@ -34,7 +34,7 @@ class TransformSubset(Dataset):
         return len(self.indices)
 
 
-class ConvertedImages(Dataset):
+class ConvertedImages(Dataset[Any]):
     """Images of a data set converted to one PIL mode, with their own transform.
 
     Args:
@@ -42,10 +42,10 @@ class ConvertedImages(Dataset):
         mode: PIL mode, one of `IMAGE_MODES`.
     """
 
-    def __init__(self, dataset: Dataset, mode: str):
+    def __init__(self, dataset: Dataset[Any], mode: str):
         self.dataset = dataset
         self.mode = mode
-        self.transform: Optional[Callable] = None
+        self.transform: Optional[Callable[..., Any]] = None
 
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
         image, target = self.dataset[index]
@@ -56,16 +56,16 @@ class ConvertedImages(Dataset):
         return num_images(self.dataset)
 
 
-class IndexedTargets(Dataset):
+class IndexedTargets(Dataset[Any]):
     """Images of a data set with targets that contain the class and the index of the image, [2].
 
     Args:
         dataset: Data set of (image, class) without a transform, with None for a broken image.
     """
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset[Any]):
         self.dataset = dataset
-        self.transform: Optional[Callable] = None
+        self.transform: Optional[Callable[..., Any]] = None
 
     def __getitem__(self, index: int) -> Optional[Tuple[Any, torch.Tensor]]:
         sample = self.dataset[index]
@@ -78,7 +78,7 @@ class IndexedTargets(Dataset):
         return num_images(self.dataset)
 
 
-def num_images(dataset: Dataset) -> int:
+def num_images(dataset: Dataset[Any]) -> int:
     """Return the number of images of a data set that states it."""
     assert isinstance(dataset, Sized)  # all but streams of unknown length
     return len(dataset)

@@ -27,7 +27,7 @@ TOO_MANY = 0.5
 
 
 def check_unlabelled(
-    images: Dataset, config: DataConfig, checkpoint: Dict[str, Any], reported: Dataset, split: str
+    images: Dataset[Any], config: DataConfig, checkpoint: Dict[str, Any], reported: Dataset[Any], split: str
 ) -> None:
     """Refuse calibration images that are reported on, or that the checkpoint was trained on.
 
@@ -60,7 +60,7 @@ def check_unlabelled(
 
 
 def check_calibration_split(
-    images: Dataset, name: str, config: DataConfig, checkpoint: Dict[str, Any], reported: Dataset, split: str
+    images: Dataset[Any], name: str, config: DataConfig, checkpoint: Dict[str, Any], reported: Dataset[Any], split: str
 ) -> None:
     """Refuse a calibration split whose images are reported on, or trained on, under another name or as copies.
 
@@ -93,7 +93,7 @@ def check_not_fitted_to(
     path: Path,
     config: ValidateConfig,
     network: Network,
-    reported: Dataset,
+    reported: Dataset[Any],
 ) -> None:
     """Refuse to report on the images that a policy was fitted to; warn where that cannot be checked.
 

@@ -54,7 +54,7 @@ def load_dataset(
     num_samples: Optional[int] = None,
     needs_folder: bool = False,
     seed: int = 42,
-) -> Dataset:
+) -> Dataset[Any]:
     """Load one split of a data set.
 
     Args:
@@ -123,8 +123,8 @@ def _image_mode(config: DataConfig) -> str:
 
 
 def _with_checked_images(
-    dataset: Dataset, prefix: str, config: DataConfig, image_mode: str, is_training: bool
-) -> Dataset:
+    dataset: Dataset[Any], prefix: str, config: DataConfig, image_mode: str, is_training: bool
+) -> Dataset[Any]:
     """The data set with our reading of images, which counts and names the ones that are broken."""
     if isinstance(dataset, ImageDataset):
         if hasattr(dataset.reader, 'cache_tarfiles'):
@@ -148,7 +148,7 @@ def _with_checked_images(
     return ConvertedImages(dataset, image_mode) if prefix == 'torch' else dataset
 
 
-def class_names(dataset: Dataset) -> Optional[ClassNames]:
+def class_names(dataset: Dataset[Any]) -> Optional[ClassNames]:
     """The names of the classes by index, None for an index without a name; None if the data set has no names."""
     while isinstance(dataset, (TransformSubset, ConvertedImages)):
         dataset = dataset.dataset
@@ -183,7 +183,9 @@ def same_split(split: str, other: str) -> bool:
     return whole(split) == whole(other)
 
 
-def train_and_val_datasets(config: TrainDataConfig, seed: int = 42) -> Tuple[Dataset, Dataset, Dict[str, Any]]:
+def train_and_val_datasets(
+    config: TrainDataConfig, seed: int = 42
+) -> Tuple[Dataset[Any], Dataset[Any], Dict[str, Any]]:
     """Load the training images and the images that choose the best epoch.
 
     Without ``--val-split`` the latter are held out of the train split, chosen by `val_seed`. The record then has their

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from dataclasses import dataclass
-from typing import Callable, ContextManager, Optional
+from typing import Any, Callable, ContextManager, Optional
 
 import torch
 
@@ -76,14 +76,14 @@ def _own_gpu(device: torch.device) -> torch.device:
     return torch.device('cuda', rank)
 
 
-def make_autocast(config: DeviceConfig, device: torch.device, cache_enabled: bool = True) -> ContextManager:
+def make_autocast(config: DeviceConfig, device: torch.device, cache_enabled: bool = True) -> ContextManager[Any]:
     """The context of forward passes."""
     if not config.amp:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, config.amp_dtype), cache_enabled=cache_enabled)
 
 
-def compile_forward(forward: Callable, config: DeviceConfig) -> Callable:
+def compile_forward(forward: Callable[..., Any], config: DeviceConfig) -> Callable[..., Any]:
     """The function compiled, or unchanged in eager mode."""
     if not config.torchcompile:
         return forward

@@ -142,7 +142,7 @@ class EpochLoop:
         *,
         scheduler: Any = None,
         scaler: Optional[NativeScaler] = None,
-        autocast: Optional[ContextManager] = None,
+        autocast: Optional[ContextManager[Any]] = None,
         channels_last: bool = False,
         dist_context: DistributedContext = SINGLE_PROCESS,
         names: Optional[Callable[[int], List[str]]] = None,

@@ -144,7 +144,7 @@ class Evaluator:
         """
         return Evaluator(model, data_config, self.data, self.device_config, device=self.device)
 
-    def loader(self, dataset: Dataset, has_labels: bool = True) -> Any:
+    def loader(self, dataset: Dataset[Any], has_labels: bool = True) -> Any:
         """A loader of prepared batches of a data set.
 
         Args:
@@ -170,7 +170,7 @@ class Evaluator:
         return to_channels_last(images) if self.channels_last else images
 
     @torch.no_grad()
-    def batches(self, data: Union[Dataset, Iterable[Any]]) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, data: Union[Dataset[Any], Iterable[Any]]) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         """Iterate over the logits of all exits, [K, B, C] in float32, and class indices [B].
 
         Args:
@@ -184,7 +184,7 @@ class Evaluator:
                 logits = logits if self.classes is None else logits[..., self.classes]
                 yield logits, target.to(self.device)
 
-    def evaluate(self, data: Union[Dataset, Iterable[Any]]) -> Evaluation:
+    def evaluate(self, data: Union[Dataset[Any], Iterable[Any]]) -> Evaluation:
         """The metrics of every exit on a data set or loader.
 
         Raises:
@@ -192,7 +192,7 @@ class Evaluator:
         """
         return finalize(accumulate(self.batches(data)))
 
-    def logits(self, data: Union[Dataset, Iterable[Any]]) -> LabelledLogits:
+    def logits(self, data: Union[Dataset[Any], Iterable[Any]]) -> LabelledLogits:
         """The logits of all exits on a data set or loader.
 
         Raises:

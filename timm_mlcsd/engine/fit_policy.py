@@ -309,7 +309,7 @@ def fit_or_load_policy(
     config: ValidateConfig,
     network: Network,
     evaluator: Evaluator,
-    reported: Dataset,
+    reported: Dataset[Any],
     split: str,
     costs: Sequence[ExitCost],
 ) -> ChosenPolicy:
@@ -363,8 +363,8 @@ def fit_or_load_policy(
 
 
 def _unlabelled(
-    config: ValidateConfig, network: Network, evaluator: Evaluator, reported: Dataset, split: str
-) -> Tuple[Dataset, str]:
+    config: ValidateConfig, network: Network, evaluator: Evaluator, reported: Dataset[Any], split: str
+) -> Tuple[Dataset[Any], str]:
     """The calibration images without labels, with their numbers as targets, and a name for them."""
     first, *others = config.calibration_images
     images = load_images(config.data, [first, *others], '', evaluator.data_config, config.data.max_bad_samples).dataset

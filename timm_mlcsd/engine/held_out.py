@@ -45,7 +45,7 @@ def held_out_names(checkpoint: Dict[str, Any]) -> Tuple[str, str]:
     return name, f'one half of {name}'
 
 
-def check_held_out(dataset: Dataset, checkpoint: Dict[str, Any], what: str) -> None:
+def check_held_out(dataset: Dataset[Any], checkpoint: Dict[str, Any], what: str) -> None:
     """Refuse data whose images at the held-out indices are not those of training: they may have been trained on.
 
     Args:
@@ -110,7 +110,7 @@ def halves_of(dataset: TransformSubset) -> Tuple[TransformSubset, TransformSubse
     return fit, report
 
 
-def load_if_there(config: DataConfig, split: str, needs_folder: bool = False) -> Optional[Dataset]:
+def load_if_there(config: DataConfig, split: str, needs_folder: bool = False) -> Optional[Dataset[Any]]:
     """Load a split of a data set; None where there is none."""
     try:
         return load_dataset(config, split, needs_folder=needs_folder)
@@ -118,7 +118,7 @@ def load_if_there(config: DataConfig, split: str, needs_folder: bool = False) ->
         return None
 
 
-def is_data_of(dataset: Dataset, checkpoint: Dict[str, Any]) -> bool:
+def is_data_of(dataset: Dataset[Any], checkpoint: Dict[str, Any]) -> bool:
     """Whether a data set is the training data of a checkpoint, in whatever place."""
     if 'train_probe' not in checkpoint or isinstance(dataset, IterableDataset):
         return False

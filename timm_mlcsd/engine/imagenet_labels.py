@@ -30,7 +30,7 @@ class RealLabels:
         UserError: The file cannot be read, or the images are others.
     """
 
-    def __init__(self, source: Union[str, bool], dataset: Dataset, num_exits: int, num_classes: int):
+    def __init__(self, source: Union[str, bool], dataset: Dataset[Any], num_exits: int, num_classes: int):
         reader: Any = dataset.reader if isinstance(dataset, CheckedImages) else None
         if not hasattr(reader, 'samples'):
             raise UserError('--real-labels: expected a folder of images, whose names identify them.')

@@ -30,7 +30,7 @@ def load_initial_checkpoint(
     names: Optional[ClassNames],
     data: TrainDataConfig,
     record: Dict[str, Any],
-    held: Dataset,
+    held: Dataset[Any],
 ) -> None:
     """Load weights of a multi-exit network like this one, or of its plain backbone.
 
@@ -92,7 +92,7 @@ def _check_classes(config: ModelConfig, before: ClassNames, names: ClassNames) -
 
 
 def _warn_of_seen_images(
-    path: str, checkpoint: Dict[str, Any], config: TrainDataConfig, record: Dict[str, Any], held: Dataset
+    path: str, checkpoint: Dict[str, Any], config: TrainDataConfig, record: Dict[str, Any], held: Dataset[Any]
 ) -> None:
     """Warn where ``--initial-checkpoint`` was trained on images that are held out now.
 

@@ -100,7 +100,7 @@ def mixup_active(augment: AugmentConfig) -> bool:
 def train_loader(
     config: TrainDataConfig,
     augment: AugmentConfig,
-    dataset: Dataset,
+    dataset: Dataset[Any],
     data_config: Dict[str, Any],
     num_classes: int,
     device: torch.device,
@@ -188,7 +188,7 @@ def _make_mixup(config: TrainDataConfig, augment: AugmentConfig, num_classes: in
 def _augmented_loader(
     config: TrainDataConfig,
     augment: AugmentConfig,
-    dataset: Dataset,
+    dataset: Dataset[Any],
     data_config: Dict[str, Any],
     device: torch.device,
     collate: Union[CheckedCollate, Mixup],
@@ -227,7 +227,7 @@ def _augmented_loader(
     )
 
 
-def set_epoch(batches: Any, dataset: Dataset, epoch: int) -> None:
+def set_epoch(batches: Any, dataset: Dataset[Any], epoch: int) -> None:
     """Tell streams and distributed samplers the number of the epoch."""
     for it in (dataset, getattr(batches, 'sampler', None)):
         if it is not None and hasattr(it, 'set_epoch'):
@@ -236,7 +236,7 @@ def set_epoch(batches: Any, dataset: Dataset, epoch: int) -> None:
 
 def eval_loader(
     config: DataConfig,
-    dataset: Dataset,
+    dataset: Dataset[Any],
     data_config: Dict[str, Any],
     device: torch.device,
     *,
@@ -284,7 +284,7 @@ def _pin_memory(config: DataConfig, device: torch.device) -> bool:
     return device.type == 'cuda' if config.pin_mem is None else config.pin_mem
 
 
-def _prepare_workers(loader: DataLoader) -> None:
+def _prepare_workers(loader: DataLoader[Any]) -> None:
     """Prepare the start of a loader's processes."""
     if not loader.num_workers:
         return
@@ -298,7 +298,7 @@ def _prepare_workers(loader: DataLoader) -> None:
         loader.multiprocessing_context = 'forkserver'
 
 
-def _remember(loader: DataLoader) -> Optional[Callable[[int], List[int]]]:
+def _remember(loader: DataLoader[Any]) -> Optional[Callable[[int], List[int]]]:
     """Let a loader record the indices of its batches; None for a stream, which has none."""
     if isinstance(loader.dataset, IterableDataset):
         return None
@@ -309,7 +309,7 @@ def _remember(loader: DataLoader) -> Optional[Callable[[int], List[int]]]:
     return lambda number: sampler.batch(number, batches.batch_size)
 
 
-def _check_cacheable(config: DataConfig, augment: AugmentConfig, dataset: Dataset) -> None:
+def _check_cacheable(config: DataConfig, augment: AugmentConfig, dataset: Dataset[Any]) -> None:
     """Refuse settings that ``--cache-dataset device`` does not support."""
     if isinstance(dataset, IterableDataset):
         raise UserError(f'--cache-dataset device: --dataset {config.dataset!r} is a stream, which cannot be kept.')

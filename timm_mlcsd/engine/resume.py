@@ -145,7 +145,7 @@ def find_checkpoint(config: RunConfig, folder: Path) -> Tuple[Optional[Dict[str,
 def check_same_model_and_data(
     checkpoint: Dict[str, Any],
     identity: Dict[str, Any],
-    val_data: Dataset,
+    val_data: Dataset[Any],
     weights_only: bool = False,
     same_data: bool = True,
 ) -> None:
@@ -189,7 +189,7 @@ def _equal(before: Any, now: torch.Tensor) -> bool:
     return isinstance(before, torch.Tensor) and torch.equal(before, now)
 
 
-def _other_held_out(before: Any, now: torch.Tensor, val_data: Dataset) -> str:
+def _other_held_out(before: Any, now: torch.Tensor, val_data: Dataset[Any]) -> str:
     """The error message for held-out images that are not those of the checkpoint."""
     others = list(range(len(now)))
     if isinstance(before, torch.Tensor) and before.shape == now.shape:
@@ -211,7 +211,7 @@ def resume(
     data: TrainDataConfig,
     dist_context: DistributedContext,
     weights_only: bool = False,
-    lr_rule: Optional[Tuple] = None,
+    lr_rule: Optional[Tuple[Any, ...]] = None,
 ) -> Tuple[int, float, Optional[Progress]]:
     """Restore the state of a checkpoint.
 

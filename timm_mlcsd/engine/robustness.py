@@ -54,7 +54,7 @@ def risk_limit(policy: ExitPolicy, max_drop: Optional[float], risk: str) -> Risk
     return RiskLimit(risk, max_drop)
 
 
-def check_corruptible(evaluator: Evaluator, static: Sequence[StaticNetwork], dataset: Dataset) -> None:
+def check_corruptible(evaluator: Evaluator, static: Sequence[StaticNetwork], dataset: Dataset[Any]) -> None:
     """Check that the images of all networks can be corrupted.
 
     Raises:
@@ -68,7 +68,7 @@ def check_corruptible(evaluator: Evaluator, static: Sequence[StaticNetwork], dat
 
 def corruption_rows(
     evaluator: Evaluator,
-    dataset: Dataset,
+    dataset: Dataset[Any],
     clean: LabelledLogits,
     policy: ExitPolicy,
     costs: Sequence[ExitCost],

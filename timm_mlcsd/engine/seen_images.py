@@ -55,7 +55,7 @@ def trained_files(config: DataConfig, checkpoint: Dict[str, Any]) -> ImageFiles:
     return files
 
 
-def share_of_moved(images: Dataset, config: DataConfig, checkpoint: Dict[str, Any]) -> float:
+def share_of_moved(images: Dataset[Any], config: DataConfig, checkpoint: Dict[str, Any]) -> float:
     """Estimate how many images of a data set were trained on, where the training data has changed in its place.
 
     Args:
@@ -80,7 +80,7 @@ def share_of_moved(images: Dataset, config: DataConfig, checkpoint: Dict[str, An
     return min(1.0, found * forgotten / max(count, 1))
 
 
-def check_not_moved(images: Dataset, config: TrainDataConfig, checkpoint: Dict[str, Any]) -> None:
+def check_not_moved(images: Dataset[Any], config: TrainDataConfig, checkpoint: Dict[str, Any]) -> None:
     """Refuse to resume with validation images that the run was trained on before.
 
     Args:

@@ -58,7 +58,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
         raise UserError(f'{name}={value!r}: expected {what} {text}.')
 
 
-def _is_of(value: Any, kind: Type) -> bool:
+def _is_of(value: Any, kind: Type[Any]) -> bool:
     if get_origin(kind) is list:
         return isinstance(value, (list, tuple)) and all(_is_of(v, get_args(kind)[0]) for v in value)
     if kind in (int, float):
@@ -66,7 +66,7 @@ def _is_of(value: Any, kind: Type) -> bool:
     return isinstance(value, get_origin(kind) or kind)
 
 
-def _kind_name(kind: Type) -> str:
+def _kind_name(kind: Type[Any]) -> str:
     return {int: 'an integer', float: 'a number', bool: 'True or False', str: 'a text', type(None): 'None'}.get(
         kind, str(kind).replace('typing.', '')
     )

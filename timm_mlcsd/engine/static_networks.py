@@ -153,7 +153,7 @@ def benchmark_static(
     policy: ExitPolicy,
     cost: float,
     networks: Sequence[StaticNetwork],
-    dataset: Dataset,
+    dataset: Dataset[Any],
     count: int,
 ) -> List[Dict[str, Any]]:
     """Run an adaptive network, its plain backbone and static networks in turn on the batches of a data set.

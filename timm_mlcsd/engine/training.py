@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from timm.utils import random_seed
@@ -140,7 +140,7 @@ def _run_epochs(trainer: Trainer, files: Optional[RunFolder], handler: SigtermHa
             raise StopRequested
 
 
-def _number(images: Dataset) -> str:
+def _number(images: Dataset[Any]) -> str:
     """The number of images as text; a stream has an unknown one."""
     return 'a stream of them' if isinstance(images, IterableDataset) else str(num_images(images))
 

@@ -102,7 +102,7 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
     return rows
 
 
-def _evaluate(config: ValidateConfig, evaluator: Evaluator, dataset: Dataset, classes: ClassCounts) -> Evaluation:
+def _evaluate(config: ValidateConfig, evaluator: Evaluator, dataset: Dataset[Any], classes: ClassCounts) -> Evaluation:
     """The metrics of all exits, by the labels of the data or the reassessed ones of ImageNet."""
     batches = classes.counted(evaluator.batches(dataset))
     if not config.real_labels:
@@ -115,7 +115,7 @@ def _validate_adaptive(
     config: ValidateConfig,
     network: Network,
     evaluator: Evaluator,
-    dataset: Dataset,
+    dataset: Dataset[Any],
     split: str,
     costs: Sequence[ExitCost],
 ) -> Tuple[Evaluation, Dict[str, Any], ClassCounts]:
@@ -168,7 +168,7 @@ def _validate_adaptive(
 def _validate_corrupted(
     config: ValidateConfig,
     evaluator: Evaluator,
-    dataset: Dataset,
+    dataset: Dataset[Any],
     test: LabelledLogits,
     policy: ExitPolicy,
     costs: Sequence[ExitCost],
@@ -260,7 +260,7 @@ def with_trained_data(config: ValidateConfig, network: Network) -> Tuple[Validat
     return replace(config, data=data), data_config
 
 
-def load_split(config: ValidateConfig, checkpoint: Dict[str, Any]) -> Tuple[Dataset, str]:
+def load_split(config: ValidateConfig, checkpoint: Dict[str, Any]) -> Tuple[Dataset[Any], str]:
     """The data to evaluate on, a split or the images that training held out, and its name.
 
     Raises:

@@ -152,7 +152,7 @@ class BackboneContract(MultiExitModel):
         self.replace_plan([name for name in self.exit_names[:-1] if name in remaining])
         return taken
 
-    def _if_backbone_has(self, name: str, method: Callable) -> Callable:
+    def _if_backbone_has(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """Return `method`, or raise an AttributeError if the backbone has no attribute `name`."""
         getattr(self.backbone, name)
         return method

@@ -44,7 +44,7 @@ class Images(NamedTuple):
             images are named by their numbers.
     """
 
-    dataset: Dataset
+    dataset: Dataset[Any]
     names: Optional[List[str]]
 
 
@@ -64,7 +64,7 @@ class _Files:
         return self.samples[index]
 
 
-class NumberedImages(Dataset):
+class NumberedImages(Dataset[Any]):
     """Some images of a data set, each with its number in the data set as target.
 
     Args:
@@ -72,10 +72,10 @@ class NumberedImages(Dataset):
         numbers: Numbers of the images.
     """
 
-    def __init__(self, dataset: Dataset, numbers: Sequence[int]):
+    def __init__(self, dataset: Dataset[Any], numbers: Sequence[int]):
         self.dataset = dataset
         self.numbers = numbers
-        self.transform: Optional[Callable] = None
+        self.transform: Optional[Callable[..., Any]] = None
 
     def __getitem__(self, index: int) -> Optional[Tuple[Any, int]]:
         sample = self.dataset[self.numbers[index]]
@@ -87,7 +87,7 @@ class NumberedImages(Dataset):
         return len(self.numbers)
 
 
-class NumberedStream(IterableDataset):
+class NumberedStream(IterableDataset[Any]):
     """Some images of a stream, each with its number in the stream as target.
 
     The numbers are those of a single process that reads the stream, so a loader must not have more than one.
@@ -99,12 +99,12 @@ class NumberedStream(IterableDataset):
         size: Number of processes.
     """
 
-    def __init__(self, dataset: IterableDataset, done: Collection[int] = (), rank: int = 0, size: int = 1):
+    def __init__(self, dataset: IterableDataset[Any], done: Collection[int] = (), rank: int = 0, size: int = 1):
         self.dataset = dataset
         self.done = done
         self.rank = rank
         self.size = size
-        self.transform: Optional[Callable] = None
+        self.transform: Optional[Callable[..., Any]] = None
 
     def __iter__(self) -> Iterator[Tuple[Any, int]]:
         for number, (image, _) in zip(count(), self.dataset):
@@ -176,7 +176,7 @@ def _is_asked_for(path: Sequence[str], pattern: Sequence[str]) -> bool:
 def _images_below(folder: str) -> List[str]:
     """Paths of the images in a folder, with a warning that counts the files of other kinds."""
     paths: List[str] = []
-    left_out: Counter = Counter()
+    left_out: Counter[str] = Counter()
     seen: Set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         below = os.path.relpath(place, folder)
@@ -201,7 +201,7 @@ def _images_below(folder: str) -> List[str]:
     return sorted(paths, key=natural_order)
 
 
-def _warn_of_others(text: str, left_out: Counter) -> None:
+def _warn_of_others(text: str, left_out: Counter[str]) -> None:
     if left_out := +left_out:
         counts = ', '.join(f'{number} {printable(ending)}' for ending, number in left_out.most_common(8))
         _logger.warning(f'{printable(text)}: left out {counts}; images end in {", ".join(IMAGE_ENDINGS)}')

@@ -110,7 +110,7 @@ class OutputFile:
         self.is_parquet = path.suffix == '.parquet'
         self.lines = path.with_name(f'.{path.name}.partial.jsonl') if self.is_parquet else path
         self.done: Set[str] = set()
-        self.exits: Counter = Counter()
+        self.exits: Counter[int] = Counter()
         self._exit_column = list(kinds).index('exit')
 
     def __enter__(self) -> 'OutputFile':

@@ -204,7 +204,7 @@ class _Table:
         return rows
 
 
-def _remaining(images: Images, output: OutputFile, dist_context: DistributedContext) -> Dataset:
+def _remaining(images: Images, output: OutputFile, dist_context: DistributedContext) -> Dataset[Any]:
     """The images of this process that its file does not have yet."""
     rank, size = dist_context.rank, dist_context.size
     if images.names is None:
@@ -226,12 +226,12 @@ def _remaining(images: Images, output: OutputFile, dist_context: DistributedCont
     return NumberedImages(images.dataset, [n for n in own if images.names[n] not in output.done])
 
 
-def _count(dataset: Dataset) -> Optional[int]:
+def _count(dataset: Dataset[Any]) -> Optional[int]:
     return len(dataset) if isinstance(dataset, NumberedImages) else None
 
 
 def _answers(
-    evaluator: Evaluator, network: Network, policy: Any, dataset: Dataset
+    evaluator: Evaluator, network: Network, policy: Any, dataset: Dataset[Any]
 ) -> Iterator[Tuple[List[int], Prediction]]:
     """Numbers and answers of the images, batch by batch."""
     if _count(dataset) == 0:
@@ -248,7 +248,7 @@ def _answers(
             yield waiting.popleft(), prediction
 
 
-def _unreadable(dataset: Dataset) -> List[str]:
+def _unreadable(dataset: Dataset[Any]) -> List[str]:
     """Images that cannot be read, each with the reason."""
     checked = checked_images(dataset)
     return [] if checked is None else [checked.describe(broken) for broken in checked.found]

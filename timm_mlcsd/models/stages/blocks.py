@@ -69,7 +69,7 @@ def _listed(module: nn.Module, prefix: str, numbered: Dict[str, int], in_list: b
             yield from _listed(child, f'{path}.', numbered)
 
 
-def _layer_groups(backbone: TimmModel) -> Tuple[Dict[str, int], List[re.Pattern]]:
+def _layer_groups(backbone: TimmModel) -> Tuple[Dict[str, int], List[re.Pattern[str]]]:
     """Read the numbered modules and the stem from ``group_matcher``.
 
     Returns:

@@ -69,7 +69,7 @@ class ChainExecutor:
 
     def invalidate(self) -> None:
         """Forget the comparison with the backbone after a change of it; modules are looked up by name at each run."""
-        self.difference: Dict[Tuple, Optional[str]] = {}
+        self.difference: Dict[Tuple[Any, ...], Optional[str]] = {}
         self.states: List[ModuleState] = []
 
     def _compare_again_if_changed(self, model: StagedModel) -> None:
@@ -229,10 +229,10 @@ class GraphExecutor:
 
     def invalidate(self) -> None:
         """Forget the exported graphs and their pieces after a change of the backbone."""
-        self.exports: Dict[Tuple, Union[torch.export.ExportedProgram, PartitionError]] = {}
+        self.exports: Dict[Tuple[Any, ...], Union[torch.export.ExportedProgram, PartitionError]] = {}
         self.states: List[ModuleState] = []
-        self.cuts: Dict[Tuple, PartitionedGraph] = {}
-        self.sizes: Dict[Tuple, Sequence[int]] = {}
+        self.cuts: Dict[Tuple[Any, ...], PartitionedGraph] = {}
+        self.sizes: Dict[Tuple[Any, ...], Sequence[int]] = {}
 
     def release(self, backbone: nn.Module) -> None:
         """Remove the hooks of this executor from the backbone."""
@@ -296,7 +296,7 @@ class GraphExecutor:
                 self.cuts[key] = self._make(model, key)
             return self.cuts[key]
 
-    def _make(self, model: StagedModel, key: Tuple) -> PartitionedGraph:
+    def _make(self, model: StagedModel, key: Tuple[Any, ...]) -> PartitionedGraph:
         *input_size, dtype, device = key
         exported = (*input_size, dtype)
         if exported not in self.exports:
@@ -370,6 +370,6 @@ def _needs_evaluation(model: StagedModel, reason: str) -> RuntimeError:
     )
 
 
-def _signature(k: int, state: Tuple[torch.Tensor, ...]) -> Tuple:
+def _signature(k: int, state: Tuple[torch.Tensor, ...]) -> Tuple[Any, ...]:
     """Return a key that differs between states of differently sized images."""
     return (k, *(tuple(t.shape[1:]) for t in state))

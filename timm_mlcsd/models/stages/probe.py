@@ -88,7 +88,7 @@ class ModuleCall:
         """Layout of the map in the output; None if the output has no map."""
         return find_map(self.output, BATCH, self.image_size, self.channels_last)
 
-    def record_input(self, args: Tuple, kwargs: Dict[str, Any]) -> None:
+    def record_input(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
         """Record the arguments of the call, if they are a single tensor."""
         options: Sequence[Any] = (*args[1:], *kwargs.values())
         if self.name in FORWARD_METHODS:  # the forward of a ViT passes its own defaults
@@ -185,7 +185,7 @@ def _trace(
     names = {module: name for name, module in backbone.named_modules()}
     counter = FlopCounterMode(display=False)
 
-    def enter(name: str, module: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> None:
+    def enter(name: str, module: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
         call = ModuleCall(name, module, image_size, channels_last)
         stack[-1].children.append(call)
         stack.append(call)
@@ -194,7 +194,7 @@ def _trace(
     def leave(output: Any) -> None:
         stack.pop().record_output(output, counter.get_total_flops())
 
-    def recorded(name: str, method: Callable) -> Callable:
+    def recorded(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def run_method(*args: Any, **kwargs: Any) -> Any:
             enter(name, backbone, args, kwargs)
             output = method(*args, **kwargs)
@@ -220,7 +220,7 @@ def _trace(
     return root
 
 
-def _restore_method(backbone: nn.Module, name: str, own: Optional[Callable]) -> None:
+def _restore_method(backbone: nn.Module, name: str, own: Optional[Callable[..., Any]]) -> None:
     """Remove a replaced method from the instance, and set the instance's own method, if it had one."""
     delattr(backbone, name)
     if own is not None:

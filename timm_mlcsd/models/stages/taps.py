@@ -39,7 +39,7 @@ class _Tap:
         if slot.is_open:
             slot.output = output
 
-    def __reduce__(self) -> Tuple:
+    def __reduce__(self) -> Tuple[Any, ...]:
         return _Tap, ()
 
 
