@@ -47,6 +47,17 @@ def test_folder_rebuilds_the_same_network(name, kwargs, tmp_path):
     assert config['mean'] == [0.4] * model.in_chans and tuple(config['input_size']) == model.probe_size
 
 
+@pytest.mark.parametrize('name, kwargs', [('mlcsd_test_resnet', dict(exits=3)), ('mlcsd_msdnet', {})])
+def test_new_classifiers_have_no_names(name, kwargs, tmp_path):
+    save_pretrained(
+        timm.create_model(name, num_classes=3, **kwargs), tmp_path / 'old', class_names=['ant', 'bee', 'cow']
+    )
+    model = from_pretrained(tmp_path / 'old')
+    model.reset_classifier(3)
+    save_pretrained(model, tmp_path / 'new')
+    assert 'label_names' not in json.loads((tmp_path / 'new' / 'config.json').read_text())
+
+
 def test_a_backbone_that_was_made_first(tmp_path):
     plain = timm.create_model('resnet18', channels=(8, 16, 24, 32), num_classes=7)
     model = create_multi_exit(plain, exits=4)

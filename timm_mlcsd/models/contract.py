@@ -99,6 +99,7 @@ class BackboneContract(MultiExitModel):
         check_pool(global_pool, num_classes)
         self.backbone.reset_classifier(num_classes, global_pool)
         self._reset_heads(num_classes)
+        self.forget_class_names()
 
     def _reset_heads(self, num_classes: int) -> None:
         weight = next(self.backbone.parameters())

@@ -65,6 +65,13 @@ class MultiExitModel(nn.Module):
         """Classifier of the last exit, or several."""
         raise NotImplementedError
 
+    def forget_class_names(self) -> None:
+        """Remove the class names from the configuration of the weights, as new classifiers are for other classes."""
+        cfg = getattr(self, 'pretrained_cfg', None) or {}
+        if 'label_names' in cfg or 'label_descriptions' in cfg:
+            kept = {name: value for name, value in cfg.items() if name not in ('label_names', 'label_descriptions')}
+            self.pretrained_cfg = self.default_cfg = kept
+
     def check_input_size(self, height: int, width: int) -> None:
         """Check that images of this size are large enough for the network.
 

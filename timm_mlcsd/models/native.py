@@ -302,6 +302,7 @@ class NativeMultiExit(MultiExitModel):
         self.num_classes, self.global_pool = num_classes, global_pool
         for head in self.heads:
             head.reset_classifier(num_classes, global_pool)
+        self.forget_class_names()
 
     def prune_intermediate_layers(
         self,
