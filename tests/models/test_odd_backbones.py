@@ -21,6 +21,19 @@ def test_a_hook_on_the_network_itself():
     assert model.resumable
 
 
+class _Centered(torch.nn.Module):
+    def forward(self, x):
+        return x - x.mean(0, keepdim=True)
+
+
+def test_a_module_that_mixes_images_is_found_below_a_new_classifier():
+    """Logits of a new classifier are small, and so are their differences."""
+    plain = timm.create_model('test_resnet', num_classes=5)
+    plain.layer3.add_module('centered', _Centered())
+    model = timm_mlcsd.create_multi_exit(plain, exits=3).eval()
+    assert not model.resumable and 'differs from that of the backbone' in model.why_not_resumable
+
+
 def test_a_compiled_backbone_is_refused():
     with pytest.raises(ValueError, match='the backbone is compiled'):
         timm_mlcsd.create_multi_exit(torch.compile(timm.create_model('test_resnet')), exits=3)

@@ -64,7 +64,9 @@ def verify(steps: Sequence[Callable[[Any], Any]], backbone: nn.Module, input_siz
                 f'its stages in sequence return shape {list(ours.shape)}: expected {list(theirs.shape)}, as from the '
                 f'backbone'
             )
-        if not torch.allclose(ours, theirs, rtol=close, atol=close, equal_nan=True):
+        # relative to the spread of the logits, which is small where a classifier is new
+        spread = float(theirs.float().std()) if theirs.numel() > 1 else 1.0
+        if not torch.allclose(ours, theirs, rtol=close, atol=close * min(spread, 1.0), equal_nan=True):
             worst = (ours - theirs).abs().max().item()
             raise PartitionError(
                 f'the output of its stages in sequence differs from that of the backbone by {worst:.1e}'
