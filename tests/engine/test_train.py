@@ -263,6 +263,15 @@ def test_initial_checkpoint_of_a_plain_backbone(small, tmp_path):
         torch.testing.assert_close(p.detach(), state[f'backbone.{n}'], rtol=0, atol=1e-20)
 
 
+def test_an_initial_checkpoint_that_is_no_checkpoint(small, tmp_path, capsys):
+    (tmp_path / 'lfs.pth.tar').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1\n')
+    assert run(train.main, [*small, '--initial-checkpoint', tmp_path / 'lfs.pth.tar']) == 2
+    error = capsys.readouterr().err
+    assert (
+        'expected a file of weights, got one that is damaged, of another kind' in error and 'weights_only' not in error
+    )
+
+
 @pytest.mark.parametrize('config', sorted(p.name for p in (ROOT / 'configs').glob('*.yaml')))
 def test_configs_train(config, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('timm.models._builder.load_pretrained', lambda *args, **kwargs: None)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 from typing import Any, Dict, Optional
 
 import torch
@@ -64,7 +65,15 @@ def _load(model: MultiExitModel, path: str) -> None:
     if not os.path.isfile(path):
         raise UserError(f'--initial-checkpoint {path!r}: there is no such file.')
     with as_user_error(f'--initial-checkpoint {path!r} cannot be read'):
-        state_dict = load_state_dict(path)
+        try:
+            state_dict = load_state_dict(path)
+        except (pickle.UnpicklingError, RuntimeError) as e:
+            if not isinstance(e.__cause__ or e, pickle.UnpicklingError):
+                raise
+            raise UserError(
+                f'--initial-checkpoint {path!r}: expected a file of weights, got one that is damaged, of another kind, '
+                f'or that holds more than tensors and plain values; download it again, or save its state_dict alone.'
+            ) from None
     with as_user_error(f'--initial-checkpoint {path!r} does not fit the model'):
         if model.num_exits > 1 and any(name.startswith('heads.') for name in state_dict):
             model.load_state_dict(state_dict)
