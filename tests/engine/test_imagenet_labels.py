@@ -69,6 +69,9 @@ def test_valid_labels(tmp_path, network, data):
     for row, logits in zip(exits, logits_of(network, data)):
         assert row['top1'] == pytest.approx(100 * (logits[:, [1, 2, 5]].argmax(-1) == target).double().mean().item())
         assert row['top5'] == 100
+    classes = json.loads((tmp_path / 'a.json').read_text())['classes']
+    assert {row['index'] for row in classes} <= {1, 2, 5}
+    assert sum(row['images'] for row in classes) == 12
 
 
 def test_mistakes(tmp_path, network, data, capsys):

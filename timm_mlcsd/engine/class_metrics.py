@@ -48,11 +48,12 @@ class ClassCounts:
             self.add(logits.argmax(-1), targets)
             yield logits, targets
 
-    def rows(self, names: Optional[ClassNames]) -> List[Dict[str, Any]]:
+    def rows(self, names: Optional[ClassNames], indices: Optional[Sequence[int]] = None) -> List[Dict[str, Any]]:
         """Metrics of each class that is in the data or was answered.
 
         Args:
             names: Class names by index; None if they are unknown.
+            indices: Indices of the classes in the network, [C]; default None where they are the same.
 
         Returns:
             One dict per class: ``index``, ``name``, ``images`` with this label, and per answer ``recall`` (the accuracy
@@ -61,7 +62,7 @@ class ClassCounts:
         seen = ((self.labels > 0) | (self.predicted > 0).any(0)).nonzero().flatten().tolist()
         return [
             dict(
-                index=c,
+                index=c if indices is None else indices[c],
                 name=class_label(names, c),
                 images=int(self.labels[c]),
                 **{answer: self._metrics(k, c) for k, answer in enumerate(self.answers)},

@@ -73,6 +73,11 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
     known = network.class_names
     if valid is not None and known is not None:
         known = [known[index] for index in valid]
+        if config.data.class_map and names and len(names) != len(valid):
+            raise UserError(
+                f'--valid-labels: expected data with the {len(valid)} classes of its file, got {len(names)} names from '
+                f'--class-map; leave --class-map out.'
+            )
     check_classes(names, known, split)
     evaluator = Evaluator(model, data_config, config.data, config.device, device=device, classes=valid)
     if names and len(names) > evaluator.num_classes:
@@ -84,7 +89,7 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
         classes = ClassCounts([f'Ex{k}' for k in range(1, model.num_exits + 1)], evaluator.num_classes)
         result, about = _evaluate(config, evaluator, dataset, classes), {}
         _print_exits(config, evaluator, result, costs, split)
-    about['classes'] = classes.rows(names or known)
+    about['classes'] = classes.rows(names or known, valid)
     if exported is not None:
         comparison = compare_exported(exported, evaluator, evaluator.loader(dataset))
         print(f'\nExported, {config.exported}:\n{comparison.describe()}')
