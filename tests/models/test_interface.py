@@ -267,3 +267,10 @@ def test_a_backbone_that_is_made_first_keeps_its_own_arguments():
     images = torch.randn(2, *model.probe_size)
     with torch.no_grad():
         assert torch.equal(model(images), model.forward_exits(images).logits[-1])
+
+
+def test_jit_trace():
+    model = timm.create_model('mlcsd_test_resnet', num_classes=5, exits=3).eval()
+    images = torch.randn(2, 3, 64, 64)
+    traced = torch.jit.trace(model, images)
+    assert torch.equal(traced(images), model(images))
