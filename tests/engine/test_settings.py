@@ -8,7 +8,7 @@ from timm_mlcsd import engine
 from timm_mlcsd.cli.config_file import parse_args
 from timm_mlcsd.cli.flags import train_parser
 from timm_mlcsd.cli.train import read_config
-from timm_mlcsd.engine.combinations import warn_of_idle_settings
+from timm_mlcsd.engine.combinations import warn_of_idle_settings, warn_of_learning_rates
 from timm_mlcsd.engine.setting_checks import RANGES, check_settings
 from timm_mlcsd.errors import UserError
 
@@ -78,6 +78,9 @@ def test_what_is_right_passes():
         ('--sched step --lr-cycle-mul 2 --min-lr .1', '--min-lr with --sched step'),
         ('--clip-mode value', 'Without effect: --clip-mode value without --clip-grad.'),
         ('--lr-noise-std .5', '--lr-noise-std without --lr-noise'),
+        ('--model-ema-decay .5', 'Without effect: --model-ema-decay without --model-ema.'),
+        ('--model-ema-warmup', 'Without effect: --model-ema-warmup without --model-ema.'),
+        ('--model-ema --model-ema-decay .5', None),
         ('--epochs 3', '--warmup-epochs 5: the training of 3 epochs ends before the learning rate is reached'),
         ('--sched multistep --decay-milestones 1 2', None),
         ('--clip-mode value --clip-grad 1', None),
@@ -88,4 +91,19 @@ def test_what_is_right_passes():
 )
 def test_settings_without_effect_are_told(argv, message, caplog):
     warn_of_idle_settings(read_config(['--dataset', 'digits', *argv.split()]))
+    assert message in caplog.text if message else caplog.text == ''
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        ('--min-lr 1', '--min-lr 1 is above the learning rate, 0.1; give a lower one.'),
+        ('--warmup-lr 5', '--warmup-lr 5 is above the learning rate, 0.1; give a lower one.'),
+        ('--warmup-lr 5 --warmup-epochs 0', None),
+        ('--min-lr 1 --sched multistep', None),
+        ('--min-lr .1', None),
+    ],
+)
+def test_rates_above_the_learning_rate_are_told(argv, message, caplog):
+    warn_of_learning_rates(read_config(['--dataset', 'digits', '--lr', '.1', *argv.split()]))
     assert message in caplog.text if message else caplog.text == ''

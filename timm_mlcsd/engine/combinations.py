@@ -7,13 +7,20 @@ import torch
 
 from ..distributed import DistributedContext
 from ..errors import UserError
-from .config import TrainConfig
+from .config import TrainConfig, TrainerConfig
 from .data_config import DataConfig
 from .loaders import AugmentConfig
 from .optimizer import SchedulerConfig
 from .setting_checks import check_settings
 
-__all__ = ['check_combinations', 'check_cuda_graphs', 'check_fsdp', 'check_input', 'warn_of_idle_settings']
+__all__ = [
+    'check_combinations',
+    'check_cuda_graphs',
+    'check_fsdp',
+    'check_input',
+    'warn_of_idle_settings',
+    'warn_of_learning_rates',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -82,6 +89,10 @@ def warn_of_idle_settings(config: TrainConfig) -> None:
     ]
     if config.loop.clip_mode != 'norm' and config.loop.clip_grad is None:
         idle.append(f'--clip-mode {config.loop.clip_mode} without --clip-grad')
+    if not config.trainer.model_ema:
+        given = dict(model_ema_decay=config.trainer.model_ema_decay, model_ema_warmup=config.trainer.model_ema_warmup)
+        names = [name for name, value in given.items() if value != getattr(TrainerConfig(), name)]
+        idle += [f'--{name.replace("_", "-")} without --model-ema' for name in names]
     if not schedule.lr_noise:
         names = [name for name in ('lr_noise_pct', 'lr_noise_std') if getattr(schedule, name) != getattr(default, name)]
         idle += [f'--{name.replace("_", "-")} without --lr-noise' for name in names]
@@ -92,6 +103,19 @@ def warn_of_idle_settings(config: TrainConfig) -> None:
             f'--warmup-epochs {schedule.warmup_epochs}: the training of {schedule.epochs} epochs ends before the '
             f'learning rate is reached; give fewer.'
         )
+
+
+def warn_of_learning_rates(config: TrainConfig) -> None:
+    """Warn of a schedule that begins or ends above the learning rate, which must be a number already."""
+    schedule, lr = config.scheduler, config.optimizer.lr
+    assert lr is not None
+    ends = dict(min_lr=schedule.sched in _SCHEDULES['min_lr'], warmup_lr=schedule.warmup_epochs > 0)
+    for name, is_read in ends.items():
+        value = getattr(schedule, name)
+        if is_read and schedule.sched != 'none' and value > lr:
+            _logger.warning(
+                f'--{name.replace("_", "-")} {value:g} is above the learning rate, {lr:g}; give a lower one.'
+            )
 
 
 def _check_loss(config: TrainConfig) -> None:

@@ -24,7 +24,13 @@ from .build import (
     resolve_data_config,
     synchronize_norms,
 )
-from .combinations import check_combinations, check_cuda_graphs, check_fsdp, warn_of_idle_settings
+from .combinations import (
+    check_combinations,
+    check_cuda_graphs,
+    check_fsdp,
+    warn_of_idle_settings,
+    warn_of_learning_rates,
+)
 from .config import TrainConfig
 from .datasets import class_names, num_images, train_and_val_datasets
 from .device import compile_forward, make_autocast
@@ -175,6 +181,7 @@ class Trainer:
             optimizer=replace(config.optimizer, lr=scaled_lr(config.optimizer, images_per_update)),
             loss=replace(config.loss, alpha=criterion.alpha),
         )
+        warn_of_learning_rates(self.config)
         has_scheduler = config.scheduler.sched != 'none'
         self.optimizer = create_optimizer(self.config.optimizer, self.task, self.model, has_scheduler)
         half = config.device.amp and config.device.amp_dtype == 'float16'
