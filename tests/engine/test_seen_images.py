@@ -44,6 +44,23 @@ def test_a_start_from_weights_that_saw_the_held_out_images(data, small_flags, tm
     assert 'was trained on about 100% of the images that are held out now' in caplog.text
 
 
+def test_copies_among_the_training_images(data, small_flags, tmp_path, capsys, caplog):
+    whole = train_on(data, 'whole', small_flags, tmp_path, '--val-split', 'val')
+    assert 'copies' not in caplog.text
+    for path in sorted((data / 'train').glob('*/*.png')):
+        shutil.copy(path, path.with_name(f'{path.stem} (1).png'))
+    train_on(data, 'part', small_flags, tmp_path, '--val-fraction', 0.25)
+    assert 'of the images that choose the best epoch are among the training images' in caplog.text
+    flags = [data, '-j', 0, '-b', 12, '--device', 'cpu', '--split', 'test', '--adaptive', '--budget', '100%']
+    assert run(validate.main, [*flags, '--checkpoint', whole]) == 0
+    assert run(validate.main, [*flags, '--checkpoint', tmp_path / 'part']) == 2
+    assert 'of the images of the held-out part of train were trained on' in capsys.readouterr().err
+    caplog.clear()
+    shutil.copytree(data / 'train', data / 'val', dirs_exist_ok=True)
+    train_on(data, 'split', small_flags, tmp_path, '--val-split', 'val')
+    assert 'of the images that choose the best epoch are among the training images' in caplog.text
+
+
 @pytest.mark.parametrize('count, share', [(8, '67%'), (1, '20%')])
 def test_training_images_that_moved_to_the_validation_split(data, small_flags, tmp_path, capsys, caplog, count, share):
     folder = train_on(data, 'run', small_flags, tmp_path, '--val-split', 'val')

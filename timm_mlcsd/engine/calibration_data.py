@@ -76,10 +76,11 @@ def check_calibration_split(
         UserError: Half of a sample of the images or more are among them.
     """
     files, reported_files = files_of(images), files_of(reported)
-    shares = {f'are images of {split}, which the policy is reported on': share_among(files, reported_files)}
-    if name not in held_out_names(checkpoint):  # those are compared one by one when they are loaded
-        trained = share_among(files, trained_files(config, checkpoint)) if files else 0.0
-        shares['were trained on'] = max(trained, share_of_moved(images, config, checkpoint))
+    trained = share_among(files, trained_files(config, checkpoint)) if files else 0.0
+    shares = {
+        f'are images of {split}, which the policy is reported on': share_among(files, reported_files),
+        'were trained on': max(trained, share_of_moved(images, config, checkpoint)),
+    }
     for what, share in shares.items():
         text = f'calibration: about {share:.0%} of the images of {name} {what}, so the policy would promise too much'
         if share >= TOO_MANY:

@@ -1,11 +1,13 @@
 """Image files of data sets, compared by their contents."""
 
+import functools
 import hashlib
 import os
+import stat
 import tarfile
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..data import ConvertedImages, TransformSubset
 
@@ -40,7 +42,7 @@ def files_of(dataset: Any, indices: Optional[Iterable[int]] = None) -> ImageFile
         indices: Indices of images; default None for all.
 
     Returns:
-        Files by their real paths; none for data sets without files.
+        Files by their paths, in real folders; none for data sets without files.
     """
     if isinstance(dataset, TransformSubset):
         return files_of(dataset.dataset, dataset.indices)
@@ -54,8 +56,7 @@ def files_of(dataset: Any, indices: Optional[Iterable[int]] = None) -> ImageFile
     if not hasattr(reader, 'class_name_to_idx'):
         is_timm = hasattr(reader, 'filename')
         paths = [reader.filename(i, absolute=True) if is_timm else reader.samples[i][0] for i in chosen]
-        files = filter(os.path.isfile, map(os.path.realpath, paths))  # what is not there is counted as broken later
-        return {path: ImageFile(os.path.getsize(path), Path(path).read_bytes) for path in files}
+        return dict(_regular_files(paths))
     members = [(i, *reader.samples[i]) for i in chosen]
     return {
         f'{os.path.realpath(reader.root)}/{parent or ""}/{child.name if child else ""}/{info.path}': ImageFile(
@@ -63,6 +64,18 @@ def files_of(dataset: Any, indices: Optional[Iterable[int]] = None) -> ImageFile
         )
         for i, info, parent, child in members
     }
+
+
+def _regular_files(paths: Iterable[str]) -> Iterator[Tuple[str, ImageFile]]:
+    real = functools.cache(os.path.realpath)  # of folders; a linked file is recognised by its content
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue  # counted as broken later
+        if stat.S_ISREG(status.st_mode):
+            folder, name = os.path.split(path)
+            yield os.path.join(real(folder), name), ImageFile(status.st_size, Path(path).read_bytes)
 
 
 def _read_member(reader: Any, index: int) -> bytes:

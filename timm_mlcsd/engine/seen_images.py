@@ -1,5 +1,6 @@
 """Whether images that are held out of a training were trained on before."""
 
+import logging
 import os
 from dataclasses import replace
 from typing import Any, Dict, Iterator
@@ -12,9 +13,11 @@ from ..errors import UserError
 from .data_config import DataConfig, TrainDataConfig
 from .datasets import num_images, same_split
 from .held_out import is_data_of, is_same_data, is_same_place, load_if_there
-from .image_files import ImageFiles, files_of
+from .image_files import ImageFiles, files_of, share_among
 
-__all__ = ['SEEN', 'check_not_moved', 'share_of_moved', 'trained_files', 'training_data']
+__all__ = ['SEEN', 'check_not_moved', 'share_of_moved', 'trained_files', 'training_data', 'warn_of_copies']
+
+_logger = logging.getLogger(__name__)
 
 # smallest share of seen images that is reported: most collections have a few images twice
 SEEN = 0.1
@@ -78,6 +81,24 @@ def share_of_moved(images: Dataset[Any], config: DataConfig, checkpoint: Dict[st
     if forgotten > 1 and found < _FEW:
         return 0.0
     return min(1.0, found * forgotten / max(count, 1))
+
+
+def warn_of_copies(held: Dataset[Any], train: Dataset[Any], config: TrainDataConfig) -> None:
+    """Warn where images that choose the best epoch are trained on, themselves or as copies.
+
+    Args:
+        held: Validation images.
+        train: Training images.
+        config: Their configuration.
+    """
+    if config.val_split and same_split(config.val_split, config.train_split):
+        return  # said when they are loaded
+    share = share_among(files_of(held), files_of(train))
+    if share >= SEEN:
+        _logger.warning(
+            f'About {share:.0%} of the images that choose the best epoch are among the training images, themselves or '
+            f'as copies, so accuracy on them promises too much: remove the copies, or name another --val-split.'
+        )
 
 
 def check_not_moved(images: Dataset[Any], config: TrainDataConfig, checkpoint: Dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ from .initial_checkpoint import load_initial_checkpoint
 from .loaders import eval_loader, set_epoch, train_loader
 from .optimizer import create_optimizer, create_scheduler, lr_rule, scaled_lr
 from .resume import check_same_model_and_data, resume
-from .seen_images import check_not_moved
+from .seen_images import check_not_moved, warn_of_copies
 from .signals import SigtermHandler, StopRequested, StopSource, iterate_in_lockstep
 
 __all__ = ['EpochResult', 'Trainer']
@@ -129,6 +129,8 @@ class Trainer:
     def _load_data(self) -> None:
         config = self.config
         self.train_data, self.val_data, self.split_record = train_and_val_datasets(config.data, config.trainer.seed)
+        if self.dist_context.is_primary:
+            warn_of_copies(self.val_data, self.train_data, config.data)
         names = class_names(self.train_data)
         num_classes = config.model.num_classes or (len(names) if names else None)
         if num_classes is None:
