@@ -1,7 +1,6 @@
-"""Run the command ``mlcsd-cost`` as ``python -m timm_mlcsd.cost``."""
+"""Entry point of ``python -m timm_mlcsd.cost``, the same command as ``mlcsd-cost``."""
 
-import sys
+import runpy
 
-from ..cli.cost import main
-
-main(sys.argv[1:])
+# by name, because the library does not import its commands
+runpy.run_module('timm_mlcsd.cli.cost', run_name='__main__')

@@ -1,7 +1,6 @@
 """Entry point of ``python -m timm_mlcsd.adaptive.export``, the same command as ``mlcsd-export``."""
 
-import sys
+import runpy
 
-from ...cli.export import main
-
-main(sys.argv[1:])
+# by name, because the library does not import its commands
+runpy.run_module('timm_mlcsd.cli.export', run_name='__main__')
