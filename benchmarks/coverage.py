@@ -32,6 +32,14 @@ from timm_mlcsd.report import format_table
 
 LARGE = 384
 CHECKS = ('last exit', 'trains', 'stages', 'compiles', 'exports')
+ABOUT = """\
+`benchmarks/coverage.py` writes this page. It tests two models of every timm family: the smallest one and the one in
+the middle by size (encoders without a classifier, `..._enc`, are excluded). Each network is made by
+`create_multi_exit(name)` without other settings (most of those for images larger than 384 at 224 or 240). *Last exit*:
+in evaluation mode, its logits equal the backbone's bit for bit. *Trains*: one training step of all-for-all gives every
+parameter a finite gradient. *Stages*: the stages, run one by one, give every exit's logits bit for bit, as a chain of
+modules or as parts of the exported graph (column *How*). *Compiles*: `forward_exits` compiles into one graph
+(aot_eager). *Exports*: `torch.export` of `forward_exits`."""
 
 
 def members(family: str, count: int) -> List[str]:
@@ -203,14 +211,7 @@ def table(rows: List[Dict[str, Any]], families_known: List[str]) -> str:
         [
             '# Coverage',
             '',
-            '`benchmarks/coverage.py` writes this page. It tests two models of every timm family: the smallest one an'
-            'd the one in the middle by size (encoders without a classifier, `..._enc`, are excluded). Each network i'
-            's made by `create_multi_exit(name)` without other settings (most of those for images larger than 384 at '
-            "224 or 240). *Last exit*: in evaluation mode, its logits equal the backbone's bit for bit. *Trains*: one"
-            ' training step of all-for-all gives every parameter a finite gradient. *Stages*: the stages, run one by '
-            "one, give every exit's logits bit for bit, as a chain of modules or as parts of the exported graph (colu"
-            'mn *How*). *Compiles*: `forward_exits` compiles into one graph (aot_eager). *Exports*: `torch.export` of'
-            ' `forward_exits`.',
+            ABOUT,
             '',
             f'{datetime.date.today()}, timm {timm.__version__}, torch {torch.__version__}, Python '
             f'{platform.python_version()}, CPU.',

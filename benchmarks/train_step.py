@@ -27,8 +27,15 @@ import torch.nn.functional as F
 from timm_mlcsd import MLCSDLoss, create_multi_exit
 from timm_mlcsd.cli.arguments import positive_int
 from timm_mlcsd.cost import exit_costs
-from timm_mlcsd.models import DEFAULT_EXIT_HEAD, EXIT_HEADS
+from timm_mlcsd.models import DEFAULT_EXIT_HEAD, EXIT_HEADS, MultiExitBackbone
 from timm_mlcsd.report import format_table
+
+
+def make_model(args: argparse.Namespace, exits: int) -> MultiExitBackbone:
+    """Create a network with a number of exits, in training mode."""
+    torch.manual_seed(0)
+    kwargs = dict(exits=exits, exit_head=args.exit_head, small_input=args.small_input)
+    return create_multi_exit(args.model, num_classes=args.num_classes, **kwargs).train()
 
 
 def make_steps(args: argparse.Namespace) -> Tuple[Dict[str, Callable[[], None]], float]:
@@ -40,12 +47,6 @@ def make_steps(args: argparse.Namespace) -> Tuple[Dict[str, Callable[[], None]],
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext()
-
-    def make(exits):
-        torch.manual_seed(0)
-        kwargs = dict(exits=exits, exit_head=args.exit_head, small_input=args.small_input)
-        model = create_multi_exit(args.model, num_classes=args.num_classes, **kwargs)
-        return model.to(device, memory_format=layout).train()
 
     def stepper(parameters, loss_of):
         optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
@@ -59,7 +60,7 @@ def make_steps(args: argparse.Namespace) -> Tuple[Dict[str, Callable[[], None]],
 
         return step
 
-    plain, multi = make(1), make(args.exits)
+    plain, multi = (make_model(args, exits).to(device, memory_format=layout) for exits in (1, args.exits))
     criterion = MLCSDLoss(multi.num_exits, multi.exit_feature_dim).to(device)
     outputs = []
     compiled = torch.compile if args.compile else lambda function: function
@@ -137,8 +138,8 @@ def peak_memory_in_process(args: argparse.Namespace, name: str) -> int:
         return pool.submit(peak_memory, args, name).result()
 
 
-def main() -> None:
-    """Run the benchmark and print its tables."""
+def read_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='resnet18')
     parser.add_argument('--exits', type=positive_int, default=8)
@@ -157,8 +158,12 @@ def main() -> None:
         default=True,
         help='use the channels-last memory format, which is faster for both networks',
     )
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    args = read_args()
     # measured first: the peak memory of a child process starts at the size of its parent
     memory = {name: peak_memory_in_process(args, name) for name in ('plain', 'multi-exit')}
     steps, mac_ratio = make_steps(args)

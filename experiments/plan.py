@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import yaml
 
@@ -143,13 +143,7 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
         for values, label in zip(axes.values(), labels):
             own.update(values[label])
         model = own.get('model', recipe.get('model'))
-        flags = {
-            **recipe,
-            **scaling.get('flags', {}),
-            **scaling.get('datasets', {}).get(dataset, {}),
-            **scaling.get('networks', {}).get(model, {}),
-            **own,
-        }
+        flags = {**recipe, **_flags_of_scale(scaling, dataset, model), **own}
         # without distillation these flags have no effect, and equal runs would get different ids
         unused = DISTILL_FLAGS if flags.get('distill') == 'none' else ()
         runs = []
@@ -170,6 +164,11 @@ def load_table(name: str, scale: str, seeds: int = 0) -> Table:
         spec.get('note', ''),
         scaling.get('test_split', 'test'),
     )
+
+
+def _flags_of_scale(scaling: Dict[str, Any], dataset: str, model: Optional[str]) -> Flags:
+    parts = scaling.get('flags'), scaling.get('datasets', {}).get(dataset), scaling.get('networks', {}).get(model)
+    return {key: value for part in parts for key, value in (part or {}).items()}
 
 
 def _seeds(of_scale: Union[int, Dict[int, Flags]], wanted: int) -> Dict[int, Flags]:

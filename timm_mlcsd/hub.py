@@ -91,38 +91,17 @@ def save_pretrained(
             written. The folder is unchanged then.
     """
     directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f'{str(directory)!r} is not a folder; choose a folder, or a path that does not exist.')
-    if any(directory.glob('*.pth.tar')):
-        raise UserError(f'{str(directory)!r} holds checkpoints of train.py; choose another folder.')
+    _check_directory(directory)
     if policy is not None:
         policy = _bound_policy(policy, model)
     names = label_names(model) if class_names is None else class_list(class_names, model.num_classes)
-    check_data_config(data_config or {})
-    image_mode = (data_config or {}).get(IMAGE_MODE, model.pretrained_cfg.get(IMAGE_MODE))
-    data_config = resolve_input_data_config(model, {'input_size': model.probe_size, **(data_config or {})})
-    data_config[IMAGE_MODE] = image_mode
-    card_text = _card(
-        model,
-        directory.name,
-        source or f'local-dir:{directory}',
-        data_config['input_size'],
-        adaptive=policy is not None,
-        image_mode=image_mode or _default_mode(data_config['input_size'][0]),
-        **card,
-    )
+    data_config = _complete(data_config or {}, model)
+    source = source or f'local-dir:{directory}'
+    card_text = _card(model, directory.name, source, data_config, adaptive=policy is not None, **card)
     # safetensors rejects shared tensors, so each name gets its own copy
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
-    replaced = [CONFIG, HF_SAFE_WEIGHTS_NAME, POLICY, CARD]
-    if (directory / CARD).exists() and not _is_generated(directory / CARD):
-        _logger.warning(
-            f'{directory / CARD} is kept, because save_pretrained did not write it; check that it fits the network.'
-        )
-        replaced.remove(CARD)
-    if policy is None and (directory / POLICY).exists():
-        _logger.warning(f'{directory / POLICY} is removed: it belonged to the previous weights.')
     try:
-        with atomic_write_all(directory, replaced) as new:
+        with atomic_write_all(directory, _replaced_files(directory, policy)) as new:
             write_config(model, new / CONFIG, names, data_config, tensors)
             safetensors.torch.save_file(tensors, new / HF_SAFE_WEIGHTS_NAME, metadata={'format': 'pt'})
             # safetensors lets the owner alone read its files
@@ -132,6 +111,34 @@ def save_pretrained(
                 policy.save(new / POLICY)
     except (OSError, safetensors.SafetensorError) as e:
         raise UserError(f'{str(directory)!r} cannot be written: {one_line(e)}; nothing in it was changed.') from e
+
+
+def _check_directory(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f'{str(directory)!r} is not a folder; choose a folder, or a path that does not exist.')
+    if any(directory.glob('*.pth.tar')):
+        raise UserError(f'{str(directory)!r} holds checkpoints of train.py; choose another folder.')
+
+
+def _complete(data_config: Dict[str, Any], model: MultiExitModel) -> Dict[str, Any]:
+    """Preprocessing with the entries of the model where they are missing."""
+    check_data_config(data_config)
+    image_mode = data_config.get(IMAGE_MODE, model.pretrained_cfg.get(IMAGE_MODE))
+    resolved = resolve_input_data_config(model, {'input_size': model.probe_size, **data_config})
+    return {**resolved, IMAGE_MODE: image_mode}
+
+
+def _replaced_files(directory: Path, policy: Optional[SavablePolicy]) -> List[str]:
+    """Names of the files that a new network replaces, with a warning of what is kept and what is removed."""
+    replaced = [CONFIG, HF_SAFE_WEIGHTS_NAME, POLICY, CARD]
+    if (directory / CARD).exists() and not _is_generated(directory / CARD):
+        _logger.warning(
+            f'{directory / CARD} is kept, because save_pretrained did not write it; check that it fits the network.'
+        )
+        replaced.remove(CARD)
+    if policy is None and (directory / POLICY).exists():
+        _logger.warning(f'{directory / POLICY} is removed: it belonged to the previous weights.')
+    return replaced
 
 
 def _bound_policy(policy: SavablePolicy, model: MultiExitModel) -> SavablePolicy:
@@ -193,11 +200,7 @@ def push_to_hub(
                 )
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            if _has_edited_card(api, repo_id, revision):
-                _logger.warning(
-                    f'The model card of {repo_id} is kept, because push_to_hub did not write it; check that it fits '
-                    f'the network.'
-                )
+            if _keeps_card(api, repo_id, revision):
                 (directory / CARD).unlink()
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -346,13 +349,20 @@ def _is_generated(card: Path) -> bool:
         return False
 
 
-def _has_edited_card(api: HfApi, repo_id: str, revision: Optional[str]) -> bool:
+def _keeps_card(api: HfApi, repo_id: str, revision: Optional[str]) -> bool:
+    """Whether a repository has a model card that `push_to_hub` did not write, with a warning if so."""
     try:
-        return not _is_generated(Path(api.hf_hub_download(repo_id, CARD, revision=revision)))
+        card = Path(api.hf_hub_download(repo_id, CARD, revision=revision))
     except Exception as e:
         if is_missing_file(e):
             return False
         raise
+    if _is_generated(card):
+        return False
+    _logger.warning(
+        f'The model card of {repo_id} is kept, because push_to_hub did not write it; check that it fits the network.'
+    )
+    return True
 
 
 def _default_mode(channels: int) -> Optional[str]:
@@ -366,10 +376,12 @@ def _card(
     model: MultiExitModel,
     name: str,
     source: str,
-    input_size: Sequence[int],
+    data_config: Dict[str, Any],
     results: Optional[Sequence[Dict[str, Any]]] = None,
     **kwargs: Any,
 ) -> str:
+    input_size = data_config['input_size']
+    image_mode = data_config[IMAGE_MODE] or _default_mode(input_size[0])
     costs = exit_costs(model, input_size) if model.resumable else [None] * model.num_exits
     rows = [
         dict(exit=f'Ex{k}', tap=tap, **(dict(macs=cost.macs, params=cost.params) if cost else {}))
@@ -382,4 +394,5 @@ def _card(
         if not all(isinstance(top1, (int, float)) and math.isfinite(top1) for top1 in accuracies):
             raise ValueError(f'results: expected a dict with a number top1 for each of {len(rows)} exits.')
         rows = [dict(row, top1=top1) for row, top1 in zip(rows, accuracies)]
-    return model_card(name, source, model.default_cfg['architecture'], input_size, rows, **kwargs)
+    architecture = model.default_cfg['architecture']
+    return model_card(name, source, architecture, input_size, rows, image_mode=image_mode, **kwargs)

@@ -1,7 +1,6 @@
 """Calibration of exit thresholds on cached validation logits."""
 
 import math
-from dataclasses import replace
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -106,8 +105,7 @@ def run_calibration(
     Args:
         logits: Logits of K exits on N validation samples, [K, N, C].
         targets: Labels, [N]; None for samples without labels, with ``risk='disagreement'``.
-        costs: Cumulative cost of answering at each exit, [K] (MACs or milliseconds, say); or `ExitCost` or
-            `ExitTime` per exit.
+        costs: Cumulative cost of answering at each exit, [K], in any unit; or `ExitCost` or `ExitTime` per exit.
         budget: Largest allowed mean cost per sample, in the unit of `costs`; fits the most accurate policy.
         max_drop: Largest allowed risk, in percentage points; fits the cheapest policy.
         confidence: Probability that the risk of the policy on new samples is at most `max_drop`, over the draw of the
@@ -115,12 +113,9 @@ def run_calibration(
             `max_drop`, without a guarantee for others.
         risk: ``drop`` (default): accuracy below that of the last exit; ``selective``: share of wrong answers among the
             samples that leave early; ``disagreement``: share of samples whose answer differs from the last exit's.
-        method: How thresholds are found. ``optimal``: search for the best ones; ``exit_rates``: the best of MSDNet's
-            sweep of geometric exit rates; ``shrunk``: halfway between these two; ``quantile``: one quantile of the
-            scores for all exits; ``paper``: the sweep, with each threshold at the lowest score of the samples that
-            leave there and are correct (MLCSD, "Budgeted batch classification results"). ``auto`` (default): for a
-            budget, ``shrunk`` unless another one is clearly better in cross-validation; for a certified risk,
-            ``exit_rates`` or, with many samples, ``shrunk``; otherwise ``optimal``.
+        method: One of `timm_mlcsd.adaptive.methods`; ``auto`` (default): for a budget, ``shrunk`` unless another one
+            is clearly better in cross-validation; for a certified risk, ``exit_rates`` or, with many samples,
+            ``shrunk``; otherwise ``optimal``.
         temperatures: Temperatures of the policy, [K]; ``'fit'`` fits them to the samples that thresholds are fitted
             to; None (default) for 1.
         weights: Weights of the policy; ``'fit'`` fits them to these samples too.
@@ -134,18 +129,10 @@ def run_calibration(
             too few to certify it; the message contains the reachable range.
     """
     _check(budget, max_drop, confidence, risk, method, targets)
-    logits = as_logits(logits)
-    last_answers = logits[-1].argmax(-1)
-    cached = CachedLogits(logits, last_answers if targets is None else targets)
+    cached, samples = _samples(logits, targets, risk)
     certified = max_drop is not None and confidence is not None
     fit_rows, fresh_rows = split(len(cached.targets)) if certified else (np.arange(len(cached.targets)), None)
-    if not len(fit_rows):
-        raise ValueError(f'{len(cached.targets)} image cannot certify anything; give more.')
-    template = _template(cached, fit_rows, temperatures, weights, kwargs)
-    if isinstance(temperatures, str) and targets is None and template.temperatures is not None:
-        # the others agree with the last exit as often as their scores say; its own says nothing without labels
-        template = replace(template, temperatures=(*template.temperatures[:-1], 1.0))
-    samples = FitSamples(CachedLogits(logits, last_answers) if risk == 'disagreement' else cached)
+    template = _template(cached, fit_rows, targets is not None, temperatures, weights, kwargs)
     if budget is not None:
         return _within_budget(samples, costs, budget, template, method)
     assert max_drop is not None  # as budget is None
@@ -153,8 +140,7 @@ def run_calibration(
         parts = samples.subset(fit_rows), samples.subset(fresh_rows)
         policy, method = _certified(*parts, costs, template, method, risk, max_drop, confidence)
     else:
-        method = 'optimal' if method == 'auto' else method
-        policy = _within_drop(samples, costs, max_drop, template, method)
+        policy, method = _within_drop(samples, costs, max_drop, template, method)
     # with labels, the accuracy is that of the labels for every risk
     return Calibration(policy, method, *FitSamples(cached).evaluate(policy, costs)[:2])
 
@@ -188,9 +174,18 @@ def _check(
         raise ValueError("targets=None: expected labels; only risk='disagreement' does without them.")
 
 
+def _samples(logits: ExitLogits, targets: Optional[torch.Tensor], risk: str) -> Tuple[CachedLogits, FitSamples]:
+    """Logits with their labels, and with what is right for the risk; the last exit's answers replace missing labels."""
+    logits = as_logits(logits)
+    last_answers = logits[-1].argmax(-1)
+    cached = CachedLogits(logits, last_answers if targets is None else targets)
+    return cached, FitSamples(CachedLogits(logits, last_answers) if risk == 'disagreement' else cached)
+
+
 def _template(
     cached: CachedLogits,
     rows: np.ndarray,
+    has_labels: bool,
     temperatures: Union[str, Sequence[float], None],
     weights: Union[str, Sequence[Sequence[float]], None],
     kwargs: Dict[str, Any],
@@ -204,6 +199,9 @@ def _template(
         data = cached.logits[:, index], cached.targets[index]
         if isinstance(temperatures, str):
             temperatures = fit_temperatures(*data)
+            if not has_labels:
+                # the others agree with the last exit as often as their scores say; its own says nothing without labels
+                temperatures = (*temperatures[:-1], 1.0)
         if isinstance(weights, str):
             weights = fit_weights(*data, temperatures)
     return ExitPolicy(
@@ -266,8 +264,11 @@ def _within_budget(samples: FitSamples, costs: Costs, budget: float, template: E
     return Calibration(policy, method, *samples.evaluate(policy, costs)[:2], validated)
 
 
-def _within_drop(samples: FitSamples, costs: Costs, max_drop: float, template: ExitPolicy, method: str) -> ExitPolicy:
-    """Fit the cheapest policy whose drop on the samples is at most a number of points."""
+def _within_drop(
+    samples: FitSamples, costs: Costs, max_drop: float, template: ExitPolicy, method: str
+) -> Tuple[ExitPolicy, str]:
+    """The cheapest policy whose drop on the samples is at most a number of points, and the method that fitted it."""
+    method = 'optimal' if method == 'auto' else method
 
     def goal_of(some: FitSamples, margin: float) -> Goal:
         last = some.evaluate(last_exit_alone(template), costs).accuracy
@@ -280,7 +281,7 @@ def _within_drop(samples: FitSamples, costs: Costs, max_drop: float, template: E
         raise ValueError(
             f'max_drop={max_drop} is out of reach: expected at least {-gain:.2f}, the best that was found.'
         )
-    return policy
+    return policy, method
 
 
 def _price(samples: FitSamples, costs: Costs, budget: float, template: ExitPolicy) -> float:

@@ -1,4 +1,12 @@
-"""Methods that fit thresholds to samples: to a goal, or as a path of policies from the last exit alone to the first."""
+"""Methods that fit thresholds to samples: to a goal, or as a path of policies from the last exit alone to the first.
+
+- ``optimal``: search for the best thresholds;
+- ``exit_rates``: the best of MSDNet's sweep of geometric exit rates (Huang et al. 2018, section 5.2);
+- ``shrunk``: halfway between these two;
+- ``quantile``: one quantile of the scores for all exits;
+- ``paper``: the sweep, with each threshold at the lowest score of the samples that leave there and are correct (MLCSD,
+  "Budgeted batch classification results").
+"""
 
 import math
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence

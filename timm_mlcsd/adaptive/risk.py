@@ -41,8 +41,10 @@ class Certified(NamedTuple):
 
 def split(num_samples: int) -> Tuple[np.ndarray, np.ndarray]:
     """Indices of the samples that fit the path and of those that certify, drawn with a fixed seed."""
-    order = np.random.default_rng(SEED).permutation(num_samples)
     num_fit = _num_fit(num_samples)
+    if num_fit == 0:
+        raise ValueError(f'{num_samples} image cannot certify anything; give more.')
+    order = np.random.default_rng(SEED).permutation(num_samples)
     return np.sort(order[:num_fit]), np.sort(order[num_fit:])
 
 

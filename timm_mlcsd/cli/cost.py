@@ -5,7 +5,7 @@
 
 import argparse
 import statistics
-from typing import Any, Callable, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 
@@ -40,6 +40,23 @@ class _LastOnly(MultiExitModel):
         return self.model.run_head(self.model.num_exits - 1, state)
 
 
+def _networks(args: argparse.Namespace) -> Tuple[MultiExitModel, Dict[str, MultiExitModel]]:
+    """The network that the flags name, and those to compare, by the name of their heads: the plain one comes first."""
+    model_args = dict(num_classes=args.num_classes, small_input=args.small_input)
+    if args.input_size:
+        model_args['in_chans'] = args.input_size[0]
+    model_args.update(args.model_kwargs)
+    with_exits = dict(model_args, exits=args.exits, exit_pool=args.exit_pool)
+    model = create_model(args.model, **with_exits)
+    if not isinstance(model, MultiExitBackbone):
+        return model, {PLAIN: _LastOnly(model), 'its own': model}
+    plain = create_model(args.model, exits=1, **model_args)
+    return model, {
+        PLAIN: plain,
+        **{head: create_model(args.model, exit_head=head, **with_exits) for head in EXIT_HEADS},
+    }
+
+
 def compare_heads(args: argparse.Namespace) -> str:
     """Compare all exit heads on one untrained network.
 
@@ -49,19 +66,7 @@ def compare_heads(args: argparse.Namespace) -> str:
     Returns:
         The report.
     """
-    model_args = dict(num_classes=args.num_classes, small_input=args.small_input)
-    if args.input_size:
-        model_args['in_chans'] = args.input_size[0]
-    model_args.update(args.model_kwargs)
-    model = create_model(args.model, exits=args.exits, exit_pool=args.exit_pool, **model_args)
-    if isinstance(model, MultiExitBackbone):
-        models = {PLAIN: create_model(args.model, exits=1, **model_args)}
-        for head in EXIT_HEADS:
-            models[head] = create_model(
-                args.model, exits=args.exits, exit_head=head, exit_pool=args.exit_pool, **model_args
-            )
-    else:
-        models = {PLAIN: _LastOnly(model), 'its own': model}
+    model, models = _networks(args)
     heads = [name for name in models if name != PLAIN]
     input_size = tuple(args.input_size or model.probe_size)
     costs = {head: exit_costs(m, input_size) for head, m in models.items()}

@@ -139,6 +139,20 @@ def _pictures(
     return pictures
 
 
+def _policy_rows(results: Sequence[Tuple[ExitPolicy, PolicyResult]], count: int) -> List[Dict[str, Any]]:
+    """Cost, accuracy, exits, thresholds and certificate of each policy, measured on a number of images."""
+    return [
+        dict(
+            cost=r.cost / 1e6,
+            **_accuracy(r.accuracy, count),
+            fractions=r.exit_fractions,
+            thresholds=[f'{t:.4g}' if t < math.inf else 'off' for t in p.thresholds] + ['rest'],
+            certificate=None if p.certificate is None else describe_certificate(p.certificate),
+        )
+        for p, r in results
+    ]
+
+
 def page_data(
     title: str,
     about: str,
@@ -182,16 +196,7 @@ def page_data(
             dict(cost=c.macs / 1e6, **_accuracy(100 * r.double().mean().item(), count)) for c, r in zip(costs, right)
         ],
         sweep=[[point.test.cost / 1e6, point.test.accuracy] for point in sweep],
-        policies=[
-            dict(
-                cost=r.cost / 1e6,
-                **_accuracy(r.accuracy, count),
-                fractions=r.exit_fractions,
-                thresholds=[f'{t:.4g}' if t < math.inf else 'off' for t in p.thresholds] + ['rest'],
-                certificate=None if p.certificate is None else describe_certificate(p.certificate),
-            )
-            for p, r in results
-        ],
+        policies=_policy_rows(results, count),
         chosen=next(i for i, (p, _) in enumerate(results) if p is policy),
         batch_size=min(batch_size, count),
         speed=[['top-1 %', run.top1, run.backbone_top1]]

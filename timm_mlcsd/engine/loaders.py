@@ -140,21 +140,8 @@ def train_loader(
     drawn = _remember(loader.loader)
     pad_and_crop = PadCrop(data_config['input_size'][1:])
     if config.cache_dataset:
-        augmented = not augment.no_aug
-        if augmented:
-            loader.loader.dataset.transform = pad_and_crop.resize
-        loader = _cached(
-            config,
-            loader,
-            num_classes,
-            channels_last=channels_last,
-            training=True,
-            padding=pad_and_crop.padding * augmented,
-            hflip=augment.hflip * augmented,
-            vflip=augment.vflip * augmented,
-            mixup=mixup,
-            sampler=loader.sampler if dist.is_initialized() else None,
-            dtype=dtype,
+        loader = _cached_and_augmented(
+            config, augment, loader, num_classes, pad_and_crop, channels_last=channels_last, mixup=mixup, dtype=dtype
         )
         drawn = loader.batch
     elif augment.train_crop_mode == 'pad4' and not augment.no_aug:
@@ -327,6 +314,26 @@ def _check_cacheable(config: DataConfig, augment: AugmentConfig, dataset: Datase
             f'--cache-dataset device crops as --train-crop-mode pad4 does, flips, erases and mixes; it does no '
             f'{", ".join(undone)} (--color-jitter 0 leaves that out).'
         )
+
+
+def _cached_and_augmented(
+    config: DataConfig, augment: AugmentConfig, loader: Any, num_classes: int, pad_and_crop: PadCrop, **kwargs: Any
+) -> CachedLoader:
+    """A loader of training batches from images kept on the device."""
+    augmented = not augment.no_aug
+    if augmented:
+        loader.loader.dataset.transform = pad_and_crop.resize
+    return _cached(
+        config,
+        loader,
+        num_classes,
+        training=True,
+        padding=pad_and_crop.padding * augmented,
+        hflip=augment.hflip * augmented,
+        vflip=augment.vflip * augmented,
+        sampler=loader.sampler if dist.is_initialized() else None,
+        **kwargs,
+    )
 
 
 def _cached(config: DataConfig, loader: Any, num_classes: Optional[int], **kwargs: Any) -> CachedLoader:

@@ -70,14 +70,12 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
     dataset, split = load_split(config, network.checkpoint)
     names = class_names(dataset)
     valid = read_valid_labels(config.valid_labels, model.num_classes) if config.valid_labels else None
-    known = network.class_names
-    if valid is not None and known is not None:
-        known = [known[index] for index in valid]
-        if config.data.class_map and names and len(names) != len(valid):
-            raise UserError(
-                f'--valid-labels: expected data with the {len(valid)} classes of its file, got {len(names)} names from '
-                f'--class-map; leave --class-map out.'
-            )
+    if valid is not None and config.data.class_map and names and len(names) != len(valid):
+        raise UserError(
+            f'--valid-labels: expected data with the {len(valid)} classes of its file, got {len(names)} names from '
+            f'--class-map; leave --class-map out.'
+        )
+    known = network.class_names if valid is None or not network.class_names else [network.class_names[i] for i in valid]
     check_classes(names, known, split)
     evaluator = Evaluator(model, data_config, config.data, config.device, device=device, classes=valid)
     if names and len(names) > evaluator.num_classes:
@@ -98,13 +96,23 @@ def validate(config: ValidateConfig) -> List[Dict[str, Any]]:
     if config.results_file:
         _write_results(Path(config.results_file), rows, result, config.source, split, about)
     if config.plot:
-        exits = [(row['macs'] / 1e6, row['top1']) for row in rows]
-        backbone = backbone_macs(counted) / 1e6, rows[-1]['top1']
-        title = f'{config.source} on {split}'
         others = about.get('adaptive', {}).get('against', [])[2:]
-        points = {row['name']: (row['mmacs'], row['top1']) for row in others if row['mmacs'] is not None}
-        plot_accuracy_against_cost(config.plot, exits, result.num_samples, backbone, title, points)
+        _plot(config.plot, rows, counted, result.num_samples, f'{config.source} on {split}', others)
     return rows
+
+
+def _plot(
+    path: str,
+    rows: Sequence[Dict[str, Any]],
+    costs: Sequence[ExitCost],
+    num_samples: int,
+    title: str,
+    others: Sequence[Dict[str, Any]],
+) -> None:
+    exits = [(row['macs'] / 1e6, row['top1']) for row in rows]
+    backbone = backbone_macs(costs) / 1e6, rows[-1]['top1']
+    points = {row['name']: (row['mmacs'], row['top1']) for row in others if row['mmacs'] is not None}
+    plot_accuracy_against_cost(path, exits, num_samples, backbone, title, points)
 
 
 def _evaluate(config: ValidateConfig, evaluator: Evaluator, dataset: Dataset[Any], classes: ClassCounts) -> Evaluation:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from ..errors import printable
 
@@ -110,12 +110,7 @@ def model_card(
         '',
     ]
     with_accuracy = all('top1' in row for row in exits)
-    header = ['Exit', 'Tap', *(['Top-1 %'] if with_accuracy else []), 'MMACs to answer', 'Parameters, M']
-    lines += [_row(header), _row(['---'] * len(header))]
-    for row in exits:
-        accuracy = [f'{row["top1"]:.2f}'] if with_accuracy else []
-        costs = [f'{row[key] / 1e6:.2f}' if row.get(key) is not None else '' for key in ('macs', 'params')]
-        lines.append(_row([row['exit'], _code(row['tap']), *accuracy, *costs]))
+    lines += _exit_rows(exits, with_accuracy)
     if with_accuracy and measured_on:
         lines += ['', f'Top-1 on {_text(measured_on)}.']
     lines += ['', '## Use', '', _usage(source, input_size, image_mode)]
@@ -177,6 +172,16 @@ def _code(value: Any) -> str:
 
 def _row(cells: Sequence[str]) -> str:
     return f'| {" | ".join(cells)} |'
+
+
+def _exit_rows(exits: Sequence[Dict[str, Any]], with_accuracy: bool) -> List[str]:
+    header = ['Exit', 'Tap', *(['Top-1 %'] if with_accuracy else []), 'MMACs to answer', 'Parameters, M']
+    rows = [_row(header), _row(['---'] * len(header))]
+    for row in exits:
+        accuracy = [f'{row["top1"]:.2f}'] if with_accuracy else []
+        costs = [f'{row[key] / 1e6:.2f}' if row.get(key) is not None else '' for key in ('macs', 'params')]
+        rows.append(_row([row['exit'], _code(row['tap']), *accuracy, *costs]))
+    return rows
 
 
 def _usage(source: str, input_size: Sequence[int], image_mode: Optional[str]) -> str:

@@ -102,30 +102,13 @@ def export_stages(
     check_data_config(data_config, 'data_config')
     class_names = None if class_names is None else list(class_names)
     check_class_names(class_names, model.num_classes, 'class_names')
-    input_size = tuple(data_config['input_size'])
-    manifest: Dict[str, Any] = dict(
-        format=MANIFEST_FORMAT,
-        version=VERSION,
-        kind=format,
-        architecture=model.default_cfg['architecture'],
-        num_classes=model.num_classes,
-        class_names=class_names,
-        data_config=data_config,
-        policy=policy.to_dict(),
-        weights_digest=weights_digest(model),
-        versions=dict(
-            timm_mlcsd=__version__,
-            timm=timm.__version__,
-            torch=torch.__version__,
-            python=platform.python_version(),
-        ),
-    )
+    manifest = _manifest(model, policy, format, data_config, class_names)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{directory.name}.', dir=directory.parent) as folder:
         partial = Path(folder) / 'partial'
         partial.mkdir()
         with eval_mode(model):
-            manifest['stages'] = _write_stages(model, policy, input_size, partial, format)
+            manifest['stages'] = _write_stages(model, policy, data_config['input_size'], partial, format)
         if format == 'onnx':
             shutil.copyfile(Path(__file__).with_name('onnx_runner.py'), partial / RUNNER)
             manifest['runner_digest'] = _digest(partial / RUNNER)
@@ -149,6 +132,33 @@ def _check_exportable(model: MultiExitModel, format: str) -> None:
         raise ValueError(f'the weights are {dtype}; ONNX graphs are written in float32: call model.float() first.')
     if not model.resumable:
         raise ValueError(f'the network has no stages to export: {model.why_not_resumable}.')
+
+
+def _manifest(
+    model: MultiExitModel,
+    policy: ExitPolicy,
+    format: str,
+    data_config: Dict[str, Any],
+    class_names: Optional[List[Optional[str]]],
+) -> Dict[str, Any]:
+    """All of the manifest but its stages and the digest of the runner."""
+    return dict(
+        format=MANIFEST_FORMAT,
+        version=VERSION,
+        kind=format,
+        architecture=model.default_cfg['architecture'],
+        num_classes=model.num_classes,
+        class_names=class_names,
+        data_config=data_config,
+        policy=policy.to_dict(),
+        weights_digest=weights_digest(model),
+        versions=dict(
+            timm_mlcsd=__version__,
+            timm=timm.__version__,
+            torch=torch.__version__,
+            python=platform.python_version(),
+        ),
+    )
 
 
 def _replace_folder(directory: Path, new: Path, old: Path) -> None:
