@@ -29,14 +29,24 @@ def train_on(place, name, small_flags, tmp_path, *more):
     return tmp_path / name
 
 
-def test_a_start_from_weights_that_saw_the_held_out_images(data, small_flags, tmp_path, caplog):
+def test_a_start_from_weights_that_saw_the_held_out_images(data, small_flags, tmp_path, capsys, caplog):
     whole = train_on(data, 'whole', small_flags, tmp_path, '--val-split', 'val')
     start = ['--initial-checkpoint', whole / 'model_best.pth.tar']
     train_on(data, 'part', small_flags, tmp_path, '--val-fraction', 0.25, *start)
     assert 'was trained on 12 of the 12 images that are held out now' in caplog.text
+    # nor do they certify a policy, of a run that was resumed either
+    adaptive = [data, '-j', 0, '-b', 12, '--device', 'cpu', '--split', 'test', '--adaptive', '--budget', '100%']
+    train_on(data, 'part', small_flags, tmp_path, '--val-fraction', 0.25, '--epochs', 2, '--resume', 'auto')
+    assert run(validate.main, [*adaptive, '--checkpoint', tmp_path / 'part']) == 2
+    assert 'of the images of the held-out part of train were trained on' in capsys.readouterr().err
     caplog.clear()
     train_on(data, 'same', small_flags, tmp_path, '--val-split', 'val', *start)
     assert 'that are held out now' not in caplog.text
+    # a start from a start
+    caplog.clear()
+    start = ['--initial-checkpoint', tmp_path / 'same' / 'model_best.pth.tar']
+    train_on(data, 'child', small_flags, tmp_path, '--val-fraction', 0.25, *start)
+    assert 'was trained on 12 of the 12 images that are held out now' in caplog.text
     # copies of training images under other names in another data set
     shutil.copytree(data / 'test', tmp_path / 'other' / 'train')
     shutil.copytree(data / 'train', tmp_path / 'other' / 'val')

@@ -3,7 +3,7 @@
 import logging
 import os
 import pickle
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from timm.models import load_state_dict
@@ -18,7 +18,7 @@ from .data_config import TrainDataConfig
 from .datasets import same_split
 from .held_out import is_same_data
 from .image_files import files_of, share_among
-from .seen_images import SEEN, trained_files
+from .seen_images import SEEN, trained_files, trainings
 
 __all__ = ['load_initial_checkpoint']
 
@@ -32,7 +32,7 @@ def load_initial_checkpoint(
     data: TrainDataConfig,
     record: Dict[str, Any],
     held: Dataset[Any],
-) -> None:
+) -> List[Dict[str, Any]]:
     """Load weights of a multi-exit network like this one, or of its plain backbone.
 
     Args:
@@ -43,6 +43,9 @@ def load_initial_checkpoint(
         record: The record that `train_and_val_datasets` returned.
         held: Images that are held out now.
 
+    Returns:
+        Records of the trainings that the weights have seen.
+
     Raises:
         UserError: The file does not fit the network, or its classifier of other classes would stay as it is.
     """
@@ -51,13 +54,20 @@ def load_initial_checkpoint(
     try:
         checkpoint = load_checkpoint(path)
     except UserError:
-        return  # a file of weights has no record
+        return []  # a file of weights has no record
     with as_user_error(f'--initial-checkpoint {path!r}'):
-        before = stored_names(checkpoint)
+        before, seen = stored_names(checkpoint), trainings(checkpoint)
     if before is not None and names is not None and not same_names(before, names):
         _check_classes(config, before, names)
-        return
-    _warn_of_seen_images(path, checkpoint, data, record, held)
+    else:
+        texts = filter(None, (_seen_images(training, data, record, held) for training in seen))
+        for text in list(texts)[:1]:
+            _logger.warning(
+                f'--initial-checkpoint {path} was trained on {text} that are held out now, so accuracy on them '
+                f'promises too much: hold out the images that it held out (its --val-split, or --val-fraction and '
+                f'--val-seed).'
+            )
+    return seen
 
 
 def _load(model: MultiExitModel, path: str) -> None:
@@ -100,32 +110,27 @@ def _check_classes(config: ModelConfig, before: ClassNames, names: ClassNames) -
     _logger.warning(f'{text}: {end}.')
 
 
-def _warn_of_seen_images(
-    path: str, checkpoint: Dict[str, Any], config: TrainDataConfig, record: Dict[str, Any], held: Dataset[Any]
-) -> None:
-    """Warn where ``--initial-checkpoint`` was trained on images that are held out now.
+def _seen_images(training: Dict[str, Any], config: TrainDataConfig, record: Dict[str, Any], held: Dataset[Any]) -> str:
+    """Say how many of the images that are held out now were trained on before.
 
     Args:
-        path: Path of the checkpoint.
-        checkpoint: The checkpoint.
+        training: Record of the earlier training.
         config: Data of this training.
         record: The record that `train_and_val_datasets` returned.
         held: Images that are held out now.
+
+    Returns:
+        The number or the share of the images; empty for none.
     """
-    if 'train_split' not in checkpoint:
-        return
-    keys, text = record.get('val_keys'), ''
-    split = checkpoint['train_split']
-    is_same = same_split(split, config.train_split) and is_same_data(config, checkpoint)
+    if 'train_split' not in training:
+        return ''
+    keys, split = record.get('val_keys'), training['train_split']
+    is_same = same_split(split, config.train_split) and is_same_data(config, training)
     is_whole = split == config.train_split or not any('[' in name for name in (split, config.train_split))
-    if keys is not None and is_same and is_whole and ('val_keys' in checkpoint or 'val_indices' not in checkpoint):
-        seen = int((~torch.isin(keys, checkpoint.get('val_keys', keys[:0]))).sum())
-        text = f'{seen} of the {len(keys)} images' if seen else ''
-    elif not is_same or checkpoint.get('val_split') != config.val_split:
-        share = share_among(files_of(held), trained_files(config, checkpoint))
-        text = f'about {share:.0%} of the images' if share >= SEEN else ''
-    if text:
-        _logger.warning(
-            f'--initial-checkpoint {path} was trained on {text} that are held out now, so accuracy on them promises '
-            f'too much: hold out the images that it held out (its --val-split, or --val-fraction and --val-seed).'
-        )
+    if keys is not None and is_same and is_whole and ('val_keys' in training or 'val_indices' not in training):
+        seen = int((~torch.isin(keys, training.get('val_keys', keys[:0]))).sum())
+        return f'{seen} of the {len(keys)} images' if seen else ''
+    if not is_same or training.get('val_split') != config.val_split:
+        share = share_among(files_of(held), trained_files(config, training))
+        return f'about {share:.0%} of the images' if share >= SEEN else ''
+    return ''

@@ -164,7 +164,7 @@ def check_same_model_and_data(
     for key, value in identity.items():
         if weights_only and not same_data and key in held_out:
             continue  # of the images held out now, the weights have seen none
-        if key == 'train_probe' or (key == 'train_size' and 'val_indices' not in identity):
+        if key in ('train_probe', 'started_from') or (key == 'train_size' and 'val_indices' not in identity):
             continue  # a data set may grow where nothing is held out of it
         before = checkpoint.get(key)
         if key in ('val_indices', 'val_keys'):

@@ -1,9 +1,9 @@
-"""Whether images that are held out of a training were trained on before."""
+"""Whether images that are held out of a training were trained on before, by it or by those that it started from."""
 
 import logging
 import os
 from dataclasses import replace
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, List
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -15,7 +15,15 @@ from .datasets import num_images, same_split
 from .held_out import is_data_of, is_same_data, is_same_place, load_if_there
 from .image_files import ImageFiles, files_of, share_among
 
-__all__ = ['SEEN', 'check_not_moved', 'share_of_moved', 'trained_files', 'training_data', 'warn_of_copies']
+__all__ = [
+    'SEEN',
+    'check_not_moved',
+    'share_of_moved',
+    'trained_files',
+    'training_data',
+    'trainings',
+    'warn_of_copies',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -23,6 +31,32 @@ _logger = logging.getLogger(__name__)
 SEEN = 0.1
 # of the remembered images, too few to estimate a share: an image that many collections have, such as a placeholder
 _FEW = 3
+# what is kept of a training that another one started from
+_RECORD = ('train_split', 'val_split', 'train_size', 'train_probe', 'val_indices', 'val_keys')
+_DATA_ARGS = ('dataset', 'data_dir', 'class_map')
+
+
+def trainings(checkpoint: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """The trainings that a network has seen, as records of their data: the last one first, then what it started from.
+
+    Args:
+        checkpoint: Checkpoint of the last one.
+
+    Returns:
+        Records, whose keys are those of a checkpoint.
+
+    Raises:
+        UserError: The checkpoint's list of earlier trainings is not one.
+    """
+    own = {name: checkpoint[name] for name in _RECORD if name in checkpoint}
+    own['args'] = {name: checkpoint.get('args', {}).get(name) for name in _DATA_ARGS}
+    earlier = checkpoint.get('started_from', [])
+    is_list = isinstance(earlier, list) and all(
+        isinstance(record, dict) and isinstance(record.get('args'), dict) for record in earlier
+    )
+    if not is_list:
+        raise UserError('the checkpoint has no valid list of the trainings that it started from; train it again.')
+    return [own, *earlier]
 
 
 def training_data(config: DataConfig, checkpoint: Dict[str, Any]) -> Iterator[DataConfig]:
@@ -46,16 +80,22 @@ def training_data(config: DataConfig, checkpoint: Dict[str, Any]) -> Iterator[Da
 
 
 def trained_files(config: DataConfig, checkpoint: Dict[str, Any]) -> ImageFiles:
-    """The files that a checkpoint was trained on, if they are still there, or copies of them are."""
+    """The files that the trainings of a checkpoint saw, if they are still there, or copies of them are."""
     files: ImageFiles = {}
-    for data in training_data(config, checkpoint):
-        whole = load_if_there(data, checkpoint['train_split']) if is_same_data(data, checkpoint) else None
-        if whole is not None:
-            is_unchanged = num_images(whole) == checkpoint.get('train_size')  # else the indices are of other files
-            held = checkpoint['val_indices'].tolist() if is_unchanged and 'val_indices' in checkpoint else []
-            held_files = files_of(whole, held)
-            files.update({name: file for name, file in files_of(whole).items() if name not in held_files})
+    for record in trainings(checkpoint):
+        for data in training_data(config, record):
+            if is_same_data(data, record):
+                files.update(_files_of_training(data, record))
     return files
+
+
+def _files_of_training(data: DataConfig, record: Dict[str, Any]) -> ImageFiles:
+    whole = load_if_there(data, record['train_split'])
+    if whole is None:
+        return {}
+    is_unchanged = num_images(whole) == record.get('train_size')  # else the indices are of other files
+    held_files = files_of(whole, record['val_indices'].tolist() if is_unchanged and 'val_indices' in record else [])
+    return {name: file for name, file in files_of(whole).items() if name not in held_files}
 
 
 def share_of_moved(images: Dataset[Any], config: DataConfig, checkpoint: Dict[str, Any]) -> float:
@@ -69,15 +109,21 @@ def share_of_moved(images: Dataset[Any], config: DataConfig, checkpoint: Dict[st
     Returns:
         Share of the images, from 0 to 1.
     """
-    probe = checkpoint.get('train_probe')
-    if not isinstance(probe, torch.Tensor) or not len(probe) or isinstance(images, IterableDataset):
+    if isinstance(images, IterableDataset):
         return 0.0
-    whole = load_if_there(config, checkpoint['train_split']) if is_same_place(config, checkpoint) else None
-    if whole is None or is_data_of(whole, checkpoint):
+    return max(_share_of_moved(images, config, record) for record in trainings(checkpoint))
+
+
+def _share_of_moved(images: Dataset[Any], config: DataConfig, record: Dict[str, Any]) -> float:
+    probe = record.get('train_probe')
+    if not isinstance(probe, torch.Tensor) or not len(probe):
+        return 0.0
+    whole = load_if_there(config, record['train_split']) if is_same_place(config, record) else None
+    if whole is None or is_data_of(whole, record):
         return 0.0
     count = num_images(images)
     found = int(torch.isin(sample_keys(images, range(count), of_content=True), probe).sum())
-    forgotten = (checkpoint.get('train_size') or len(probe)) / len(probe)
+    forgotten = (record.get('train_size') or len(probe)) / len(probe)
     if forgotten > 1 and found < _FEW:
         return 0.0
     return min(1.0, found * forgotten / max(count, 1))

@@ -43,7 +43,7 @@ from .initial_checkpoint import load_initial_checkpoint
 from .loaders import eval_loader, set_epoch, train_loader
 from .optimizer import create_optimizer, create_scheduler, lr_rule, scaled_lr
 from .resume import check_same_model_and_data, resume
-from .seen_images import check_not_moved, warn_of_copies
+from .seen_images import check_not_moved, trainings, warn_of_copies
 from .signals import SigtermHandler, StopRequested, StopSource, iterate_in_lockstep
 
 __all__ = ['EpochResult', 'Trainer']
@@ -153,7 +153,10 @@ class Trainer:
         self.model = build_model(config.model, **weights, **self.model_args)
         self.data_config = resolve_data_config(data, self.model)
         if config.initial_checkpoint:
-            load_initial_checkpoint(self.model, config, self.class_names, data, self.split_record, self.val_data)
+            record = self.split_record
+            record['started_from'] = load_initial_checkpoint(
+                self.model, config, self.class_names, data, record, self.val_data
+            )
         if config.heads_only:
             check_heads_only(config, self.model, resumed)
         if config.grad_checkpointing:
@@ -206,6 +209,7 @@ class Trainer:
         identity = self.identity if weights_only else dict(self.identity, data_config=self.data_config)
         check_same_model_and_data(checkpoint, identity, self.val_data, weights_only, is_same_data(data, checkpoint))
         check_not_moved(self.val_data, data, checkpoint)
+        self.identity['started_from'] = trainings(checkpoint)[0 if weights_only else 1 :]
         self.start_epoch, self.best, self.progress = resume(
             checkpoint,
             self.task,
