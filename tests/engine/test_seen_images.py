@@ -36,7 +36,9 @@ def test_a_start_from_weights_that_saw_the_held_out_images(data, small_flags, tm
     assert 'was trained on 12 of the 12 images that are held out now' in caplog.text
     # nor do they certify a policy, of a run that was resumed either
     adaptive = [data, '-j', 0, '-b', 12, '--device', 'cpu', '--split', 'test', '--adaptive', '--budget', '100%']
-    train_on(data, 'part', small_flags, tmp_path, '--val-fraction', 0.25, '--epochs', 2, '--resume', 'auto')
+    other = ['--initial-checkpoint', whole / 'last.pth.tar']
+    train_on(data, 'part', small_flags, tmp_path, '--val-fraction', 0.25, '--epochs', 2, '--resume', 'auto', *other)
+    assert 'Without effect: --initial-checkpoint' in caplog.text
     assert run(validate.main, [*adaptive, '--checkpoint', tmp_path / 'part']) == 2
     assert 'of the images of the held-out part of train were trained on' in capsys.readouterr().err
     caplog.clear()

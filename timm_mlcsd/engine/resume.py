@@ -241,6 +241,9 @@ def resume(
             ' '.join(filter(None, (s.get('dataset'), s.get('data_dir')))) for s in (checkpoint['args'], settings)
         )
         _logger.warning(f'The run was trained on {before}, and goes on with {now}')
+    start = settings['initial_checkpoint']
+    if start and start != checkpoint['args'].get('initial_checkpoint'):
+        _logger.warning(f'Without effect: --initial-checkpoint {start} with --resume, whose weights are taken.')
     with as_user_error('the checkpoint to go on from does not fit these flags'):
         _load_states(checkpoint, task, optimizer, scaler, settings, weights_only)
     before, now = checkpoint['args']['lr'], settings['lr']
