@@ -10,7 +10,7 @@ from ._timm import get_global_pool, save_config_for_hf
 from .data import IMAGE_MODE
 from .errors import one_line
 from .file_checks import read_json
-from .models import MultiExitModel, is_tap
+from .models import MultiExitModel, find_hooked
 from .stored import check_config, is_network_argument
 
 __all__ = ['write_config']
@@ -68,9 +68,9 @@ def _check_same_modules(model: MultiExitModel, created: MultiExitModel) -> None:
         kind, expected = type(module).__name__, expected_kinds.get(name)
         if kind != expected and not ('BatchNorm' in kind and 'BatchNorm' in str(expected)):
             raise ValueError(f'its module {name!r} is a {kind}, but would be loaded as {expected}')
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if not all(is_tap(hook) for hook in hooks):
-            raise ValueError(f'its module {name!r} has forward hooks, which cannot be stored')
+    hooked = find_hooked(model)
+    if hooked is not None:
+        raise ValueError(f'its module {hooked!r} has forward hooks, which cannot be stored')
 
 
 def _creation_args(model: torch.nn.Module) -> Dict[str, Any]:

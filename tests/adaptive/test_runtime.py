@@ -406,3 +406,19 @@ def test_mistakes():
         with pytest.raises(ValueError, match=f'{message}: expected a number of seconds'):
             adaptive.predict_anytime(images_for(model, 1), deadline)
     assert len(adaptive.predict_anytime(images_for(model, 1), np.float32(60)).logits) == 1
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'test_vit'])
+@torch.no_grad()
+def test_what_a_hook_keeps_is_not_overwritten(name):
+    model = make(name)
+    images, kept = images_for(model, 6), []
+    policy = spread(logits_of(model, images), ExitPolicy([0.0] * (model.num_exits - 1)), seed=0)
+    adaptive = AdaptiveModel(model, policy)
+    expected = adaptive.predict(images)
+    assert len(expected.exit_index.unique()) > 1
+    model.backbone.get_submodule(model.exit_names[0]).register_forward_hook(lambda module, args, out: kept.append(out))
+    model.forward_exits(images)
+    for prediction in (adaptive.predict(images), next(iter(adaptive.predict_stream([images])))):
+        assert torch.equal(prediction.logits, expected.logits)
+    assert len(kept) == 3 and torch.equal(kept[0], kept[1]) and torch.equal(kept[0], kept[2])

@@ -251,6 +251,13 @@ def test_a_hook_that_comes_to_a_cut_graph():
             assert torch.equal([z for _, z in model.iter_exits(images)][-1], model(images))
 
 
+def test_a_hook_that_a_cut_graph_does_not_call_is_told(caplog):
+    model = timm.create_model('mlcsd_test_vit_relpos', exits=2, num_classes=5).eval()
+    assert model.resumable and 'forward hooks' not in caplog.text
+    model.backbone.blocks[0].register_forward_hook(lambda module, args, output: None)
+    assert model.resumable and "'blocks.0' of the backbone has forward hooks" in caplog.text
+
+
 def test_checkpointing_of_a_whole_changes_no_gradient():
     model = create_multi_exit(make_backbone(Scaled), exits=3)
     images, gradients = torch.randn(2, 3, 64, 64), []

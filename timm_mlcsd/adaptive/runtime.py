@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 import torch
 
 from ..cost import exit_costs
-from ..models import MultiExitModel
+from ..models import MultiExitModel, find_hooked
 from ..network import load_network
 from .active import ActiveBatch, Answers, CostTable, Prediction, check_images
 from .evaluate import Costs, cumulative_costs
@@ -19,8 +19,11 @@ from .exported import MANIFEST, ExportedModel
 from .graphs import GraphedStage
 from .policy import ExitPolicy
 from .stream import Stream
+from .trees import map_tensors
 
 __all__ = ['AdaptiveModel', 'Prediction']
+
+_RunExit = Callable[[Any], Tuple[Any, Optional[torch.Tensor]]]
 
 
 class AdaptiveModel:
@@ -65,7 +68,7 @@ class AdaptiveModel:
         self.policy = policy
         self.costs = cumulative_costs(costs, policy).tolist()
         self._cost_table = CostTable(self.costs)
-        self._run_exit: List[Callable[[Any], Tuple[Any, Optional[torch.Tensor]]]] = [
+        self._run_exit: List[_RunExit] = [
             partial(model.run_exit, k, answers=policy.is_on(k)) for k in range(model.num_exits)
         ]
         # seconds of the last three runs of a stage, without its first run
@@ -185,7 +188,7 @@ class AdaptiveModel:
             ```
         """
         self._check_mode()  # checked here, because a generator would check at the first item
-        stream = Stream(self._run_exit, self.policy, self._cost_table, self._check_mode, batch_size, max_waiting)
+        stream = Stream(self._stages(), self.policy, self._cost_table, self._check_mode, batch_size, max_waiting)
         return stream.predictions(batches)
 
     def iter_exits(self, x: torch.Tensor) -> Iterator[Tuple[int, torch.Tensor]]:
@@ -250,6 +253,12 @@ class AdaptiveModel:
         self._run_exit = [GraphedStage(run) for run in self._run_exit]
         return self
 
+    def _stages(self) -> List[_RunExit]:
+        """The stages; with copies of what they return where a hook may keep it, because rows are overwritten."""
+        if isinstance(self.model, ExportedModel) or find_hooked(self.model) is None:
+            return self._run_exit
+        return [partial(_run_and_copy, run) for run in self._run_exit]
+
     def _check_mode(self) -> None:
         """Raise a RuntimeError in training mode, in which dropout and batch statistics change the answers."""
         if isinstance(self.model, ExportedModel):
@@ -262,14 +271,14 @@ class AdaptiveModel:
     def _run(self, x: torch.Tensor, deadline: Optional[float] = None) -> Prediction:
         self._check_mode()
         check_images(x)
-        batch, answers = ActiveBatch.of(x), Answers()
+        batch, answers, stages = ActiveBatch.of(x), Answers(), self._stages()
         for k in range(self.policy.num_exits):
             key = self._timing_key(k, len(batch), x)
             if deadline is not None and batch.exit_index is not None and not self._fits_deadline(k, key, deadline):
                 answers.add(batch.exit_index, batch.leave_all())
                 break
             start = time.perf_counter()
-            has_answered = batch.run(k, self._run_exit[k], self.policy)
+            has_answered = batch.run(k, stages[k], self.policy)
             if deadline is not None:
                 if x.device.type == 'cuda':
                     torch.cuda.synchronize(x.device)
@@ -294,6 +303,11 @@ class AdaptiveModel:
         if needed > left > 0:
             self._seconds.update((key, [0.99 * s for s in self._seconds.get(key, [])]) for key in keys)
         return 0 < left >= needed
+
+
+def _run_and_copy(run: _RunExit, state: Any) -> Tuple[Any, Optional[torch.Tensor]]:
+    after, logits = map_tensors(run(state), torch.clone)
+    return after, logits
 
 
 def _with_separate_code(run: Callable[[Any], Any], k: int) -> Callable[[Any], Any]:

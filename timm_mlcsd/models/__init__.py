@@ -8,7 +8,7 @@ from .ranet import RANet
 from .registry import create_model  # registers mlcsd_* with timm
 from .shufflenetv2 import ShuffleNetV2
 from .stages.meta import MetaRunner, eval_mode
-from .stages.taps import is_tap
+from .stages.taps import find_hooked
 from .weights import load_backbone, weights_digest
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     'create_multi_exit',
     'create_model',
     'eval_mode',
-    'is_tap',
+    'find_hooked',
     'load_backbone',
     'weights_digest',
 ]

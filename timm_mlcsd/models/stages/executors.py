@@ -1,5 +1,6 @@
 """Run a backbone in stages: as a chain of modules, or as pieces of its exported graph."""
 
+import logging
 import threading
 from functools import partial
 from typing import Any, Dict, List, Optional, Protocol, Sequence, Tuple, Union
@@ -15,10 +16,12 @@ from .graph import PartitionedGraph, copy_sharing_weights, export_backbone
 from .hooks import ModuleState, find_call_override, find_training
 from .plan import Plan
 from .probe import TRACED_METHODS, find_step
-from .taps import Taps
+from .taps import Taps, find_hooked
 from .verify import PartitionError, verify
 
 __all__ = ['ChainExecutor', 'GraphExecutor']
+
+_logger = logging.getLogger(__name__)
 
 
 class StagedModel(Protocol):
@@ -300,6 +303,12 @@ class GraphExecutor:
         *input_size, dtype, device = key
         exported = (*input_size, dtype)
         if exported not in self.exports:
+            hooked = find_hooked(model.backbone)
+            if hooked is not None:
+                _logger.warning(
+                    f'{hooked!r} of the backbone has forward hooks: what they change is part of its exported graph, '
+                    f'but the stages of the graph do not call them; forward_exits does.'
+                )
             self.states = self.states or [ModuleState(module) for module in model.backbone.modules()]
             try:
                 # export a copy, because other threads may be running the backbone itself

@@ -1,14 +1,14 @@
 """Read the feature maps of tapped modules during a full forward pass of the backbone."""
 
 import threading
-from typing import Any, List, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 
 from .probe import TracedModule
 
-__all__ = ['Taps', 'is_tap']
+__all__ = ['Taps', 'find_hooked']
 
 
 class _Slot:
@@ -43,9 +43,15 @@ class _Tap:
         return _Tap, ()
 
 
-def is_tap(hook: Any) -> bool:
-    """Whether a forward hook is a tap, with which an exit reads the output of a module."""
-    return isinstance(hook, _Tap)
+def find_hooked(model: nn.Module) -> Optional[str]:
+    """Name a module that has forward hooks other than taps; None if there is none."""
+    name: str
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if not all(isinstance(hook, _Tap) for hook in hooks):
+                return name
+    return None
 
 
 class Taps:
