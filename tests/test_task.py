@@ -47,6 +47,18 @@ def test_optimizer_and_clipping_see_both_parameter_sets():
     assert id(task.criterion.mixer.norm.weight) not in decayed
 
 
+@pytest.mark.parametrize('name, kwargs', [('mlcsd_test_resnet', dict(exits=3)), ('mlcsd_msdnet', {})])
+def test_adaptive_clipping_leaves_the_classifiers_of_all_exits_out(name, kwargs):
+    model = timm.create_model(name, num_classes=5, **kwargs)
+    task = MLCSDTask(model, MLCSDLoss(model.num_exits, model.exit_feature_dim), verbose=False)
+    clipped = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
+    left_out = {n for n, p in model.named_parameters() if id(p) not in clipped}
+    last = {'backbone.fc'} if 'resnet' in name else {f'heads.{model.num_exits - 1}.fc'}
+    classifiers = {f'heads.{k}.fc' for k in range(model.num_exits - 1)} | last
+    assert left_out == {f'{name}.{part}' for name in classifiers for part in ('weight', 'bias')}
+    assert {id(p) for p in task.criterion.parameters()} <= clipped
+
+
 class OwnNetwork(MultiExitModel):
     """The least that a network of one's own has to define."""
 

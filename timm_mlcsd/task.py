@@ -200,6 +200,17 @@ class MLCSDTask(TrainingTask):
         trainable = unwrap_model(resolved) if resolved is not None else None
         return trainable.model if isinstance(trainable, MultiExitTrainableModule) else resolved
 
+    def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
+        """Return the parameters for gradient clipping.
+
+        Args:
+            exclude_head: Whether to leave out the classifiers of all exits; default False.
+        """
+        trainable = unwrap_model(self.get_trainable_module())
+        left_out = trainable.model.classifiers() if exclude_head else []
+        ids = {id(p) for module in left_out for p in module.parameters()}
+        return [p for p in trainable.parameters() if id(p) not in ids]
+
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
         """Return the state of the loss for a checkpoint; empty if the loss has no state.
 

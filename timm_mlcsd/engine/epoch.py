@@ -290,9 +290,13 @@ class EpochLoop:
             self.optimizer,
             clip_grad=self.config.clip_grad,
             clip_mode=self.config.clip_mode,
-            parameters=self.task.get_clip_parameters(),
+            parameters=self._clip_parameters(),
             need_update=need_update,
         )
+
+    def _clip_parameters(self) -> List[torch.nn.Parameter]:
+        # adaptive clipping is not for classifiers, as in timm
+        return list(self.task.get_clip_parameters(exclude_head=self.config.clip_mode == 'agc'))
 
     def _keep_gradients(self) -> None:
         """Copy the first gradients of an update out of the memory that the next batch overwrites."""
@@ -321,7 +325,7 @@ class EpochLoop:
         """Step the optimizer, unless the scaler has, and what follows it: ramp, EMA and schedule."""
         if not self.skip_update and self.scaler is None:
             if self.config.clip_grad is not None:
-                dispatch_clip_grad(self.task.get_clip_parameters(), self.config.clip_grad, mode=self.config.clip_mode)
+                dispatch_clip_grad(self._clip_parameters(), self.config.clip_grad, mode=self.config.clip_mode)
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.skip_update = False

@@ -65,6 +65,13 @@ class MultiExitModel(nn.Module):
         """Classifier of the last exit, or several."""
         raise NotImplementedError
 
+    def classifiers(self) -> List[nn.Module]:
+        """Classifiers of all exits."""
+        last = self.get_classifier()
+        own = (getattr(head, 'fc', None) for head in self.heads)
+        found = [module for module in own if isinstance(module, nn.Module)]
+        return [*found, *([last] if isinstance(last, nn.Module) else last)]
+
     def forget_class_names(self) -> None:
         """Remove the class names from the configuration of the weights, as new classifiers are for other classes."""
         cfg = getattr(self, 'pretrained_cfg', None) or {}
