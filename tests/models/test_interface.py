@@ -269,6 +269,15 @@ def test_a_backbone_that_is_made_first_keeps_its_own_arguments():
         assert torch.equal(model(images), model.forward_exits(images).logits[-1])
 
 
+def test_weights_of_a_plain_backbone_are_named():
+    plain = timm.create_model('test_resnet', num_classes=5)
+    model = timm.create_model('mlcsd_test_resnet', num_classes=5, exits=3)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match='load those of a plain backbone with'):
+            model.load_state_dict(plain.state_dict(), strict=strict)
+    assert not model.load_state_dict({}, strict=False).unexpected_keys
+
+
 def test_jit_trace():
     model = timm.create_model('mlcsd_test_resnet', num_classes=5, exits=3).eval()
     images = torch.randn(2, 3, 64, 64)

@@ -1,7 +1,7 @@
 """timm's model interface for a wrapped backbone: the backbone's methods, adapted to keep the exits consistent."""
 
 from operator import attrgetter
-from typing import Any, Callable, Dict, List, Optional, Set, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Union
 
 import torch
 import torch.nn as nn
@@ -84,6 +84,19 @@ class BackboneContract(MultiExitModel):
     def get_classifier(self) -> nn.Module:
         """Return the classifier of the last exit, which is that of the backbone."""
         return self.backbone.get_classifier()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load the weights of backbone and exits, as ``torch.nn.Module`` does.
+
+        Raises:
+            RuntimeError: The weights do not fit, or are those of a plain backbone.
+        """
+        if state_dict and not any(name.startswith(('backbone.', 'heads.')) for name in state_dict):
+            raise RuntimeError(
+                f'the weights {", ".join([*state_dict][:3])}, ... are not those of a network with exits, whose names '
+                f'begin with backbone. or heads.; load those of a plain backbone with timm_mlcsd.load_backbone.'
+            )
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the classifiers of all exits.
