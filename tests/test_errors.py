@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from timm_mlcsd.errors import UserError, printable, run_script
+from timm_mlcsd.errors import UserError, one_line, printable, run_script
 from timm_mlcsd.report import format_table
 
 EVIL = 'cat\x1b]0;owned\x07\x1b[2J\u202egnp\r\x9b31m'
@@ -18,6 +18,11 @@ SHOWN = r'cat\x1b]0;owned\x07\x1b[2J\u202egnp\r\x9b31m'
 def test_printable_keeps_letters_and_escapes_control():
     assert printable('größe 猫 naïve') == 'größe 猫 naïve'
     assert printable(EVIL) == SHOWN
+
+
+def test_one_line_of_an_error_has_no_control_characters():
+    assert one_line(ValueError('a\n  b \x1b[31m')) == r'a b \x1b[31m'
+    assert one_line(ValueError('\x07' * 400), length=3) == r'\x07\x07\x07 ...'
 
 
 def test_errors_logs_and_tables_are_escaped(capsys, monkeypatch):

@@ -27,11 +27,11 @@ def one_line(error: BaseException, length: int = 300) -> str:
         length: Largest number of characters.
 
     Returns:
-        The message without line breaks, cut after `length` characters.
+        The message without line breaks and with control characters escaped, cut after `length` characters.
     """
     text = ' '.join(str(error).split())
     text = f'{type(error).__name__} {text}' if isinstance(error, KeyError) or not text else text
-    return text if len(text) <= length else f'{text[:length]} ...'
+    return printable(text if len(text) <= length else f'{text[:length]} ...')
 
 
 def printable(text: str) -> str:
