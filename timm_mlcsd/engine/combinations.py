@@ -1,15 +1,15 @@
 """Checks of settings that are valid each, but contradict each other."""
 
 import logging
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 
 from ..distributed import DistributedContext
 from ..errors import UserError
-from .config import TrainConfig, TrainerConfig
+from .config import TrainConfig
 from .data_config import DataConfig
-from .loaders import AugmentConfig
+from .loaders import AugmentConfig, mixup_active
 from .optimizer import SchedulerConfig
 from .setting_checks import check_settings
 
@@ -36,6 +36,12 @@ _SCHEDULES = dict(
     lr_cycle_decay=_CYCLIC,
     lr_cycle_limit=_CYCLIC,
 )
+
+_DISTILL = 'alpha beta temperature distill_method distill_warmup_epochs distill_ramp cwem_supervision'
+_AUGMENTATION = (
+    'train_crop_mode scale ratio hflip vflip color_jitter color_jitter_prob grayscale_prob gaussian_blur_prob aa reprob'
+)
+_MIXUP = 'mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch'
 
 # arguments of the network and of the optimizer that have flags of their own
 _MODEL_FLAGS = dict(
@@ -82,20 +88,17 @@ def check_combinations(config: TrainConfig) -> None:
 def warn_of_idle_settings(config: TrainConfig) -> None:
     """Log the settings that have no effect because of others."""
     schedule, default = config.scheduler, SchedulerConfig()
-    idle: List[str] = [
+    idle = [
         f'--{name.replace("_", "-")} with --sched {schedule.sched}'
         for name, schedules in _SCHEDULES.items()
         if getattr(schedule, name) != getattr(default, name) and schedule.sched not in schedules
     ]
-    if config.loop.clip_mode != 'norm' and config.loop.clip_grad is None:
-        idle.append(f'--clip-mode {config.loop.clip_mode} without --clip-grad')
-    if not config.trainer.model_ema:
-        given = dict(model_ema_decay=config.trainer.model_ema_decay, model_ema_warmup=config.trainer.model_ema_warmup)
-        names = [name for name, value in given.items() if value != getattr(TrainerConfig(), name)]
-        idle += [f'--{name.replace("_", "-")} without --model-ema' for name in names]
-    if not schedule.lr_noise:
-        names = [name for name in ('lr_noise_pct', 'lr_noise_std') if getattr(schedule, name) != getattr(default, name)]
-        idle += [f'--{name.replace("_", "-")} without --lr-noise' for name in names]
+    idle += [
+        f'--{name.replace("_", "-")} {why}'
+        for why, part, names in _unread_settings(config)
+        for name in names.split()
+        if getattr(part, name) != getattr(type(part)(), name)
+    ]
     if idle:
         _logger.warning(f'Without effect: {", ".join(idle)}.')
     if schedule.warmup_epochs >= schedule.epochs and not schedule.warmup_prefix and schedule.sched != 'none':
@@ -105,10 +108,36 @@ def warn_of_idle_settings(config: TrainConfig) -> None:
         )
 
 
+def _unread_settings(config: TrainConfig) -> List[Tuple[str, Any, str]]:
+    """Names of settings that others switch off, with the reason and the part of the configuration that has them."""
+    loss, augment, optimizer, data = config.loss, config.augment, config.optimizer, config.data
+    pads = config.augment.train_crop_mode == 'pad4'
+    unread = [
+        (config.loop.clip_grad is None, 'without --clip-grad', config.loop, 'clip_mode'),
+        (not config.trainer.model_ema, 'without --model-ema', config.trainer, 'model_ema_decay model_ema_warmup'),
+        (not config.scheduler.lr_noise, 'without --lr-noise', config.scheduler, 'lr_noise_pct lr_noise_std'),
+        (not config.device.amp, 'without --amp', config.device, 'amp_dtype'),
+        (not config.run.resume, 'without --resume', config.run, 'no_resume_opt'),
+        (optimizer.layer_decay is None, 'without --layer-decay', optimizer, 'layer_decay_min_scale'),
+        (optimizer.lr is not None, 'with --lr', optimizer, 'lr_base lr_base_size lr_base_scale'),
+        (bool(data.val_split), 'with --val-split', data, 'val_fraction val_seed'),
+        (loss.distill == 'none', 'with --distill none', loss, _DISTILL),
+        (loss.distill_method not in ('kd', 'dkd'), f'with --distill-method {loss.distill_method}', loss, 'temperature'),
+        (not loss.bce_loss, 'without --bce-loss', loss, 'bce_sum bce_target_thresh'),
+        (augment.no_aug, 'with --no-aug', augment, _AUGMENTATION),
+        (pads and not augment.no_aug, 'with --train-crop-mode pad4', augment, 'scale ratio train_interpolation'),
+        (not augment.reprob, 'without --reprob', augment, 'remode recount'),
+        (not mixup_active(augment), 'without --mixup or --cutmix', augment, _MIXUP),
+    ]
+    return [(why, part, names) for is_unread, why, part, names in unread if is_unread]
+
+
 def warn_of_learning_rates(config: TrainConfig) -> None:
     """Warn of a schedule that begins or ends above the learning rate, which must be a number already."""
     schedule, lr = config.scheduler, config.optimizer.lr
     assert lr is not None
+    if lr == 0:
+        _logger.warning('--lr 0: the weights do not change after the warm-up; give a learning rate above 0.')
     ends = dict(min_lr=schedule.sched in _SCHEDULES['min_lr'], warmup_lr=schedule.warmup_epochs > 0)
     for name, is_read in ends.items():
         value = getattr(schedule, name)
