@@ -18,6 +18,7 @@ def test_names_by_index():
     assert names_by_index({'wasp': 0, 'ant': 0, 'bee': 1}) == ['ant / wasp', 'bee']
     assert [class_label([None, 'ant'], i) for i in range(3)] == ['0', 'ant', '2']
     assert same_names(['a', None], ['a']) and not same_names([None, 'a'], ['a'])
+    assert same_names(['caf\u00e9'], ['cafe\u0301']) and not same_names(['caf\u00e9'], ['cafe'])
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,16 @@ def pad_names(names: Optional[ClassNames], num_classes: int) -> Optional[ClassNa
 
 
 def same_names(names: Sequence[Optional[str]], others: Sequence[Optional[str]]) -> bool:
-    """Whether two lists have equal names for all indices, apart from classes without a name at their end."""
+    """Whether two lists have equal names for all indices, apart from classes without a name at their end.
+
+    Names are compared in a normal form of Unicode, because archives of macOS store another one.
+    """
     length = max(len(names), len(others))
-    return pad_names(list(names), length) == pad_names(list(others), length)
+    ours, theirs = (
+        [None if name is None else unicodedata.normalize('NFC', name) for name in pad_names(list(some), length) or []]
+        for some in (names, others)
+    )
+    return ours == theirs
 
 
 def check_look_alikes(names: Iterable[str], what: str) -> None:
