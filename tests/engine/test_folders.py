@@ -13,7 +13,8 @@ from timm.data.readers import reader_image_folder, reader_image_in_tar
 
 from timm_mlcsd.cli import train, validate
 from timm_mlcsd.data import Preprocessing, sample_keys
-from timm_mlcsd.engine.datasets import class_names, load_dataset
+from timm_mlcsd.engine.data_config import TrainDataConfig
+from timm_mlcsd.engine.datasets import class_names, load_dataset, train_and_val_datasets
 from timm_mlcsd.engine.loaders import eval_loader
 from timm_mlcsd.network import load_checkpoint
 
@@ -313,6 +314,44 @@ def test_nothing_trained_on_is_taken_for_held_out(held_out_run, mine, tmp_path, 
     (mine / 'train' / 'red' / 'from_blue.png').unlink()
     assert run(validate.main, [*argv, '--held-out']) == 2
     assert 'has 47 images, not the 48 of training' in capsys.readouterr().err
+
+
+def test_held_out_files_that_exchange_their_contents(held_out_run, mine, small, capsys):
+    for folder in sorted((mine / 'train').iterdir()):
+        paths = sorted(folder.iterdir())
+        contents = [path.read_bytes() for path in paths]
+        for path, content in zip(paths, contents[1:] + contents[:1]):
+            path.write_bytes(content)
+    argv = ['--checkpoint', held_out_run / 'last.pth.tar', '--workers', 0, '--device', 'cpu', '--held-out']
+    assert run(validate.main, argv) == 2
+    again = [mine, *small[1:], '--val-fraction', 0.3, '--epochs', 2, '--resume', held_out_run]
+    assert run(train.main, again) == 2
+    assert capsys.readouterr().err.count('and other contents') == 2
+
+
+@pytest.mark.parametrize('is_tar', [False, True])
+def test_a_class_without_training_images_is_told(mine, tmp_path, caplog, is_tar):
+    for path in sorted((mine / 'train' / 'red').iterdir())[1:]:
+        path.unlink()
+    if is_tar:
+        with tarfile.open(tmp_path / 'data.tar', 'w') as archive:
+            archive.add(mine / 'train', '.')
+    config = TrainDataConfig(data_dir=str(tmp_path / 'data.tar' if is_tar else mine), val_fraction=0.5)
+    messages = []
+    for config.val_seed in range(8):
+        caplog.clear()
+        train_data, _, _ = train_and_val_datasets(config)
+        has_red = any('red' in train_data.dataset.reader.filename(i, absolute=True) for i in train_data.indices)
+        assert has_red == ('is left to train on for 1 classes (red)' not in caplog.text)
+        messages.append(caplog.text)
+    assert '' in messages and len(set(messages)) > 1
+
+
+def test_digits_that_timm_cannot_sort_are_named(mine, small, capsys):
+    path = mine / 'train' / 'red' / '0.png'
+    path.rename(path.with_name('1\u00b23.png'))
+    assert run(train.main, [mine, *small[1:]]) == 2
+    assert 'a digit that timm cannot sort by; rename it' in capsys.readouterr().err
 
 
 def test_a_copy_of_the_training_images_calibrates_nothing(held_out_run, mine, tmp_path, capsys):

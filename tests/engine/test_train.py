@@ -247,6 +247,17 @@ def test_a_rate_that_follows_from_the_batch_follows_it_when_resumed(small, tmp_p
     assert run(train.main, [*flags, '--resume', tmp_path / 'run', '--lr', 0.01, '--epochs', 3]) == 2
 
 
+def test_a_resumed_run_tells_what_changed(small, tmp_path, caplog):
+    assert run(train.main, [*small, '--epochs', 1]) == 0
+    caplog.clear()
+    assert run(train.main, [*small, '--epochs', 2, '--resume', tmp_path / 'run']) == 0
+    assert caplog.text == ''
+    again = [*small, '--epochs', 2, '--resume', tmp_path / 'run', '--smoothing', 0.2, '--hflip', 0.3]
+    assert run(train.main, again) == 0
+    text = 'Going on with other settings than before: --smoothing 0.2 (was 0.0), --hflip 0.3 (was 0.5).'
+    assert text in caplog.text and 'Nothing is left to train: 2 epochs are finished' in caplog.text
+
+
 def test_more_batches_per_update_than_an_epoch_has(small, caplog):
     assert run(train.main, [*small, '--grad-accum-steps', 100]) == 0
     assert '--grad-accum-steps 100: an epoch has 5 batches' in caplog.text

@@ -23,6 +23,7 @@ __all__ = [
     'check_folder_has_split',
     'exclude_hidden_folders',
     'exclude_non_images',
+    'explain_unsortable_names',
     'has_split_folders',
     'image_endings',
     'is_hidden',
@@ -52,6 +53,20 @@ def image_endings() -> Iterator[None]:
         yield
     finally:
         set_img_extensions(before)
+
+
+@contextlib.contextmanager
+def explain_unsortable_names() -> Iterator[None]:
+    """Say what to do about names that timm's natural order cannot sort: with digits such as ² and ①."""
+    try:
+        yield
+    except ValueError as e:
+        if 'invalid literal for int()' not in str(e):
+            raise
+        digit = str(e).rpartition(': ')[2]
+        raise UserError(
+            f'the name of a file or folder contains {printable(digit)}, a digit that timm cannot sort by; rename it.'
+        ) from e
 
 
 def natural_order(name: str) -> Tuple[List[Union[int, str]], str]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from typing import Any, Iterable
+from typing import Any, Iterable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -28,17 +28,19 @@ def sample_keys(dataset: Any, indices: Iterable[int], of_content: bool = False) 
     return torch.from_numpy(np.frombuffer(b''.join(keys), dtype='<i8').astype(np.int64))
 
 
-def probe_keys(dataset: Any) -> torch.Tensor:
-    """Compute content keys of up to 64 evenly spaced samples, to recognise a data set that has been moved.
+def probe_keys(dataset: Any, indices: Optional[Sequence[int]] = None) -> torch.Tensor:
+    """Compute content keys of up to 64 evenly spaced samples, to recognise images that were moved or replaced.
 
     Args:
         dataset: Data set as for `sample_keys`.
+        indices: Indices of the samples, [N]; default None for all.
 
     Returns:
-        Keys, int64 [min(64, number of samples)].
+        Keys, int64 [min(64, N)].
     """
-    indices = np.linspace(0, len(dataset) - 1, min(len(dataset), PROBE)).astype(int).tolist()
-    return sample_keys(dataset, indices, of_content=True)
+    chosen: Sequence[int] = range(len(dataset)) if indices is None else indices
+    places = np.linspace(0, len(chosen) - 1, min(len(chosen), PROBE)).astype(int).tolist()
+    return sample_keys(dataset, [chosen[place] for place in places], of_content=True)
 
 
 def _identity(dataset: Any, index: int, of_content: bool) -> bytes:

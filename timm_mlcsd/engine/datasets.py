@@ -2,7 +2,7 @@
 
 import logging
 from functools import partial
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 from PIL import ImageMode
@@ -20,7 +20,9 @@ from ..data import (
     ConvertedImages,
     DigitsDataset,
     TransformSubset,
+    class_label,
     exclude_hidden_folders,
+    explain_unsortable_names,
     hold_out,
     image_endings,
     list_classes,
@@ -31,7 +33,7 @@ from ..data import (
     same_names,
     sample_keys,
 )
-from ..errors import UserError, as_user_error
+from ..errors import UserError, as_user_error, first_few
 from .data_config import DataConfig, TrainDataConfig
 from .sources import SOURCES, STREAMS, check_source, read_class_map
 
@@ -83,7 +85,7 @@ def load_dataset(
     hint = f' with the classes of --class-map {config.class_map}' if config.class_map else hint
     what = f'split {split!r} of --dataset {config.dataset!r} at {config.data_dir!r} cannot be read{hint}'
     keys: Dict[str, Any] = dict(input_key=config.input_key, target_key=config.target_key) if source.has_keys else {}
-    with as_user_error(what), image_endings():
+    with as_user_error(what), image_endings(), explain_unsortable_names():
         dataset = create_dataset(
             config.dataset,
             root=config.data_dir,
@@ -173,6 +175,23 @@ def check_classes(names: Optional[ClassNames], expected: Optional[ClassNames], w
         )
 
 
+def _warn_of_classes_held_out(dataset: Dataset[Any], kept: Sequence[int], fraction: float) -> None:
+    """Warn of classes all of whose images are held out."""
+    reader: Any = getattr(dataset, 'reader', None)
+    if not hasattr(reader, 'samples'):
+        return
+    # the targets of tar files are a list of their own
+    targets = reader.targets if hasattr(reader, 'targets') else [sample[1] for sample in reader.samples]
+    missing = sorted(set(map(int, targets)) - {int(targets[i]) for i in kept})
+    if missing:
+        names = class_names(dataset)
+        _logger.warning(
+            f'--val-fraction {fraction}: no image is left to train on for {len(missing)} classes '
+            f'({first_few([class_label(names, index) for index in missing])}), because all of theirs are held out; '
+            f'give more images, or name a --val-split.'
+        )
+
+
 def same_split(split: str, other: str) -> bool:
     """Whether two names of splits share images: timm's synonyms, or slices of one split."""
 
@@ -230,5 +249,7 @@ def train_and_val_datasets(
         val_seed=config.val_seed,
         val_indices=torch.tensor(held),
         val_keys=sample_keys(train, held),
+        val_probe=probe_keys(train, held),
     )
+    _warn_of_classes_held_out(train, kept, config.val_fraction)
     return TransformSubset(train, kept), TransformSubset(train, held), record

@@ -79,6 +79,12 @@ def check_held_out(dataset: Dataset[Any], checkpoint: Dict[str, Any], what: str)
             f'one, so images that were trained on would be taken for held out: files of {what} were added, removed, '
             f'renamed or moved; {advice}.'
         )
+    # files can exchange their names
+    if 'val_probe' in checkpoint and not _equal(probe_keys(dataset, indices), checkpoint['val_probe']):
+        raise UserError(
+            f'the held-out images: their files have the names of those that training held out and other contents, so '
+            f'images that were trained on could be taken for held out; {advice}.'
+        )
 
 
 def _check_record(checkpoint: Dict[str, Any]) -> None:

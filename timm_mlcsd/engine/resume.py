@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -17,6 +17,7 @@ from ..distributed import SINGLE_PROCESS, DistributedContext
 from ..errors import UserError, as_user_error, printable
 from ..network import stored_names
 from ..task import MLCSDTask
+from .build import LossConfig
 from .checkpoint import load_newest
 from .claim import claimed, new_folder
 from .data_config import TrainDataConfig
@@ -24,7 +25,8 @@ from .epoch import Progress
 from .flat_config import as_lists
 from .fsdp import load_sharded
 from .held_out import is_same_place
-from .optimizer import load_optimizer_state
+from .loaders import AugmentConfig
+from .optimizer import SchedulerConfig, load_optimizer_state
 
 __all__ = ['AUTO', 'RunConfig', 'check_same_model_and_data', 'find_checkpoint', 'resume', 'run_folder']
 
@@ -158,7 +160,7 @@ def check_same_model_and_data(
         weights_only: Whether only weights are taken, so that classes may differ.
         same_data: Whether this run has the data of the checkpoint.
     """
-    held_out = ('val_fraction', 'val_seed', 'val_indices', 'val_keys', 'train_size')
+    held_out = ('val_fraction', 'val_seed', 'val_indices', 'val_keys', 'val_probe', 'train_size')
     with as_user_error('--resume'):
         checkpoint = {**checkpoint, 'class_names': stored_names(checkpoint)}
     for key, value in identity.items():
@@ -171,6 +173,13 @@ def check_same_model_and_data(
             is_older = key == 'val_keys' and before is None  # than the keys
             if not is_older and not _equal(before, value):
                 raise UserError(_other_held_out(before, value, val_data))
+            same = True
+        elif key == 'val_probe':
+            if before is not None and not _equal(before, value):
+                raise UserError(
+                    '--resume: the images that would be held out now have the names of those that the run held out and '
+                    'other contents, and may have been trained on; put the data back as it was, or train anew.'
+                )
             same = True
         elif key == 'class_names':
             if weights_only or before is None or value is None or same_names(before, value):
@@ -244,6 +253,8 @@ def resume(
     start = settings['initial_checkpoint']
     if start and start != checkpoint['args'].get('initial_checkpoint'):
         _logger.warning(f'Without effect: --initial-checkpoint {start} with --resume, whose weights are taken.')
+    if not weights_only:
+        _warn_of_changed_settings(checkpoint, settings)
     with as_user_error('the checkpoint to go on from does not fit these flags'):
         _load_states(checkpoint, task, optimizer, scaler, settings, weights_only)
     before, now = checkpoint['args']['lr'], settings['lr']
@@ -279,6 +290,21 @@ def _check_same_settings(checkpoint: Dict[str, Any], settings: Dict[str, Any], r
                 f'--resume: the run used {flag} {before}, not {now}, and goes on with '
                 f'it: say so, or take its weights only with --no-resume-opt.'
             )
+
+
+def _warn_of_changed_settings(checkpoint: Dict[str, Any], settings: Dict[str, Any]) -> None:
+    """Log the settings of loss, augmentation and schedule with which a run goes on otherwise than it began."""
+    names = [
+        f.name for part in (LossConfig, AugmentConfig, SchedulerConfig) for f in fields(part) if f.name != 'epochs'
+    ]
+    before = checkpoint['args']
+    changed = [
+        f'--{name.replace("_", "-")} {settings[name]} (was {before[name]})'
+        for name in names
+        if name in before and as_lists(before[name]) != as_lists(settings[name])
+    ]
+    if changed:
+        _logger.warning(f'Going on with other settings than before: {printable(", ".join(changed))}.')
 
 
 def _load_states(

@@ -32,7 +32,7 @@ SEEN = 0.1
 # of the remembered images, too few to estimate a share: an image that many collections have, such as a placeholder
 _FEW = 3
 # what is kept of a training that another one started from
-_RECORD = ('train_split', 'val_split', 'train_size', 'train_probe', 'val_indices', 'val_keys')
+_RECORD = ('train_split', 'val_split', 'train_size', 'train_probe', 'val_indices', 'val_keys', 'val_probe')
 _DATA_ARGS = ('dataset', 'data_dir', 'class_map')
 
 

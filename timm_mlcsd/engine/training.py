@@ -114,6 +114,8 @@ def _run_epochs(trainer: Trainer, files: Optional[RunFolder], handler: SigtermHa
     # under FSDP no process can compute the weights alone
     has_logs = any(getattr(config.log, f'log_{name}') for name in LOGS)
     log_weights = has_logs and (files is not None or config.trainer.fsdp)
+    if files is not None and trainer.start_epoch >= trainer.num_epochs:
+        _logger.warning(f'Nothing is left to train: {trainer.start_epoch} epochs are finished; give more --epochs.')
     for epoch in range(trainer.start_epoch, trainer.num_epochs):
 
         def save(progress: Progress, epoch: int = epoch) -> None:
