@@ -245,6 +245,7 @@ def resume(
     rescaled = lr_rule is not None and as_lists(checkpoint.get('lr_rule')) == as_lists(lr_rule)
     if not weights_only:
         _check_same_settings(checkpoint, settings, rescaled)
+        _warn_of_changed_settings(checkpoint, settings)
     if not is_same_place(data, checkpoint):
         before, now = (
             ' '.join(filter(None, (s.get('dataset'), s.get('data_dir')))) for s in (checkpoint['args'], settings)
@@ -253,8 +254,6 @@ def resume(
     start = settings['initial_checkpoint']
     if start and start != checkpoint['args'].get('initial_checkpoint'):
         _logger.warning(f'Without effect: --initial-checkpoint {start} with --resume, whose weights are taken.')
-    if not weights_only:
-        _warn_of_changed_settings(checkpoint, settings)
     with as_user_error('the checkpoint to go on from does not fit these flags'):
         _load_states(checkpoint, task, optimizer, scaler, settings, weights_only)
     before, now = checkpoint['args']['lr'], settings['lr']
