@@ -475,6 +475,30 @@ def test_a_record_that_was_tampered_with(held_out_run, capsys, name, value):
     assert 'has no record of held-out images that can be used' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (5, 'no valid list of the trainings'),
+        ([dict(train_split='train')], 'no valid list of the trainings'),
+        (dict(train_split=3), 'no valid list of the trainings'),
+        (dict(args=dict(data_dir=[1])), 'no valid list of the trainings'),
+        (dict(val_indices=[1]), 'no valid list of the trainings'),
+        (dict(val_indices=torch.tensor([100])), 'no record of held-out images'),
+    ],
+)
+def test_earlier_trainings_that_were_tampered_with(held_out_run, mine, capsys, change, message):
+    path = held_out_run / 'last.pth.tar'
+    checkpoint = torch.load(path, weights_only=True)
+    names = ('train_split', 'val_split', 'train_size', 'train_probe', 'val_indices', 'val_keys')
+    record = {name: checkpoint[name] for name in names}
+    record['args'] = dict(dataset='', data_dir=str(mine), class_map='')
+    started_from = [{**record, **change}] if isinstance(change, dict) else change
+    torch.save({**checkpoint, 'started_from': started_from}, path)
+    argv = [mine, '--checkpoint', path, '--split', 'test', '--adaptive', '--budget', '100%', '--workers', 0]
+    assert run(validate.main, argv) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_policy_never_replaces_anything_else(held_out_run, capsys):
     argv = ['--checkpoint', held_out_run, '--workers', 0, '--split', 'test', '--adaptive', '--max-drop', 50]
     before = (held_out_run / 'model_best.pth.tar').read_bytes()

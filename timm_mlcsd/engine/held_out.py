@@ -14,6 +14,7 @@ from .datasets import load_dataset, num_images, same_split
 
 __all__ = [
     'check_held_out',
+    'check_record',
     'halves_of',
     'held_out',
     'held_out_names',
@@ -56,7 +57,7 @@ def check_held_out(dataset: Dataset[Any], checkpoint: Dict[str, Any], what: str)
     Raises:
         UserError: It has another number of images, or others at the places of the held-out ones.
     """
-    _check_record(checkpoint)
+    check_record(checkpoint)
     advice = 'put the files back as they were, or train anew'
     size, indices = checkpoint['train_size'], checkpoint['val_indices'].tolist()
     count = num_images(dataset)
@@ -87,7 +88,7 @@ def check_held_out(dataset: Dataset[Any], checkpoint: Dict[str, Any], what: str)
         )
 
 
-def _check_record(checkpoint: Dict[str, Any]) -> None:
+def check_record(checkpoint: Dict[str, Any]) -> None:
     """Refuse an invalid record of held-out images."""
     size, indices, keys = (checkpoint.get(name) for name in ('train_size', 'val_indices', 'val_keys'))
     right = (

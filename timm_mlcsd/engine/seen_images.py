@@ -12,7 +12,7 @@ from ..data import sample_keys
 from ..errors import UserError
 from .data_config import DataConfig, TrainDataConfig
 from .datasets import num_images, same_split
-from .held_out import is_data_of, is_same_data, is_same_place, load_if_there
+from .held_out import check_record, is_data_of, is_same_data, is_same_place, load_if_there
 from .image_files import ImageFiles, files_of, share_among
 
 __all__ = [
@@ -31,8 +31,16 @@ _logger = logging.getLogger(__name__)
 SEEN = 0.1
 # of the remembered images, too few to estimate a share: an image that many collections have, such as a placeholder
 _FEW = 3
-# what is kept of a training that another one started from
-_RECORD = ('train_split', 'val_split', 'train_size', 'train_probe', 'val_indices', 'val_keys', 'val_probe')
+# what is kept of a training that another one started from, with its types
+_RECORD: Dict[str, Any] = dict(
+    train_split=str,
+    val_split=(str, type(None)),
+    train_size=int,
+    train_probe=torch.Tensor,
+    val_indices=torch.Tensor,
+    val_keys=torch.Tensor,
+    val_probe=torch.Tensor,
+)
 _DATA_ARGS = ('dataset', 'data_dir', 'class_map')
 
 
@@ -51,12 +59,16 @@ def trainings(checkpoint: Dict[str, Any]) -> List[Dict[str, Any]]:
     own = {name: checkpoint[name] for name in _RECORD if name in checkpoint}
     own['args'] = {name: checkpoint.get('args', {}).get(name) for name in _DATA_ARGS}
     earlier = checkpoint.get('started_from', [])
-    is_list = isinstance(earlier, list) and all(
-        isinstance(record, dict) and isinstance(record.get('args'), dict) for record in earlier
-    )
-    if not is_list:
+    if not isinstance(earlier, list) or not all(_is_record(record) for record in earlier):
         raise UserError('the checkpoint has no valid list of the trainings that it started from; train it again.')
     return [own, *earlier]
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get('args'), dict):
+        return False
+    are_texts = all(isinstance(record['args'].get(name), (str, type(None))) for name in _DATA_ARGS)
+    return are_texts and all(isinstance(record[name], kind) for name, kind in _RECORD.items() if name in record)
 
 
 def training_data(config: DataConfig, checkpoint: Dict[str, Any]) -> Iterator[DataConfig]:
@@ -94,7 +106,11 @@ def _files_of_training(data: DataConfig, record: Dict[str, Any]) -> ImageFiles:
     if whole is None:
         return {}
     is_unchanged = num_images(whole) == record.get('train_size')  # else the indices are of other files
-    held_files = files_of(whole, record['val_indices'].tolist() if is_unchanged and 'val_indices' in record else [])
+    held: List[int] = []
+    if is_unchanged and 'val_indices' in record:
+        check_record(record)
+        held = record['val_indices'].tolist()
+    held_files = files_of(whole, held)
     return {name: file for name, file in files_of(whole).items() if name not in held_files}
 
 
