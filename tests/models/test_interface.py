@@ -278,6 +278,14 @@ def test_weights_of_a_plain_backbone_are_named():
     assert not model.load_state_dict({}, strict=False).unexpected_keys
 
 
+def test_a_file_that_holds_no_weights(tmp_path):
+    path = tmp_path / 'pointer.pth'
+    path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1\n')
+    with pytest.raises(ValueError, match='expected a file of weights') as error:
+        timm_mlcsd.load_backbone(timm.create_model('test_resnet'), path)
+    assert 'weights_only' not in str(error.value)
+
+
 def test_jit_trace():
     model = timm.create_model('mlcsd_test_resnet', num_classes=5, exits=3).eval()
     images = torch.randn(2, 3, 64, 64)

@@ -61,11 +61,11 @@ def explain_unsortable_names() -> Iterator[None]:
     try:
         yield
     except ValueError as e:
-        if 'invalid literal for int()' not in str(e):
-            raise
-        digit = str(e).rpartition(': ')[2]
+        digit = str(e).rpartition(': ')[2].strip("'")
+        if not digit.isdigit() or digit.isdecimal():
+            raise  # another error than that of timm's key, which takes each isdigit() for an integer
         raise UserError(
-            f'the name of a file or folder contains {printable(digit)}, a digit that timm cannot sort by; rename it.'
+            f'the name of a file or folder contains {digit!r}, a digit that timm cannot sort by; rename it.'
         ) from e
 
 

@@ -2,16 +2,14 @@
 
 import logging
 import os
-import pickle
 from typing import Any, Dict, List, Optional
 
 import torch
-from timm.models import load_state_dict
 from torch.utils.data import Dataset
 
 from ..data import ClassNames, list_classes, same_names
 from ..errors import UserError, as_user_error
-from ..models import MultiExitModel, load_backbone
+from ..models import MultiExitModel, load_backbone, read_weights
 from ..network import load_checkpoint, stored_names
 from .build import ModelConfig
 from .data_config import TrainDataConfig
@@ -60,8 +58,8 @@ def load_initial_checkpoint(
     if before is not None and names is not None and not same_names(before, names):
         _check_classes(config, before, names)
     else:
-        texts = filter(None, (_seen_images(training, data, record, held) for training in seen))
-        for text in list(texts)[:1]:
+        text = next(filter(None, (_seen_images(training, data, record, held) for training in seen)), '')
+        if text:
             _logger.warning(
                 f'--initial-checkpoint {path} was trained on {text} that are held out now, so accuracy on them '
                 f'promises too much: hold out the images that it held out (its --val-split, or --val-fraction and '
@@ -75,15 +73,7 @@ def _load(model: MultiExitModel, path: str) -> None:
     if not os.path.isfile(path):
         raise UserError(f'--initial-checkpoint {path!r}: there is no such file.')
     with as_user_error(f'--initial-checkpoint {path!r} cannot be read'):
-        try:
-            state_dict = load_state_dict(path)
-        except (pickle.UnpicklingError, RuntimeError) as e:
-            if not isinstance(e.__cause__ or e, pickle.UnpicklingError):
-                raise
-            raise UserError(
-                f'--initial-checkpoint {path!r}: expected a file of weights, got one that is damaged, of another kind, '
-                f'or that holds more than tensors and plain values; download it again, or save its state_dict alone.'
-            ) from None
+        state_dict = read_weights(path)
     with as_user_error(f'--initial-checkpoint {path!r} does not fit the model'):
         if model.num_exits > 1 and any(name.startswith('heads.') for name in state_dict):
             model.load_state_dict(state_dict)

@@ -9,7 +9,7 @@ from .registry import create_model  # registers mlcsd_* with timm
 from .shufflenetv2 import ShuffleNetV2
 from .stages.meta import MetaRunner, eval_mode
 from .stages.taps import find_hooked
-from .weights import load_backbone, weights_digest
+from .weights import load_backbone, read_weights, weights_digest
 
 __all__ = [
     'DEFAULT_EXIT_HEAD',
@@ -29,5 +29,6 @@ __all__ = [
     'eval_mode',
     'find_hooked',
     'load_backbone',
+    'read_weights',
     'weights_digest',
 ]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import pickle
 import re
 from pathlib import Path
 from typing import Dict, Tuple, Union
@@ -15,7 +16,7 @@ from .._timm import filter_checkpoint
 from ..errors import one_line
 from .multi_exit import MultiExitModel
 
-__all__ = ['drop_unfit_classifiers', 'fit_weights', 'load_backbone', 'weights_digest']
+__all__ = ['drop_unfit_classifiers', 'fit_weights', 'load_backbone', 'read_weights', 'weights_digest']
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def load_backbone(
         raise ValueError(f'{type(model).__name__} has no backbone to load; use its load_state_dict.')
     if not isinstance(source, dict):
         try:
-            source = load_state_dict(str(source), use_ema=use_ema)
+            source = read_weights(source, use_ema=use_ema)
         except Exception as e:  # damaged files raise errors of any type
             raise ValueError(f'{str(source)!r} cannot be read as weights: {one_line(e)}') from e
     of_backbone, others = _split(source)
@@ -67,6 +68,28 @@ def load_backbone(
         backbone.load_state_dict(source)
     except RuntimeError as e:
         raise ValueError(f'the weights do not fit the backbone: {one_line(e)}') from None
+
+
+def read_weights(path: Union[str, Path], use_ema: bool = False) -> Dict[str, torch.Tensor]:
+    """Read weights from a checkpoint file of any kind that timm reads, without running code in it.
+
+    Args:
+        path: Path of the file.
+        use_ema: Whether to take the averaged weights of a checkpoint that has them; default False.
+
+    Raises:
+        ValueError: The file is damaged, of another kind, or holds more than tensors and plain values.
+    """
+    try:
+        state_dict: Dict[str, torch.Tensor] = load_state_dict(str(path), use_ema=use_ema)
+    except (pickle.UnpicklingError, RuntimeError) as e:
+        if not isinstance(e.__cause__ or e, pickle.UnpicklingError):
+            raise
+        raise ValueError(  # PyTorch's own message says how to load the file unsafely
+            'expected a file of weights, got one that is damaged, of another kind, or that holds more than tensors and '
+            'plain values; download it again, or save its state_dict alone.'
+        ) from None
+    return state_dict
 
 
 def fit_weights(state_dict: Dict[str, torch.Tensor], model: MultiExitModel) -> Dict[str, torch.Tensor]:
