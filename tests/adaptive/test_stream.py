@@ -207,7 +207,7 @@ def test_waiting_images_hold_no_memory_of_others():
     assert len(stream.finish()) == 3 and not stream.open and not any(stream.counts)
 
 
-def test_a_rare_straggler_does_not_hold_the_answers_for_ever():
+def test_a_rare_late_image_does_not_hold_the_answers_for_ever():
     _, adaptive = told_model()
     batches = itertools.chain([told([0, 3, 0, 0])], itertools.repeat(told([0] * 4), 100))
     pulled = itertools.count()

@@ -302,7 +302,7 @@ def _certified(
     max_drop: float,
     confidence: float,
 ) -> Tuple[ExitPolicy, str]:
-    """The boldest certified policy of a path, and the method that made the path."""
+    """The certified policy of a path with the most early answers, and the method that made the path."""
     best = lowest_limit(len(fresh), confidence)
     what = {'drop': 'a drop', 'selective': 'a share of wrong early answers', 'disagreement': 'a disagreement'}[risk]
     about = (
