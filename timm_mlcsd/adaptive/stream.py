@@ -11,7 +11,7 @@ __all__ = ['Stream']
 
 # images that wait per image of a full stage, by default
 WAITING = 4
-# images whose answers are held per image that may wait: one rare late image must not delay all later answers for ever
+# images whose answers are held per image that may wait: one rare late image must not delay all later ones for ever
 HELD = 16
 
 

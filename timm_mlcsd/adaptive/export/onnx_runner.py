@@ -70,7 +70,7 @@ DATA_CONFIG = dict(
 
 # images that wait in a stream per image of a full stage, by default
 WAITING = 4
-# images whose answers a stream holds per image that may wait: one rare late image must not delay all later answers
+# images whose answers a stream holds per image that may wait: one rare late image must not delay all later ones
 HELD = 16
 
 # log-probabilities of the exits so far, prediction of the last one, and number of consecutive exits with it
