@@ -1,6 +1,6 @@
 """Risk control: certify on fresh samples that a policy's risk stays under a limit.
 
-One part of the calibration samples fits a path of policies from "no sample leaves early" to the cheapest. The other part
+One part of the calibration samples fits a path of policies from "no sample leaves early" to the cheapest. The other
 tests them in this order, and the last policy before the first failure is taken (Learn then Test with fixed sequence
 testing: Angelopoulos et al. 2021, arXiv:2110.01052, section 2.3; a path from a fit on separate data: Pareto testing,
 Laufer-Goldenthal et al. 2023, arXiv:2210.07913). If every single test is valid, the probability that the risk of the
